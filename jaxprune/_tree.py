@@ -1,0 +1,158 @@
+"""Leaf paths, `None` leaves and structure checks: the one file that knows about them.
+
+Trees are matched by path and shape, never by node type, and rebuilt with the structure of the params,
+so that an ``nnx.State``, a dict and an optimizer's own containers all fit each other.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
+
+Tree = Any
+
+
+def _is_hole(x: Any) -> bool:
+    return x is None or isinstance(x, optax.MaskedNode)
+
+
+def _name(key_path: tuple[Any, ...]) -> str:
+    """Spells a path as ``a/kernel``, without the ``value`` under which nnx keeps its arrays."""
+    if key_path and key_path[-1] == GetAttrKey("value"):
+        key_path = key_path[:-1]
+    return keystr(key_path, simple=True, separator="/")
+
+
+def show(path: str) -> str:
+    """Names a leaf in a message; a bare array has an empty path."""
+    return path or "(the array itself)"
+
+
+def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
+    """Lists ``(path, leaf)``, with `None` for leaves that are `None`."""
+    entries, _ = tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+    return [(_name(path), leaf) for path, leaf in entries]
+
+
+def is_floating(leaf: Any) -> bool:
+    """Says whether a leaf is a floating-point array or scalar."""
+    dtype = getattr(leaf, "dtype", None)
+    return jnp.issubdtype(np.result_type(leaf) if dtype is None else dtype, jnp.floating)
+
+
+def is_traced(*trees: Tree) -> bool:
+    """Says whether any leaf is a tracer, so that its values cannot be read."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def check_params(params: Tree) -> None:
+    """Raises a `TypeError` for a leaf that is no array, a `ValueError` without floating leaves."""
+    arrays = (jax.Array, np.ndarray, np.generic, int, float, complex, jax.ShapeDtypeStruct)
+    for path, leaf in named_leaves(params):
+        if leaf is not None and not isinstance(leaf, arrays):
+            raise TypeError(
+                f"{show(path)}: params must hold arrays, got {type(leaf).__name__} ({leaf!r:.60}). "
+                "Split other things off first, e.g. with `eqx.partition(model, eqx.is_array)`."
+            )
+    if not any(map(is_floating, jax.tree.leaves(params))):
+        raise ValueError(
+            "params: needed at least one floating-point array, got none. "
+            f"Leaves: {[path for path, _ in named_leaves(params)][:10]}."
+        )
+
+
+def floating(params: Tree) -> Tree:
+    """Puts `None` in place of every leaf that is not floating."""
+    return jax.tree.map(lambda w: w if is_floating(w) else None, params)
+
+
+def grad(loss: Callable[..., jax.Array], params: Tree, *batch: Any) -> Tree:
+    """Takes ``jax.grad`` over the floating leaves alone; `None` for the others."""
+    return jax.grad(lambda floats: loss(merge(floats, params), *batch))(floating(params))
+
+
+def merge(floats: Tree, params: Tree) -> Tree:
+    """Puts the floating leaves back among the others."""
+    return jax.tree.map(
+        lambda f, w: w if f is None else f, floats, params, is_leaf=lambda x: x is None
+    )
+
+
+def map_floating(f: Callable[..., Any], params: Tree, *rest: Tree) -> Tree:
+    """Maps over floating leaves of trees of one structure; `None` for the others."""
+    return jax.tree.map(
+        lambda w, *others: f(w, *others) if is_floating(w) else None, params, *rest
+    )
+
+
+def align(params: Tree, tree: Tree, name: str = "masks") -> list[Any]:
+    """Lists, for every leaf of params, the entry of another tree at the same path or `None`.
+
+    Where params hold a ``MaskedNode`` (a part that `optax.masked` hides), entries are ignored.
+
+    Raises:
+      ValueError: for a path that only one of the two trees has, or another shape.
+    """
+    entries, _ = tree_flatten_with_path(tree, is_leaf=_is_hole)
+    found = {_name(path): None if _is_hole(leaf) else leaf for path, leaf in entries}
+    aligned = []
+    hidden = []
+    for key_path, leaf in tree_flatten_with_path(params, is_leaf=_is_hole)[0]:
+        path = _name(key_path)
+        if isinstance(leaf, optax.MaskedNode):
+            hidden.append(path)
+        elif leaf is None:
+            found.pop(path, None)
+        elif path not in found:
+            raise ValueError(
+                f"{show(path)}: {name} have no entry for this leaf of shape {jnp.shape(leaf)}; "
+                f"they have {sorted(found)[:10]}. Make {name} from these params; `None` marks a "
+                "leaf to leave alone."
+            )
+        else:
+            entry = found.pop(path)
+            if entry is not None and jnp.shape(entry) != jnp.shape(leaf):
+                raise ValueError(
+                    f"{show(path)}: {name} have shape {jnp.shape(entry)} here, needed "
+                    f"{jnp.shape(leaf)}, that of the params. Make {name} from these params."
+                )
+            aligned.append(entry)
+    for path in found:
+        if not any(path == h or path.startswith(h + "/") or h == "" for h in hidden):
+            raise ValueError(
+                f"{show(path)}: {name} have an entry here, the params have none. "
+                f"Make {name} from these params."
+            )
+    return aligned
+
+
+def align_masks(params: Tree, masks: Tree) -> list[Any]:
+    """Aligns masks with params, and checks that they are bool."""
+    aligned = align(params, masks)
+    paths = [path for path, leaf in named_leaves(params) if leaf is not None]
+    for path, mask in zip(paths, aligned, strict=True):
+        dtype = None if mask is None else getattr(mask, "dtype", type(mask))
+        if mask is not None and dtype != jnp.bool_:
+            raise TypeError(
+                f"{show(path)}: masks must be bool, True for kept, got {dtype}. "
+                "Convert with `mask.astype(bool)`."
+            )
+    return aligned
+
+
+def map_masks(f: Callable[[Any, Any], Any], params: Tree, masks: Tree) -> Tree:
+    """Maps over params and their masks; leaves without a mask stay as they are."""
+    leaves, treedef = jax.tree.flatten(params)
+    aligned = align_masks(params, masks)
+    return treedef.unflatten(
+        [w if m is None else f(w, m) for w, m in zip(leaves, aligned, strict=True)]
+    )
+
+
+def rebuild(params: Tree, leaves: Sequence[Any]) -> Tree:
+    """Gives leaves (some `None`) the structure of params."""
+    return jax.tree.structure(params).unflatten(leaves)
