@@ -156,3 +156,45 @@ def map_masks(f: Callable[[Any, Any], Any], params: Tree, masks: Tree) -> Tree:
 def rebuild(params: Tree, leaves: Sequence[Any]) -> Tree:
     """Gives leaves (some `None`) the structure of params."""
     return jax.tree.structure(params).unflatten(leaves)
+
+
+def zero_means(tree: Tree) -> Tree:
+    """Zeroes the leaves named ``mean``: the running means of a batch norm."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, w: jnp.zeros_like(w) if _name(path).split("/")[-1] == "mean" else w, tree
+    )
+
+
+def union(trees: Sequence[Tree]) -> Tree:
+    """Merges trees that each hide with ``MaskedNode`` what the others hold."""
+    entries: dict[str, Any] = {}
+    for tree in trees:
+        for key_path, leaf in tree_flatten_with_path(tree, is_leaf=_is_hole)[0]:
+            path = _name(key_path)
+            if not isinstance(leaf, optax.MaskedNode) and path in entries:
+                raise ValueError(f"{show(path)}: two links mask this leaf. Use one of them.")
+            if not isinstance(leaf, optax.MaskedNode):
+                entries[path] = leaf
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: entries.get(_name(path)), trees[0], is_leaf=_is_hole
+    )
+
+
+def refit(old: Tree, new: Tree) -> Tree:
+    """Gives new masks the structure of old ones, hidden parts and `None` included."""
+    full = jax.tree.map(lambda m: m, old)
+    aligned = iter(align_masks(full, _without_nones(old, new)))
+    return jax.tree.map(lambda m: next(aligned), full)
+
+
+def _without_nones(old: Tree, new: Tree) -> Tree:
+    """Checks that `None` stands at the same paths of both, since it is part of the structure."""
+    before, after = dict(named_leaves(old)), dict(named_leaves(new))
+    for path in before.keys() & after.keys():
+        if (before[path] is None) != (after[path] is None):
+            raise ValueError(
+                f"{show(path)}: masks must keep `None` where it was: the state has "
+                f"{'None' if before[path] is None else 'a mask'}, the new masks have "
+                f"{'None' if after[path] is None else 'a mask'}. Use the same `where`."
+            )
+    return new

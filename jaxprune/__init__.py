@@ -1,0 +1,35 @@
+"""Pruning for JAX: pure functions over pytrees that make trained networks smaller.
+
+``params -> scores -> masks``, then an optax link that keeps pruned weights at zero::
+
+    masks = jp.select(jp.scores.magnitude(params), 0.9)
+    params = jp.apply_masks(params, masks)
+    tx = jp.enforce(optax.adamw(1e-3), masks)
+
+Verbs: :func:`select`, :func:`select_iteratively`, :func:`apply_masks`, :func:`enforce`, :func:`gradual`,
+:func:`get_masks`, :func:`set_masks`, :func:`summary`. Modules: :mod:`scores`, :mod:`schedules`,
+:mod:`masks`, :mod:`patterns`, :mod:`metrics`.
+"""
+
+from jaxprune import masks, metrics, patterns, schedules, scores
+from jaxprune._select import select, select_iteratively
+from jaxprune.masks import apply_masks
+from jaxprune.metrics import summary
+from jaxprune.optimizer import enforce, get_masks, gradual, set_masks
+
+__version__ = "0.1.0"
+__all__ = [
+    "apply_masks",
+    "enforce",
+    "get_masks",
+    "gradual",
+    "masks",
+    "metrics",
+    "patterns",
+    "schedules",
+    "scores",
+    "select",
+    "select_iteratively",
+    "set_masks",
+    "summary",
+]

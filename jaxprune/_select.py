@@ -1,0 +1,252 @@
+"""Scores to masks: which weights stay, to an exact count."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import _threshold, _tree, masks as _masks, patterns
+
+_SCOPES = ("global", "layer", "erk")
+
+
+def select(
+    scores: Any,
+    sparsity: float | jax.Array | None = None,
+    *,
+    scope: str | Mapping[str, float] = "global",
+    pattern: patterns.Pattern = patterns.unstructured,
+    where: Callable[[str, Any], bool] | None = None,
+    within: Any = None,
+    stacked: Callable[[str], bool] | None = None,
+) -> Any:
+    r"""Keeps the weights with the largest scores: exactly ``round(sparsity * n)`` of n go.
+
+    Ties are broken by a hash of the weight's position, so that equal scores spread evenly. Jittable;
+    a Python sparsity is exact, a traced float32 one within 6e-8 n. Under jit NaN counts as lowest.
+
+    Args:
+      scores: a pytree, higher is kept; `None` leaves are never pruned.
+      sparsity: the fraction to remove, in [0, 1).
+      scope: ``"global"`` compares all weights; ``"layer"`` removes the same fraction of every leaf;
+        ``"erk"`` keeps leaf densities proportional to :math:`\sum_d n_d / \prod_d n_d`; a mapping
+        from path to sparsity sets leaves one by one, and ``sparsity`` (else 0) the others.
+      pattern: the units inside a leaf.
+      where: maps ``(path, score leaf)`` to whether the leaf may be pruned; by default those with
+        two or more axes.
+      within: masks to prune further. What they removed counts towards the sparsity and stays
+        removed, even where it is more than asked.
+      stacked: maps a path to whether the leaf's first axis stacks layers, as `jax.lax.scan` wants
+        them; the default ``where`` and ERK ignore that axis.
+
+    Returns:
+      Masks: bool leaves, `True` for kept; `None` for leaves that are never pruned.
+
+    Raises:
+      ValueError: for a sparsity outside [0, 1), an unknown scope or path, no leaf to prune, other
+        paths or shapes in ``within``, and (outside jit) scores that are not finite.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> print(select({"w": jnp.array([[1.0, 4.0], [3.0, 2.0]])}, 0.5)["w"])
+      [[False  True]
+       [ True False]]
+
+    References:
+      Evci et al, `Rigging the Lottery <https://arxiv.org/abs/1911.11134>`_, 2020 (ERK)
+    """
+    stacked = stacked or (lambda path: False)
+    where = where or (lambda path, leaf: jnp.ndim(leaf) - stacked(path) >= 2)
+    names = [(path, leaf) for path, leaf in _tree.named_leaves(scores) if leaf is not None]
+    inside = [None] * len(names) if within is None else _tree.align_masks(scores, within)
+    chosen = [
+        i
+        for i, (path, leaf) in enumerate(names)
+        if where(path, leaf) and (within is None or inside[i] is not None)
+    ]
+    if not chosen:
+        raise ValueError(
+            f"select found no leaf to prune among {[path for path, _ in names][:10]}. By default "
+            "leaves with two or more axes are pruned; name others with `where=lambda path, s: ...`."
+        )
+    for i in chosen:
+        if not hasattr(names[i][1], "dtype"):
+            raise TypeError(f"{_tree.show(names[i][0])}: scores must be arrays.")
+    sparsity = _check_scope(scope, sparsity, [names[i][0] for i in chosen])
+    with jax.enable_x64(True):
+        units = [pattern.pool(jnp.asarray(names[i][1])) for i in chosen]
+        held = [None if inside[i] is None else pattern.pool(inside[i]) for i in chosen]
+        paths = [names[i][0] for i in chosen]
+        shapes = [u.shape[1:] if stacked(p) else u.shape for u, p in zip(units, paths, strict=True)]
+        keep = _budget(scope, sparsity, paths, [math.prod(u.shape) for u in units], shapes)
+        group = (0,) * len(units) if scope == "global" else tuple(range(len(units)))
+        kept, bad = _largest(units, held, keep, group)
+    if not _tree.is_traced(bad):
+        for count, path in zip(np.asarray(bad), paths, strict=True):
+            if count:
+                raise ValueError(
+                    f"{_tree.show(path)}: {count} scores are NaN or infinite. Check the loss and the "
+                    "params, or leave this leaf out with `where=lambda path, s: ...`."
+                )
+    leaves: list[Any] = [None] * len(names)
+    for i, mask in zip(chosen, kept, strict=True):
+        leaves[i] = pattern.spread(mask, jnp.shape(names[i][1]))
+    return _tree.rebuild(scores, leaves)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _largest(scores, within, keep, group):
+    scores = [s.astype(jnp.float32) for s in scores]
+    return _threshold.largest(scores, within, keep, group)
+
+
+def check_sparsity(sparsity: Any, name: str = "sparsity") -> Any:
+    """Returns a concrete sparsity as a Python float, a traced one as it is."""
+    if _tree.is_traced(sparsity):
+        return sparsity
+    try:
+        value = float(sparsity)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number in [0, 1), got {sparsity!r}.") from None
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"{name} must be in [0, 1), got {value}. It is the fraction of weights removed: "
+            "0.9 keeps every tenth."
+        )
+    return value
+
+
+def _check_scope(scope: Any, sparsity: Any, paths: Sequence[str]) -> Any:
+    if isinstance(scope, Mapping):
+        for path, value in scope.items():
+            if path not in paths:
+                raise ValueError(f"{path}: this scope path matches no prunable leaf of {paths}.")
+            check_sparsity(value, f"the sparsity of {path}")
+        sparsity = 0.0 if sparsity is None else sparsity
+    elif scope not in _SCOPES:
+        raise ValueError(f"unknown scope {scope!r}; needed one of {_SCOPES} or {{path: sparsity}}.")
+    if sparsity is None:
+        raise ValueError("select needs a sparsity in [0, 1), such as `select(scores, 0.9)`.")
+    return check_sparsity(sparsity)
+
+
+def _budget(scope, sparsity, paths, sizes, shapes) -> Any:
+    """Counts what each group keeps: on the host for a Python sparsity, so that it is exact."""
+    xp: Any = jnp if _tree.is_traced(sparsity) else np
+    total = np.array(sizes, np.int64)
+
+    def keep(sparsity, n):
+        return n - xp.round(xp.asarray(sparsity, np.float64) * n).astype(np.int64)
+
+    if isinstance(scope, Mapping):
+        parts = [xp.asarray(scope.get(p, sparsity), np.float64) for p in paths]
+        return keep(xp.stack(parts), total)
+    if scope == "layer":
+        return keep(sparsity, total)
+    kept = keep(sparsity, np.array([total.sum()]))
+    return kept if scope == "global" else _erk(xp, kept[0], total, shapes)
+
+
+def _erk(xp: Any, kept: Any, sizes: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> Any:
+    """Shares out kept weights by Erdős–Rényi kernel densities, to an exact total."""
+    density = np.array([sum(s) / max(math.prod(s), 1) for s in shapes])
+    order = np.argsort(-density, kind="stable")  # which leaves become dense first
+    n, d = sizes[order], density[order]
+    dense = np.cumsum(n) - n  # weights in the leaves before
+    rest = np.cumsum((n * d)[::-1])[::-1]
+    scale = (kept - dense) / rest  # if exactly the leaves before are dense
+    fits = scale * d <= 1
+    first = xp.argmax(xp.where(np.arange(len(n)) == len(n) - 1, True, fits))
+    share = xp.where(np.arange(len(n)) < first, n, xp.minimum(scale[first] * d, 1) * n)
+    whole = xp.clip(xp.floor(share), 0, n).astype(np.int64)
+    rank = xp.argsort(xp.argsort(-xp.where(whole < n, share - whole, -1)))
+    whole = whole + (rank < kept - whole.sum())
+    return whole[np.argsort(order)]
+
+
+def select_iteratively(
+    score: Callable[..., Any],
+    params: Any,
+    sparsity: float,
+    *batch: Any,
+    rounds: int = 100,
+    select: Callable[..., Any] = select,
+) -> Any:
+    r"""Masks, scores what is left, and masks again, without training in between.
+
+    After round k of n a fraction :math:`(1 - s)^{k / n}` is kept. All rounds run in one jit.
+
+    Args:
+      score: maps ``(params, *batch)`` to scores, such as ``jp.scores.synflow(apply_fn)``.
+      params: the params to score.
+      sparsity: the fraction removed in the end, in [0, 1).
+      *batch: passed to ``score``.
+      rounds: how often to score.
+      select: ``functools.partial(jp.select, scope=..., where=...)`` for other choices.
+
+    Returns:
+      Masks.
+
+    Raises:
+      ValueError: for a sparsity outside [0, 1), fewer than one round, or scores not finite.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = jnp.array([[1.0, 4.0], [3.0, 2.0]])
+      >>> print(select_iteratively(jp.scores.magnitude, params, 0.5, rounds=2))
+      [[False  True]
+       [ True False]]
+
+    References:
+      Tanaka et al, `Pruning neural networks without any data by iteratively conserving synaptic flow
+      <https://arxiv.org/abs/2006.05467>`_, 2020
+    """
+    _tree.check_params(params)
+    if rounds < 1:
+        raise ValueError(f"`rounds` must be at least 1, got {rounds}.")
+    check_sparsity(sparsity)
+    kept = (1 - float(sparsity)) ** (np.arange(1, rounds + 1, dtype=np.float64) / rounds)
+    sparsities = 1 - kept
+    sparsities[-1] = float(sparsity)
+    outer = bool(jax.config.jax_enable_x64)
+    with jax.enable_x64(True):
+        masks, bad = _iterate(score, select, outer, params, sparsities, batch)
+    if not _tree.is_traced(bad) and bad:
+        raise ValueError(
+            "the scores became NaN or infinite in select_iteratively. If no signal reaches the "
+            "output at all, every score ties: check the apply function and the params."
+        )
+    return masks
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _iterate(score, select, outer, params, sparsities, batch):
+    def scored(masks):
+        with jax.enable_x64(outer):
+            return score(params if masks is None else _masks.apply_masks(params, masks), *batch)
+
+    shapes = jax.eval_shape(scored, None)
+    full = jax.tree.map(
+        lambda s, w: None if s is None else jnp.abs(w).astype(jnp.float32),
+        shapes,
+        params,
+        is_leaf=lambda s: s is None,
+    )
+
+    def round_(masks, sparsity):
+        scores = scored(masks)
+        bad = [
+            jnp.any(~jnp.isfinite(s)) for s, m in _pairs(scores, masks) if m is not None
+        ]
+        return select(scores, sparsity, within=masks), jnp.any(jnp.stack(bad))
+
+    masks, bad = jax.lax.scan(round_, select(full, 0.0), sparsities)
+    return masks, jnp.any(bad)
+
+
+def _pairs(scores, masks):
+    return zip(jax.tree.leaves(scores), _tree.align(scores, masks), strict=True)

@@ -1,0 +1,40 @@
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune import _tree
+
+
+def gradient(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
+    r"""Scores a weight by the size of its gradient.
+
+    .. math:: s_i = |\partial L / \partial w_i|
+
+    Used like ``jax.grad``: ``gradient(loss)(params, *batch)``.
+
+    Args:
+      loss: maps ``(params, *batch)`` to a scalar.
+
+    Returns:
+      A function of ``(params, *batch)`` giving one float32 score per weight; higher is kept.
+
+    Examples:
+      >>> loss = lambda w, x: jnp.sum(w * x)
+      >>> gradient(loss)(jnp.array([1.0, -2.0]), jnp.array([3.0, -1.0])).tolist()
+      [3.0, 1.0]
+    """
+    return functools.partial(_checked, loss)
+
+
+def _checked(loss, params, *batch):
+    _tree.check_params(params)
+    return _gradient(loss, params, *batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient(loss, params, *batch):
+    grads = _tree.grad(loss, params, *batch)
+    return jax.tree.map(lambda g: jnp.abs(g.astype(jnp.float32)), grads)
