@@ -54,7 +54,7 @@ def _checked(apply_fn, params, *inputs):
     others = [None if shape is not None else x for shape, x in zip(shapes, leaves, strict=True)]
     with jax.enable_x64(True):
         scores, flow = _synflow(apply_fn, treedef, shapes, params, others)
-    if not _tree.is_traced(flow) and not (0 < flow < float("inf")):
+    if not _tree.is_traced(flow) and not 0 < float(flow) < float("inf"):
         raise ValueError(
             f"synflow: the flow R is {flow}, so that scores say nothing. Needed a positive, finite "
             "one: use the network in inference mode, with an output that grows with its weights."

@@ -1,0 +1,217 @@
+import functools
+import os
+import subprocess
+import sys
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxprune as jp
+
+SCOPES = ["global", "layer", "erk", {"a/w": 0.25}]  # a new scope adds one entry here
+
+
+def tree():
+    keys = jax.random.split(jax.random.key(0), 3)
+    return {
+        "a": {"w": jax.random.normal(keys[0], (8, 12)), "b": jnp.ones(12)},
+        "c": jax.random.normal(keys[1], (3, 3, 4, 16)),
+        "d": jax.random.normal(keys[2], (16, 7)),
+    }
+
+
+def removed(masks):
+    return {
+        jax.tree_util.keystr(p, simple=True, separator="/"): int((~m).sum())
+        for p, m in jax.tree_util.tree_leaves_with_path(masks)
+    }
+
+
+def expected(scope, sparsity, sizes, shapes):
+    """Counts removed weights in plain NumPy and Python."""
+    total = sum(sizes.values())
+    if scope == "layer":
+        return {p: round(sparsity * n) for p, n in sizes.items()}
+    if scope == "erk":
+        kept, dense = total - round(sparsity * total), set()
+        while True:
+            rest = [p for p in sizes if p not in dense]
+            density = {p: sum(shapes[p]) / np.prod(shapes[p]) for p in rest}
+            left = kept - sum(sizes[p] for p in dense)
+            scale = left / sum(density[p] * sizes[p] for p in rest)
+            over = [p for p in rest if scale * density[p] > 1]
+            if not over:
+                break
+            dense.add(max(over, key=density.get))
+        share = {p: sizes[p] if p in dense else scale * density[p] * sizes[p] for p in sizes}
+        return {p: sizes[p] - share[p] for p in sizes}
+    return {p: round(scope.get(p, sparsity) * n) for p, n in sizes.items()}
+
+
+@pytest.mark.parametrize("scope", SCOPES, ids=str)
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9, 0.99])
+def test_exact_counts_by_scope(scope, sparsity):
+    scores = jp.scores.magnitude(tree())
+    masks = jp.select(scores, sparsity, scope=scope)
+    shapes = {"a/w": (8, 12), "c": (3, 3, 4, 16), "d": (16, 7)}
+    sizes = {p: int(np.prod(s)) for p, s in shapes.items()}
+    found = removed(masks)
+    assert masks["a"]["b"] is None
+    if scope == "global" or scope == "erk":
+        assert sum(found.values()) == round(sparsity * sum(sizes.values()))
+    if scope == "erk":
+        for path, count in expected(scope, sparsity, sizes, shapes).items():
+            assert abs(found[path] - count) < 1
+    elif scope != "global":
+        assert found == expected(scope, sparsity, sizes, shapes)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_keeps_the_largest(scope):
+    scores = jp.scores.magnitude(tree())
+    masks = jp.select(scores, 0.7, scope=scope)
+    groups = [
+        (np.ravel(s), np.ravel(m))
+        for s, m in zip(
+            [scores["a"]["w"], scores["c"], scores["d"]], jax.tree.leaves(masks), strict=True
+        )
+    ]
+    if scope == "global":
+        groups = [tuple(np.concatenate(g) for g in zip(*groups, strict=True))]
+    for s, m in groups:
+        assert s[m].min() >= s[~m].max()
+
+
+@pytest.mark.parametrize("scope", SCOPES, ids=str)
+def test_scope_contract(scope):
+    scores, traces = jp.scores.magnitude(tree()), []
+
+    @jax.jit
+    def run(scores, sparsity):
+        traces.append(0)
+        return jp.select(scores, sparsity, scope=scope)
+
+    for sparsity in (0.5, 0.75):
+        masks = run(scores, sparsity)
+        assert removed(masks) == removed(jp.select(scores, sparsity, scope=scope))
+    assert len(traces) == 1
+    assert all(m.dtype == bool for m in jax.tree.leaves(masks))
+    static = jax.jit(functools.partial(jp.select, sparsity=0.75, scope=scope))(scores)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, static, masks))
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    hnp.arrays(np.float32, (6, 7), elements=st.floats(-4, 4, width=32)), st.floats(0, 0.999)
+)
+def test_matches_numpy_whatever_the_scores(scores, sparsity):
+    mask = np.asarray(jp.select(jnp.array(scores), sparsity))
+    assert (~mask).sum() == round(sparsity * scores.size)
+    if mask.any() and not mask.all():
+        assert scores[mask].min() >= scores[~mask].max()
+
+
+def test_ties_spread_evenly_over_equal_leaves():
+    masks = jp.select([jnp.ones((100, 100))] * 4, 0.9)
+    assert sum(int(m.sum()) for m in masks) == 4000
+    assert all(900 < int(m.sum()) < 1100 for m in masks)
+
+
+def test_within_prunes_further_and_counts_what_is_gone():
+    scores = jp.scores.magnitude(tree())
+    first = jp.select(jax.tree.map(jnp.negative, scores), 0.5)
+    second = jp.select(scores, 0.8, within=first)
+    assert abs(jp.metrics.sparsity(second) - 0.8) < 1e-2
+    assert sum(removed(second).values()) == round(0.8 * (96 + 576 + 112))
+    assert jax.tree.all(jax.tree.map(lambda a, b: jnp.all(a | ~b), first, second))
+
+
+def test_nan_counts_as_lowest_under_jit_and_is_an_error_outside():
+    scores = jnp.array([[jnp.nan, -jnp.inf, 0.0, 1.0]])
+    assert jax.jit(lambda s: jp.select(s, 0.25))(scores).tolist() == [[False, True, True, True]]
+    with pytest.raises(ValueError, match="a/w: 1 scores are NaN"):
+        jp.select({"a": {"w": jnp.array([[jnp.nan, 1.0]])}}, 0.5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("scope", ["global", "layer", "erk"])
+def test_same_on_every_mesh(kind, scope):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    params = tree()
+    specs = {"a": {"w": P("x", "y"), "b": P("x")}, "c": P(None, None, None, "y"), "d": P("x")}
+    sharded = jax.tree.map(
+        lambda w, s: jax.device_put(w, NamedSharding(mesh, s)), params, specs
+    )
+    run = jax.jit(lambda p: jp.select(jp.scores.magnitude(p), 0.7, scope=scope))
+    masks = run(sharded)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((jax.device_get(a) == b).all()), masks,
+                                     jax.device_get(run(params))))
+    for mask, spec in zip(jax.tree.leaves(masks), (P("x", "y"), specs["c"], P("x")), strict=True):
+        assert mask.sharding.is_equivalent_to(NamedSharding(mesh, spec), mask.ndim)
+    text = run.lower(sharded).compile().as_text()
+    assert "all-gather" not in text and "all-to-all" not in text
+
+
+def test_one_device_gives_the_same_masks_in_no_extra_memory():
+    code = """
+import jax, jax.numpy as jnp, numpy as np, jaxprune as jp
+assert jax.device_count() == 1
+s = [jnp.abs(jax.random.normal(jax.random.key(i), (300, 1001))) for i in range(4)]
+print(*[int(np.packbits(m).astype(np.uint64).sum()) for m in jp.select(s, 0.9)])
+m = jax.jit(lambda s: jp.select(s, 0.9)).lower(s).compile().memory_analysis()
+assert m.temp_size_in_bytes + m.output_size_in_bytes < 1.5 * 4 * 300300, m
+"""
+    env = {**os.environ, "XLA_FLAGS": ""}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    s = [jnp.abs(jax.random.normal(jax.random.key(i), (300, 1001))) for i in range(4)]
+    here = [int(np.packbits(m).astype(np.uint64).sum()) for m in jp.select(s, 0.9)]
+    assert [int(n) for n in out.stdout.split()] == here
+
+
+def test_traced_sizes_beyond_two_to_the_31():
+    big = jax.ShapeDtypeStruct((70_000, 70_000), jnp.float32)
+    out = jax.eval_shape(lambda s: jp.select(s, 0.9), [big, big])
+    assert out[0].shape == big.shape
+
+
+def test_select_iteratively_is_exact_and_compiles_once():
+    traces = []
+
+    def score(params):
+        traces.append(0)
+        return jp.scores.magnitude(params)
+
+    masks = jp.select_iteratively(score, tree(), 0.9, rounds=7)
+    assert sum(removed(masks).values()) == round(0.9 * (96 + 576 + 112))
+    count = len(traces)
+    jp.select_iteratively(score, tree(), 0.5, rounds=7)
+    assert len(traces) == count
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"sparsity": 1.0}, r"\[0, 1\), got 1.0"),
+        ({"sparsity": -0.1}, "got -0.1"),
+        ({"sparsity": float("nan")}, "got nan"),
+        ({}, "needs a sparsity"),
+        ({"sparsity": 0.5, "scope": "layers"}, "unknown scope 'layers'"),
+        ({"scope": {"nope": 0.5}}, "nope: this scope path matches no"),
+        ({"scope": {"d": 1.5}}, "sparsity of d"),
+        ({"sparsity": 0.5, "where": lambda p, s: False}, "no leaf to prune"),
+        ({"sparsity": 0.5, "within": {"a": None}}, "have"),
+        ({"sparsity": 0.5, "within": {"a": {"w": jnp.ones((2, 2), bool), "b": None}, "c": None,
+                                      "d": None}}, r"a/w: masks have shape \(2, 2\)"),
+    ],
+)
+def test_bad_input_is_named(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        jp.select(jp.scores.magnitude(tree()), **arguments)
