@@ -160,7 +160,7 @@ def _erk(xp: Any, kept: Any, sizes: np.ndarray, shapes: Sequence[tuple[int, ...]
     rest = np.cumsum((n * d)[::-1])[::-1]
     scale = (kept - dense) / rest  # if exactly the leaves before are dense
     fits = scale * d <= 1
-    first = xp.argmax(xp.where(np.arange(len(n)) == len(n) - 1, True, fits))
+    first = xp.sum(xp.cumsum(fits[:-1]) == 0)  # the last leaf at the latest
     share = xp.where(np.arange(len(n)) < first, n, xp.minimum(scale[first] * d, 1) * n)
     whole = xp.clip(xp.floor(share), 0, n).astype(np.int64)
     rank = xp.argsort(xp.argsort(-xp.where(whole < n, share - whole, -1)))
@@ -239,9 +239,7 @@ def _iterate(score, select, outer, params, sparsities, batch):
 
     def round_(masks, sparsity):
         scores = scored(masks)
-        bad = [
-            jnp.any(~jnp.isfinite(s)) for s, m in _pairs(scores, masks) if m is not None
-        ]
+        bad = [jnp.any(~jnp.isfinite(s)) for s, m in _pairs(scores, masks) if m is not None]
         return select(scores, sparsity, within=masks), jnp.any(jnp.stack(bad))
 
     masks, bad = jax.lax.scan(round_, select(full, 0.0), sparsities)

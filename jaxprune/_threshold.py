@@ -54,7 +54,7 @@ def largest(
 
         def narrow(state):
             shift, low, count = state
-            candidates = low[:, None] + (steps << shift.astype(dtype))
+            candidates = low[:, None] + (steps[None] << shift.astype(dtype))
             # False, but XLA cannot see it: it would compute the keys and hashes of all leaves before
             # the loop and keep them, since they do not change.
             never = count[0] < 0

@@ -84,9 +84,7 @@ def merge(floats: Tree, params: Tree) -> Tree:
 
 def map_floating(f: Callable[..., Any], params: Tree, *rest: Tree) -> Tree:
     """Maps over floating leaves of trees of one structure; `None` for the others."""
-    return jax.tree.map(
-        lambda w, *others: f(w, *others) if is_floating(w) else None, params, *rest
-    )
+    return jax.tree.map(lambda w, *others: f(w, *others) if is_floating(w) else None, params, *rest)
 
 
 def align(params: Tree, tree: Tree, name: str = "masks") -> list[Any]:
@@ -171,9 +169,9 @@ def union(trees: Sequence[Tree]) -> Tree:
     for tree in trees:
         for key_path, leaf in tree_flatten_with_path(tree, is_leaf=_is_hole)[0]:
             path = _name(key_path)
-            if not isinstance(leaf, optax.MaskedNode) and path in entries:
-                raise ValueError(f"{show(path)}: two links mask this leaf. Use one of them.")
-            if not isinstance(leaf, optax.MaskedNode):
+            if not _is_hole(leaf):
+                if path in entries:
+                    raise ValueError(f"{show(path)}: two links mask this leaf. Use one of them.")
                 entries[path] = leaf
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: entries.get(_name(path)), trees[0], is_leaf=_is_hole

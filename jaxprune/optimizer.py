@@ -66,8 +66,9 @@ def enforce(
     def init(params):
         if not jax.tree.leaves(params):  # `optax.tree.map_params` looks for where params would be
             return EnforceState(params, inner.init(params))
-        given = masks(params) if callable(masks) else masks
-        return EnforceState(_fit(params, given), inner.init(params))
+        # An Equinox module is a tree that can be called, too.
+        made = callable(masks) and jax.tree_util.all_leaves([masks])
+        return EnforceState(_fit(params, masks(params) if made else masks), inner.init(params))
 
     def update(updates, state, params=None, **extra_args):
         _need(params, "enforce")
@@ -157,7 +158,9 @@ def get_masks(opt_state: Any) -> Any:
       >>> get_masks(tx.init(jnp.ones(2))).tolist()
       [True, False]
     """
-    found = [state.masks for state in jax.tree.leaves(opt_state, is_leaf=_is_ours) if _is_ours(state)]
+    found = [
+        state.masks for state in jax.tree.leaves(opt_state, is_leaf=_is_ours) if _is_ours(state)
+    ]
     if not found:
         raise ValueError(
             "found no masks in this optimizer state. Wrap the optimizer: "

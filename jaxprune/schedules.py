@@ -78,7 +78,9 @@ def stepwise(final: float, begin: int, end: int, steps: int) -> optax.Schedule:
         step = jnp.asarray(step)
         t = (jnp.clip(step, begin, end) - begin) / (end - begin)
         passed = jnp.floor((steps - 1) * t + 1e-6)
-        return jnp.where(step < begin, 0.0, _ends(final, passed / (steps - 1), final * (passed + 1) / steps))
+        return jnp.where(
+            step < begin, 0.0, _ends(final, passed / (steps - 1), final * (passed + 1) / steps)
+        )
 
     return schedule
 

@@ -119,9 +119,15 @@ def test_synflow_survives_depths_where_float32_overflows():
 
 
 def test_synflow_keeps_a_path_where_others_lose_a_layer():
-    params = [jax.random.normal(k, s) * c for k, s, c in zip(
-        jax.random.split(jax.random.key(0), 3), [(16, 64), (64, 64), (64, 4)], [0.1, 1.0, 1.0],
-        strict=True)]
+    params = [
+        jax.random.normal(k, s) * c
+        for k, s, c in zip(
+            jax.random.split(jax.random.key(0), 3),
+            [(16, 64), (64, 64), (64, 4)],
+            [0.1, 1.0, 1.0],
+            strict=True,
+        )
+    ]
     x = jnp.ones((2, 16))
     masks = jp.select_iteratively(jp.scores.synflow(deep), params, 0.997, x, rounds=100)
     assert all(bool(m.any()) for m in masks)
@@ -147,7 +153,9 @@ def test_half_precision_products_do_not_underflow():
 
 
 def test_bad_params_are_named():
-    with pytest.raises(TypeError, match="act: params must hold arrays, got function.*eqx.partition"):
+    with pytest.raises(
+        TypeError, match="act: params must hold arrays, got function.*eqx.partition"
+    ):
         jp.scores.magnitude({"act": lambda x: x, "w": jnp.ones(2)})
     with pytest.raises(ValueError, match="floating-point"):
         jp.scores.magnitude({"n": jnp.arange(3)})

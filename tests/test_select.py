@@ -146,13 +146,14 @@ def test_same_on_every_mesh(kind, scope):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
     params = tree()
     specs = {"a": {"w": P("x", "y"), "b": P("x")}, "c": P(None, None, None, "y"), "d": P("x")}
-    sharded = jax.tree.map(
-        lambda w, s: jax.device_put(w, NamedSharding(mesh, s)), params, specs
-    )
+    sharded = jax.tree.map(lambda w, s: jax.device_put(w, NamedSharding(mesh, s)), params, specs)
     run = jax.jit(lambda p: jp.select(jp.scores.magnitude(p), 0.7, scope=scope))
     masks = run(sharded)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((jax.device_get(a) == b).all()), masks,
-                                     jax.device_get(run(params))))
+    assert jax.tree.all(
+        jax.tree.map(
+            lambda a, b: bool((jax.device_get(a) == b).all()), masks, jax.device_get(run(params))
+        )
+    )
     for mask, spec in zip(jax.tree.leaves(masks), (P("x", "y"), specs["c"], P("x")), strict=True):
         assert mask.sharding.is_equivalent_to(NamedSharding(mesh, spec), mask.ndim)
     text = run.lower(sharded).compile().as_text()
@@ -208,8 +209,13 @@ def test_select_iteratively_is_exact_and_compiles_once():
         ({"scope": {"d": 1.5}}, "sparsity of d"),
         ({"sparsity": 0.5, "where": lambda p, s: False}, "no leaf to prune"),
         ({"sparsity": 0.5, "within": {"a": None}}, "have"),
-        ({"sparsity": 0.5, "within": {"a": {"w": jnp.ones((2, 2), bool), "b": None}, "c": None,
-                                      "d": None}}, r"a/w: masks have shape \(2, 2\)"),
+        (
+            {
+                "sparsity": 0.5,
+                "within": {"a": {"w": jnp.ones((2, 2), bool), "b": None}, "c": None, "d": None},
+            },
+            r"a/w: masks have shape \(2, 2\)",
+        ),
     ],
 )
 def test_bad_input_is_named(arguments, words):

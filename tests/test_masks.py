@@ -1,0 +1,58 @@
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxprune as jp
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(hnp.arrays(bool, hnp.array_shapes(max_dims=3, max_side=9)))
+def test_packing_round_trip(mask):
+    packed = jp.masks.pack(jnp.array(mask))
+    assert packed.nbytes == -(-mask.size // 8)
+    assert (jp.masks.unpack(packed, jnp.zeros(mask.shape)) == mask).all()
+
+
+def test_pruned_nan_and_infinity_become_zero():
+    w, m = jnp.array([jnp.nan, jnp.inf, 2.0]), jnp.array([False, False, True])
+    assert jp.apply_masks(w, m).tolist() == [0.0, 0.0, 2.0]
+
+
+def test_straight_through_is_masked_forward_and_the_identity_backward():
+    w, m = jnp.array([3.0, 4.0]), jnp.array([True, False])
+    value, pull = jax.vjp(lambda w: jp.masks.straight_through(w, m), w)
+    assert value.tolist() == [3.0, 0.0] and pull(jnp.ones(2))[0].tolist() == [1.0, 1.0]
+
+
+def test_summary_flags_stacks_of_biases():
+    params = {"bias": jnp.ones((3, 4)), "kernel": jnp.ones((3, 4, 4))}
+    masks = jp.select(jp.scores.magnitude(params), 0.5)
+    assert "stacked=" in str(jp.summary(params, masks)).splitlines()[2]
+    assert jp.select(jp.scores.magnitude(params), 0.5, stacked=lambda p: True)["bias"] is None
+
+
+SCHEDULES = {  # a new schedule adds one row here
+    "one_shot": jp.schedules.one_shot(0.9, begin=3),
+    "linear": jp.schedules.linear(0.9, begin=3, end=13),
+    "exponential": jp.schedules.exponential(0.9, begin=3, end=13),
+    "cubic": jp.schedules.cubic(0.9, begin=3, end=13),
+    "stepwise": jp.schedules.stepwise(0.9, begin=3, end=13, steps=4),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_rises_to_its_end(name):
+    values = jax.jit(jax.vmap(SCHEDULES[name]))(jnp.arange(20))
+    assert values[0] == values[2] == 0 and (values[13:] == jnp.float32(0.9)).all()
+    assert (jnp.diff(values) >= 0).all()
+    assert [float(SCHEDULES[name](i)) for i in range(20)] == pytest.approx(values.tolist())
+
+
+@pytest.mark.parametrize("name", ["linear", "exponential", "cubic"])
+def test_schedule_needs_begin_before_end(name):
+    with pytest.raises(ValueError, match="needs begin < end"):
+        getattr(jp.schedules, name)(0.5, begin=3, end=3)
+    with pytest.raises(ValueError, match="final must be in"):
+        getattr(jp.schedules, name)(1.0, begin=3, end=4)

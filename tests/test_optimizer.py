@@ -1,0 +1,300 @@
+import dataclasses
+import functools
+from typing import Any
+
+import equinox as eqx
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxprune as jp
+
+OPTIMIZERS = {  # a new optimizer adds one row here
+    "sgd": optax.sgd(0.1, 0.9),
+    "adam": optax.adam(1e-2),
+    "adamw": optax.adamw(1e-2, weight_decay=0.1),
+    "lion": optax.lion(1e-2),
+    "rmsprop": optax.rmsprop(1e-2),
+    "adafactor": optax.adafactor(1e-2, min_dim_size_to_factor=4),
+    "muon": optax.contrib.muon(1e-2),
+    "inject_hyperparams": optax.inject_hyperparams(optax.adam)(1e-2),
+    "schedule": optax.adam(optax.cosine_decay_schedule(1e-2, 10)),
+    "apply_if_finite": optax.apply_if_finite(optax.adam(1e-2), 3),
+    "chain": optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2)),
+}
+
+
+def problem(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "w": jax.random.normal(keys[0], (8, 16), dtype),
+        "b": jnp.zeros(16, dtype),
+        "v": jax.random.normal(keys[1], (16, 4), dtype),
+        "none": None,
+    }
+    grads = jax.tree.map(lambda w: jax.random.normal(keys[2], w.shape, w.dtype), params)
+    return params, grads
+
+
+def pruned_are_zero(params, masks):
+    full = jp.apply_masks(params, masks)
+    same = functools.partial(jnp.array_equal, equal_nan=True)  # optax's own NaN in bfloat16
+    return all(same(a, b) for a, b in zip(*map(jax.tree.leaves, (params, full)), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_zero_means_zero(name, dtype):
+    params, grads = problem(dtype)
+    masks = jp.select(jp.scores.magnitude(params), 0.7)
+    tx = jp.enforce(OPTIMIZERS[name], masks)
+    state, traces = tx.init(params), []
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, grads):
+        traces.append(0)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    before = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    for _ in range(4):
+        params, state = step(params, state, grads)
+        assert pruned_are_zero(params, masks)
+    assert len(traces) == 1
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == before
+    other = jp.select(jp.scores.random(params, jax.random.key(5)), 0.7)
+    params, state = step(params, jp.set_masks(state, other), grads)
+    assert pruned_are_zero(params, other) and len(traces) == 1
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, jp.get_masks(state), other))
+
+
+def test_init_on_shapes_and_inside_jit():
+    params, _ = problem()
+    tx = jp.enforce(optax.adam(1e-2), lambda p: jp.select(jp.scores.magnitude(p), 0.5))
+    shapes = jax.eval_shape(tx.init, params)
+    state = jax.jit(tx.init)(params)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(lambda s: s.shape, shapes)
+
+
+def test_extra_arguments_reach_the_inner_optimizer():
+    seen = []
+    inner = optax.GradientTransformationExtraArgs(
+        lambda p: (), lambda u, s, p=None, **extra: (u, seen.append(extra["value"]) or s)
+    )
+    params, grads = problem()
+    tx = jp.enforce(inner, jp.select(jp.scores.magnitude(params), 0.5))
+    tx.update(grads, tx.init(params), params, value=3)
+    assert seen == [3]
+
+
+WRAPPERS = {
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2),
+    "masked": lambda tx: optax.masked(tx, {"w": True, "b": False, "v": True, "none": None}),
+    "chain": lambda tx: optax.chain(optax.clip(1.0), tx),
+    "multi_transform": lambda tx: optax.multi_transform(
+        {"x": tx, "y": optax.sgd(0.1)}, {"w": "x", "b": "y", "v": "x", "none": None}
+    ),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_inside_wrappers(name):
+    params, grads = problem()
+    masks = jp.select(jp.scores.magnitude(params), 0.7)
+    params = jp.apply_masks(params, masks)
+    tx = WRAPPERS[name](jp.enforce(optax.adam(1e-2), masks))
+    state = tx.init(params)
+    for _ in range(4):
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        assert pruned_are_zero(params, masks)
+    found = jp.get_masks(state)
+    assert found["b"] is None and bool((found["w"] == masks["w"]).all())
+    assert pruned_are_zero(params, jp.get_masks(jp.set_masks(state, masks)))
+
+
+def test_two_links_with_disjoint_leaves_are_merged():
+    params, _ = problem()
+    masks = jp.select(jp.scores.magnitude(params), 0.7)
+    link = lambda: jp.enforce(optax.sgd(0.1), masks)  # noqa: E731
+    labels = {"w": "x", "b": "x", "v": "y", "none": None}
+    found = jp.get_masks(optax.multi_transform({"x": link(), "y": link()}, labels).init(params))
+    assert bool((found["w"] == masks["w"]).all()) and bool((found["v"] == masks["v"]).all())
+
+
+def test_map_params_finds_the_optimizer_state():
+    params, _ = problem()
+    tx = jp.enforce(optax.adam(0.1), jp.select(jp.scores.magnitude(params), 0.7))
+    doubled = optax.tree.map_params(tx, lambda x: x, tx.init(params))
+    assert jax.tree.structure(doubled) == jax.tree.structure(tx.init(params))
+    assert optax.tree_utils.tree_get(tx.init(params), "masks")["w"].dtype == bool
+
+
+def test_gradual_follows_the_schedule_and_hits_the_end_off_the_grid():
+    params, grads = problem()
+    schedule = jp.schedules.cubic(0.75, begin=1, end=11)
+    tx = jp.gradual(optax.adam(1e-2), jp.scores.magnitude, schedule, every=3)
+    state, traces, previous = tx.init(params), [], None
+
+    @jax.jit
+    def step(params, state):
+        traces.append(0)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for i in range(14):
+        params, state = step(params, state)
+        masks = jp.get_masks(state)
+        assert pruned_are_zero(params, masks)
+        if previous is not None:
+            assert jax.tree.all(jax.tree.map(lambda a, b: jnp.all(a | ~b), previous, masks))
+        if i % 3 == 0:
+            asked = round(float(schedule(i)) * 192)
+            assert sum(int((~m).sum()) for m in jax.tree.leaves(masks)) == asked
+        previous = masks
+    assert jp.metrics.sparsity(masks) == 0.75 and len(traces) == 1
+
+
+def test_gradual_hands_the_batch_to_a_data_driven_score():
+    params, grads = problem()
+    loss = lambda p, x: jnp.sum((x @ p["w"] @ p["v"]) ** 2)  # noqa: E731
+    select = functools.partial(jp.select, scope="layer")
+    tx = jp.gradual(optax.sgd(0.1), jp.scores.snip(loss), jp.schedules.one_shot(0.5), select=select)
+    _, state = tx.update(grads, tx.init(params), params, batch=(jnp.ones((2, 8)),))
+    assert [float(m.mean()) for m in jax.tree.leaves(jp.get_masks(state))] == [0.5, 0.5]
+
+
+def test_gradients_of_pruned_weights_do_not_reach_clipping():
+    params, grads = jnp.ones((1, 4)), jnp.array([[3.0, 4.0, 100.0, 100.0]])
+    masks = jnp.array([[True, True, False, False]])
+    tx = jp.enforce(optax.clip_by_global_norm(10.0), masks)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates, [[3.0, 4.0, -1.0, -1.0]])
+
+
+@dataclasses.dataclass
+class Pair:
+    w: Any
+    b: Any
+
+
+jax.tree_util.register_dataclass(Pair, ["w", "b"], [])
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.BatchNorm(use_running_average=True)(nn.Dense(8)(x)))
+
+
+def containers():
+    w, b = jax.random.normal(jax.random.key(0), (4, 6)), jnp.ones(6)
+    x = jnp.ones((2, 4))
+    linear = hk.without_apply_rng(hk.transform(lambda x: hk.Linear(3)(x)))
+    equinox = eqx.nn.MLP(4, 3, 8, 1, key=jax.random.key(0))
+    return {
+        "dict": {"w": w, "b": b, "none": None, "step": jnp.array(1)},
+        "tuple": (w, b),
+        "list": [w, b, jnp.float32(2.0)],
+        "dataclass": Pair(w, b),
+        "linen": Linen().init(jax.random.key(0), x),
+        "nnx": nnx.state(nnx.Linear(4, 6, rngs=nnx.Rngs(0))),
+        "haiku": linear.init(jax.random.key(0), x),
+        "equinox": eqx.filter(equinox, eqx.is_array),
+        "array": w,
+    }
+
+
+@pytest.mark.parametrize("name", containers())
+def test_any_container(name):
+    params = containers()[name]
+    masks = jp.select(jp.scores.magnitude(params), 0.5)
+    floats = lambda w: jnp.issubdtype(w.dtype, jnp.floating)  # noqa: E731
+    params = jp.apply_masks(params, masks)
+    tx = jp.enforce(optax.sgd(0.1), masks)
+    state = tx.init(params)
+    grads = jax.tree.map(lambda w: w if floats(w) else jnp.zeros_like(w), params)
+    updates, state = tx.update(grads, state, params)
+    after = optax.apply_updates(params, updates)
+    assert jax.tree.structure(after) == jax.tree.structure(params)
+    assert pruned_are_zero(after, masks)
+    unpacked = jp.masks.unpack(jp.masks.pack(masks), params)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, unpacked, masks))
+    assert "total" in str(jp.summary(params, masks))
+    combined = jp.masks.combine(masks, masks)
+    assert jax.tree.structure(combined) == jax.tree.structure(masks)
+
+
+def test_nnx_optimizer():
+    model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
+    masks = jp.select(jp.scores.magnitude(nnx.state(model, nnx.Param)), 0.5)
+    optimizer = nnx.Optimizer(model, jp.enforce(optax.adamw(1e-2), masks), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        loss = lambda m: jnp.mean(m.layers[1](m.layers[0](x)) ** 2)  # noqa: E731
+        optimizer.update(model, nnx.grad(loss)(model))
+
+    for _ in range(3):
+        step(model, optimizer, jnp.ones((2, 4)))
+    state = nnx.state(model, nnx.Param)
+    assert pruned_are_zero(state, jp.get_masks(optimizer.opt_state))
+    assert jp.metrics.sparsity(jp.get_masks(optimizer.opt_state)) == 0.5
+
+
+def test_linen_train_state():
+    x = jnp.ones((2, 4))
+    params = Linen().init(jax.random.key(0), x)["params"]
+    masks = jp.select(jp.scores.magnitude(params), 0.5)
+    state = TrainState.create(apply_fn=None, params=params, tx=jp.enforce(optax.adam(1e-2), masks))
+    state = state.apply_gradients(grads=params)
+    assert pruned_are_zero(state.params, masks)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("link", ["enforce", "gradual"])
+def test_masks_have_the_sharding_of_their_leaf(kind, link):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    sharding = NamedSharding(mesh, P("x"))
+    params, grads = problem()
+    params, grads = jax.device_put((params, grads), sharding)
+    tx = jp.enforce(optax.adam(1e-2), lambda p: jp.select(jp.scores.magnitude(p), 0.5))
+    if link == "gradual":
+        tx = jp.gradual(optax.adam(1e-2), jp.scores.magnitude, jp.schedules.one_shot(0.5))
+    state = tx.init(params)
+    updates, state = jax.jit(tx.update)(grads, state, params)
+    for leaf in ("w", "v"):
+        assert jp.get_masks(state)[leaf].sharding.is_equivalent_to(sharding, 2)
+        assert updates[leaf].sharding.is_equivalent_to(sharding, 2)
+    assert jp.metrics.sparsity(jp.get_masks(state)) == 0.5
+
+
+def test_bad_input_is_named():
+    params, grads = problem()
+    masks = jp.select(jp.scores.magnitude(params), 0.5)
+    tx = jp.enforce(optax.sgd(0.1), masks)
+    with pytest.raises(ValueError, match="needs the params"):
+        tx.update(grads, tx.init(params))
+    with pytest.raises(ValueError, match="w: masks have no entry"):
+        jp.enforce(optax.sgd(0.1), {"b": None, "v": None}).init(params)
+    with pytest.raises(ValueError, match=r"w: masks have shape \(16, 8\)"):
+        jp.apply_masks(params, {**masks, "w": masks["w"].T})
+    with pytest.raises(TypeError, match="w: masks must be bool"):
+        jp.apply_masks(params, {**masks, "w": masks["w"].astype(int)})
+    with pytest.raises(ValueError, match="x: masks have an entry here"):
+        jp.apply_masks(params, {**masks, "x": masks["w"]})
+    with pytest.raises(ValueError, match="no masks"):
+        jp.get_masks(optax.sgd(0.1).init(params))
+    with pytest.raises(ValueError, match="v: masks must keep `None`"):
+        jp.set_masks(tx.init(params), {**masks, "v": None})
+    with pytest.raises(ValueError, match="every >= 1"):
+        jp.gradual(optax.sgd(0.1), jp.scores.magnitude, jp.schedules.one_shot(0.5), every=0)
