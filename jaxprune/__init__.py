@@ -6,9 +6,9 @@
     params = jp.apply_masks(params, masks)
     tx = jp.enforce(optax.adamw(1e-3), masks)
 
-Verbs: :func:`select`, :func:`select_iteratively`, :func:`apply_masks`, :func:`enforce`, :func:`gradual`,
-:func:`get_masks`, :func:`set_masks`, :func:`summary`. Modules: :mod:`scores`, :mod:`schedules`,
-:mod:`masks`, :mod:`patterns`, :mod:`metrics`.
+Verbs: :func:`select`, :func:`select_iteratively`, :func:`apply_masks`, :func:`enforce`,
+:func:`gradual`, :func:`get_masks`, :func:`set_masks`, :func:`summary`.
+Modules: :mod:`scores`, :mod:`schedules`, :mod:`masks`, :mod:`patterns`, :mod:`metrics`.
 """
 
 from jaxprune import masks, metrics, patterns, schedules, scores

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _threshold, _tree, masks as _masks, patterns
+from jaxprune import _threshold, _tree, patterns
+from jaxprune import masks as _masks
 
 _SCOPES = ("global", "layer", "erk")
 
@@ -26,8 +27,8 @@ def select(
 ) -> Any:
     r"""Keeps the weights with the largest scores: exactly ``round(sparsity * n)`` of n go.
 
-    Ties are broken by a hash of the weight's position, so that equal scores spread evenly. Jittable;
-    a Python sparsity is exact, a traced float32 one within 6e-8 n. Under jit NaN counts as lowest.
+    Ties are broken by a hash of the position, so that equal scores spread evenly. Jittable; a Python
+    sparsity is exact, a traced float32 one within 6e-8 n. Under jit NaN counts as lowest.
 
     Args:
       scores: a pytree, higher is kept; `None` leaves are never pruned.
@@ -79,7 +80,7 @@ def select(
     sparsity = _check_scope(scope, sparsity, [names[i][0] for i in chosen])
     with jax.enable_x64(True):
         units = [pattern.pool(jnp.asarray(names[i][1])) for i in chosen]
-        held = [None if inside[i] is None else pattern.pool(inside[i]) for i in chosen]
+        held = [None if (m := inside[i]) is None else pattern.pool(m) for i in chosen]
         paths = [names[i][0] for i in chosen]
         shapes = [u.shape[1:] if stacked(p) else u.shape for u, p in zip(units, paths, strict=True)]
         keep = _budget(scope, sparsity, paths, [math.prod(u.shape) for u in units], shapes)
@@ -89,8 +90,8 @@ def select(
         for count, path in zip(np.asarray(bad), paths, strict=True):
             if count:
                 raise ValueError(
-                    f"{_tree.show(path)}: {count} scores are NaN or infinite. Check the loss and the "
-                    "params, or leave this leaf out with `where=lambda path, s: ...`."
+                    f"{_tree.show(path)}: {count} scores are NaN or infinite. Check the loss and "
+                    "the params, or leave this leaf out with `where=lambda path, s: ...`."
                 )
     leaves: list[Any] = [None] * len(names)
     for i, mask in zip(chosen, kept, strict=True):
@@ -202,8 +203,8 @@ def select_iteratively(
        [ True False]]
 
     References:
-      Tanaka et al, `Pruning neural networks without any data by iteratively conserving synaptic flow
-      <https://arxiv.org/abs/2006.05467>`_, 2020
+      Tanaka et al, `Pruning neural networks without any data by iteratively conserving synaptic
+      flow <https://arxiv.org/abs/2006.05467>`_, 2020
     """
     _tree.check_params(params)
     if rounds < 1:
@@ -212,7 +213,7 @@ def select_iteratively(
     kept = (1 - float(sparsity)) ** (np.arange(1, rounds + 1, dtype=np.float64) / rounds)
     sparsities = 1 - kept
     sparsities[-1] = float(sparsity)
-    outer = bool(jax.config.jax_enable_x64)
+    outer = bool(jax.enable_x64.value)
     with jax.enable_x64(True):
         masks, bad = _iterate(score, select, outer, params, sparsities, batch)
     if not _tree.is_traced(bad) and bad:

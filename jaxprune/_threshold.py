@@ -55,8 +55,8 @@ def largest(
         def narrow(state):
             shift, low, count = state
             candidates = low[:, None] + (steps[None] << shift.astype(dtype))
-            # False, but XLA cannot see it: it would compute the keys and hashes of all leaves before
-            # the loop and keep them, since they do not change.
+            # False, but XLA cannot see it: it would compute the keys and hashes of all leaves
+            # before the loop and keep them, since they do not change.
             never = count[0] < 0
             counts = total([_count(marks(i, candidates[g], never)) for i, g in enumerate(group)])
             passed = jnp.sum(counts >= keep[:, None], axis=1)  # counts fall along c

@@ -1,7 +1,7 @@
 """Leaf paths, `None` leaves and structure checks: the one file that knows about them.
 
-Trees are matched by path and shape, never by node type, and rebuilt with the structure of the params,
-so that an ``nnx.State``, a dict and an optimizer's own containers all fit each other.
+Trees are matched by path and shape, never by node type, and rebuilt with the params' structure, so
+that an ``nnx.State``, a dict and an optimizer's own containers all fit each other.
 """
 
 from collections.abc import Callable, Sequence
@@ -146,14 +146,14 @@ def map_masks(f: Callable[[Any, Any], Any], params: Tree, masks: Tree) -> Tree:
     """Maps over params and their masks; leaves without a mask stay as they are."""
     leaves, treedef = jax.tree.flatten(params)
     aligned = align_masks(params, masks)
-    return treedef.unflatten(
-        [w if m is None else f(w, m) for w, m in zip(leaves, aligned, strict=True)]
+    return jax.tree.unflatten(
+        treedef, [w if m is None else f(w, m) for w, m in zip(leaves, aligned, strict=True)]
     )
 
 
 def rebuild(params: Tree, leaves: Sequence[Any]) -> Tree:
     """Gives leaves (some `None`) the structure of params."""
-    return jax.tree.structure(params).unflatten(leaves)
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
 def zero_means(tree: Tree) -> Tree:

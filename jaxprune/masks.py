@@ -101,7 +101,9 @@ def combine(masks: Masks, *more: Masks) -> Masks:
                     f"{others[path].shape}, needed the same."
                 )
         pairs = zip(leaves, (others[path] for path in names), strict=True)
-        masks = treedef.unflatten([b if a is None else a if b is None else a & b for a, b in pairs])
+        masks = jax.tree.unflatten(
+            treedef, [b if a is None else a if b is None else a & b for a, b in pairs]
+        )
     return masks
 
 

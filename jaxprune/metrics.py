@@ -31,7 +31,7 @@ def sparsity(masks: Any) -> float:
 
 
 def compression(params: Any, masks: Any) -> float:
-    """Gives all params over those kept; biases, norms and other leaves without a mask count as kept.
+    """Gives all params over those kept; leaves without a mask (biases, norms) count as kept.
 
     Examples:
       >>> compression({"w": jnp.ones(6), "b": jnp.ones(2)}, {"w": jnp.arange(6) < 2, "b": None})

@@ -1,7 +1,7 @@
 """Optax links that keep pruned weights at exactly zero.
 
-Gradients are masked before the inner optimizer, so that clipping and normalising see only what is
-left; its updates are then replaced by ``-w`` where the mask is false, and ``w + (-w)`` is exactly 0.
+Gradients are masked before the inner optimizer, so that clipping and normalising see only what
+is left; its updates are then replaced by ``-w`` where the mask is false, and ``w + (-w)`` is exactly 0.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class EnforceState(NamedTuple):
 class GradualState(NamedTuple):
     """State of :func:`gradual`."""
 
-    count: jax.Array  # shape=(), dtype=int32
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=int32
     sparsity: jax.Array  # shape=(), dtype=float32: what was last asked for
     masks: Any  # as the params, bool or None
     inner: optax.OptState

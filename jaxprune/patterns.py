@@ -1,7 +1,7 @@
 """What a mask may look like inside one leaf.
 
-A pattern pools the scores of a leaf to those of its units, among which :func:`jaxprune.select` chooses,
-and spreads the kept units back over the leaf.
+A pattern pools the scores of a leaf to those of its units, among which :func:`jaxprune.select`
+chooses, and spreads the kept units back over the leaf.
 """
 
 import dataclasses

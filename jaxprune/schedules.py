@@ -1,6 +1,6 @@
 r"""Sparsity as an ``optax.Schedule``: step to the fraction of weights removed.
 
-With progress :math:`t = (\mathrm{step} - \mathrm{begin}) / (\mathrm{end} - \mathrm{begin})`, clipped to [0, 1].
+:math:`t` is the progress from ``begin`` to ``end``, clipped to [0, 1].
 
 >>> float(cubic(0.8, begin=0, end=10)(5)), float(cubic(0.8, begin=0, end=10)(99))
 (0.699999988079071, 0.800000011920929)

@@ -70,7 +70,7 @@ def test_zero_means_zero(name, dtype):
         assert pruned_are_zero(params, masks)
     assert len(traces) == 1
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == before
-    other = jp.select(jp.scores.random(params, jax.random.key(5)), 0.7)
+    other = jp.select(jp.scores.random(grads, jax.random.key(5)), 0.7)
     params, state = step(params, jp.set_masks(state, other), grads)
     assert pruned_are_zero(params, other) and len(traces) == 1
     assert jax.tree.all(jax.tree.map(jnp.array_equal, jp.get_masks(state), other))

@@ -1,7 +1,7 @@
 """Importance scores, one criterion a file: float32, higher is kept, `None` for other dtypes.
 
-Data-free scores are called on params, data-driven ones like ``jax.grad``: ``snip(loss)(params, x, y)``.
-All are jitted and can be called inside another jit.
+Data-free scores are called on params, data-driven ones like ``jax.grad``, as
+``snip(loss)(params, x, y)``. All are jitted and can be called inside another jit.
 """
 
 from jaxprune.scores._gradient import gradient

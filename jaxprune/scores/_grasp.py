@@ -11,7 +11,7 @@ from jaxprune import _tree
 def grasp(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
     r"""Scores a weight by how much removing it would hurt the gradient flow.
 
-    .. math:: s = w \odot H g, \qquad g = \partial L / \partial w, \quad H = \partial^2 L / \partial w^2
+    .. math:: s = w \odot H g, \qquad g = \partial_w L, \quad H = \partial_w^2 L
 
     The paper's score has the opposite sign, and there the largest are removed. Divide the logits by
     a temperature (200 in the paper) inside the loss.

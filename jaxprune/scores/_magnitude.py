@@ -8,7 +8,7 @@ from jaxprune import _tree
 
 
 def magnitude(params: Any, p: float = 1) -> Any:
-    r"""Scores a weight by its size: :math:`s_i = |w_i|^p`, so that a unit's sum is its norm to the p.
+    r"""Scores a weight by its size: :math:`s_i = |w_i|^p`, so that a unit sums to norm^p.
 
     Args:
       params: any pytree of arrays.

@@ -24,9 +24,10 @@ def synflow(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
       apply_fn: maps ``(params, *inputs)`` to outputs, in inference mode.
 
     Returns:
-      A function of ``(params, *inputs)`` giving one float32 score per weight; higher is kept. Only
-      the shapes of floating inputs are used (`jax.ShapeDtypeStruct` will do, a batch of 1 is enough);
-      other inputs pass unchanged. Raises a `ValueError`, outside jit, if no flow reaches the output.
+      A function of ``(params, *inputs)`` giving one float32 score per weight; higher is kept.
+      Only the shapes of floating inputs are used (`jax.ShapeDtypeStruct` will do, a batch of 1 is
+      enough); other inputs pass unchanged. Raises a `ValueError`, outside jit, if no flow reaches
+      the output.
 
     Examples:
       >>> f = lambda w, x: jax.nn.relu(x @ w[0]) @ w[1]
@@ -35,8 +36,8 @@ def synflow(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
       [[1.0], [0.6666666865348816]]
 
     References:
-      Tanaka et al, `Pruning neural networks without any data by iteratively conserving synaptic flow
-      <https://arxiv.org/abs/2006.05467>`_, 2020
+      Tanaka et al, `Pruning neural networks without any data by iteratively conserving synaptic
+      flow <https://arxiv.org/abs/2006.05467>`_, 2020
     """
     return functools.partial(_checked, apply_fn)
 

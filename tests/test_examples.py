@@ -1,0 +1,43 @@
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+TINY = {  # settings that run in seconds; an example that is not named here runs with none
+    "quickstart.py": ["--epochs", "1", "--sparsities", "0.9"],
+    "prune_retrain.py": ["--epochs", "1", "--rounds", "2"],
+    "custom_train_step.py": ["--steps", "20"],
+    "benchmarks.py": ["--tiny"],
+}
+
+
+def write_mnist(folder):
+    """Writes random images in the IDX format."""
+    import gzip
+
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for name, n in (("train", 256), ("t10k", 64)):
+        images = rng.integers(0, 256, (n, 28, 28), np.uint8)
+        labels = rng.integers(0, 10, n, np.uint8)
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = np.array([0x800 + array.ndim, *array.shape], ">i4").tobytes()
+            with gzip.open(folder / f"{name}-{kind}-ubyte.gz", "wb") as f:
+                f.write(header + array.tobytes())
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in EXAMPLES.glob("[a-z]*.py")))
+def test_example_runs(name, tmp_path):
+    options = TINY.get(name, [])
+    if name == "lenet_mnist.py":
+        write_mnist(tmp_path)
+        options = ["--data", str(tmp_path), "--seeds", "2", "--epochs", "1"]
+    if name in ("quickstart.py", "prune_retrain.py"):
+        options = [*options, "--out", str(tmp_path)]
+    command = [sys.executable, "-W", "error", str(EXAMPLES / name), *options]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout
