@@ -27,8 +27,8 @@ def select(
 ) -> Any:
     r"""Keeps the weights with the largest scores: exactly ``round(sparsity * n)`` of n go.
 
-    Ties are broken by a hash of the position, so that equal scores spread evenly. Jittable; a Python
-    sparsity is exact, a traced float32 one within 6e-8 n. Under jit NaN counts as lowest.
+    Ties are broken by a hash of the position, so that equal scores spread evenly. Jittable; a
+    Python sparsity is exact, a traced float32 one within 6e-8 n. Under jit NaN counts as lowest.
 
     Args:
       scores: a pytree, higher is kept; `None` leaves are never pruned.

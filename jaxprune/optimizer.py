@@ -1,7 +1,8 @@
 """Optax links that keep pruned weights at exactly zero.
 
 Gradients are masked before the inner optimizer, so that clipping and normalising see only what
-is left; its updates are then replaced by ``-w`` where the mask is false, and ``w + (-w)`` is exactly 0.
+is left; its updates are then replaced by ``-w`` where the mask is false, and
+``w + (-w)`` is exactly 0.
 """
 
 from collections.abc import Callable
@@ -40,8 +41,8 @@ def enforce(
     .. math:: u = m \odot \mathrm{inner}(m \odot g) - (1 - m) \odot w
 
     Exact when this link is outermost or last. Wrappers that delay updates (``MultiSteps``) or mix
-    params over time (``lookahead``) are exact from their first emitted update on, if the params start
-    masked. A pruned NaN stays NaN: apply :func:`jaxprune.apply_masks` once.
+    params over time (``lookahead``) are exact from their first emitted update on, if the params
+    start masked. A pruned NaN stays NaN: apply :func:`jaxprune.apply_masks` once.
 
     Args:
       inner: any gradient transformation.

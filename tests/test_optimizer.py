@@ -25,7 +25,7 @@ OPTIMIZERS = {  # a new optimizer adds one row here
     "rmsprop": optax.rmsprop(1e-2),
     "adafactor": optax.adafactor(1e-2, min_dim_size_to_factor=4),
     "muon": optax.contrib.muon(1e-2),
-    "inject_hyperparams": optax.inject_hyperparams(optax.adam)(1e-2),
+    "inject_hyperparams": optax.inject_hyperparams(optax.adam, hyperparam_dtype=jnp.float32)(1e-2),
     "schedule": optax.adam(optax.cosine_decay_schedule(1e-2, 10)),
     "apply_if_finite": optax.apply_if_finite(optax.adam(1e-2), 3),
     "chain": optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2)),
