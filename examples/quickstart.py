@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import optax
+from _data import epoch_order, load
 from flax import nnx
 from tqdm import tqdm
 
 import jaxprune as jp
-from _data import epoch_order, load
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -120,8 +120,9 @@ def compare(args):
     fit_gradually = trainer(apply, gradual, x, y)
 
     start = time.perf_counter()
-    trained, state = fit(initial, enforced.init(initial), 0.0, args.epochs, args.seed)
-    dense, _ = fit(trained, state, 0.0, args.epochs, args.seed + 1)
+    initial_state = enforced.init(initial)
+    trained, trained_state = fit(initial, initial_state, 0.0, args.epochs, args.seed)
+    dense, _ = fit(trained, trained_state, 0.0, args.epochs, args.seed + 1)
     scores = [accuracy(trained), accuracy(dense)]
     rows = [("dense", 0.0, *scores, 1.0, time.perf_counter() - start)]
 
@@ -201,7 +202,7 @@ def log_axis(axes, ratios):
     axes.set_xticks(ratios, [f"{r:.3g}×" for r in ratios])
     axes.minorticks_off()
     axes.set_xlabel("compression (params / kept params)")
-    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=None))
+    axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}%")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 

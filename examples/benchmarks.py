@@ -1,0 +1,204 @@
+"""What pruning costs: time and memory of selecting, enforcing and iterating, against plain JAX.
+
+Each ratio compares with a reference in the same process: a global sort for `jp.select`, plain Adam
+for `jp.enforce` and `jp.gradual`. Figures are medians; steps are timed in interleaved pairs with
+donated state.
+
+    python examples/benchmarks.py --millions 25 100
+    python examples/benchmarks.py --tiny
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxprune as jp
+
+
+def seconds(f, *args):
+    start = time.perf_counter()
+    jax.block_until_ready(f(*args))
+    return time.perf_counter() - start
+
+
+def median_seconds(f, *args, repeats):
+    seconds(f, *args)  # compiles
+    return statistics.median(seconds(f, *args) for _ in range(repeats))
+
+
+def memory(f, *args):
+    """Bytes of temporaries and outputs, as XLA plans them."""
+    found = jax.jit(f).lower(*args).compile().memory_analysis()
+    return found.temp_size_in_bytes, found.output_size_in_bytes
+
+
+def by_sorting(scores):
+    """The reference: sorts all scores, then compares with the threshold (ties all go)."""
+    flat = jnp.sort(jnp.concatenate([s.ravel() for s in scores]))
+    threshold = flat[round(0.9 * flat.size) - 1]
+    return [s > threshold for s in scores]
+
+
+def normal_arrays(n, count=20):
+    side = max(n // count // 256, 1)
+    make = jax.jit(lambda key: jax.random.normal(key, (side, 256)))
+    return [make(jax.random.key(i)) for i in range(count)]
+
+
+def bench_select(n, repeats):
+    params = normal_arrays(n)
+    scores = [jnp.abs(w) for w in params]
+    ties = [jnp.ones_like(w) for w in params]
+    size = sum(w.size for w in params)
+    print(f"\nselect, {size:,} float32 in {len(params)} arrays, sparsity 0.9")
+
+    def select(scores):
+        return jp.select(scores, 0.9)
+
+    def by_layer(scores):
+        return jp.select(scores, 0.9, scope="layer")
+
+    def fused(params):
+        return jp.select(jp.scores.magnitude(params), 0.9)
+
+    reference = jax.jit(by_sorting)
+    reference = median_seconds(reference.lower(scores).compile(), scores, repeats=1)
+    rows = [("global", select, scores), ("global, all tied", select, ties)]
+    rows += [("global, in jit with magnitude", jax.jit(fused), params), ("layer", by_layer, scores)]
+    for name, f, args in rows:
+        took = median_seconds(f, args, repeats=repeats)
+        print(f"  {name:<30} {took:9.4f} s   {took / reference:6.3f} x the sort")
+    print(f"  {'sort and compare':<30} {reference:9.4f} s")
+    for name, f in [("global", select), ("fused with magnitude", fused), ("sort", by_sorting)]:
+        temp, output = memory(f, params if f is fused else scores)
+        print(
+            f"  {name:<30} {(temp + output) / size:9.2f} bytes a param "
+            f"({temp / size:.2f} temporary, {output / size:.2f} masks)"
+        )
+
+
+def mlp_params(key, widths):
+    pairs = zip(jax.random.split(key, len(widths)), widths[:-1], widths[1:], strict=False)
+    return [
+        {"w": jax.random.normal(k, (a, b)) * (2 / a) ** 0.5, "b": jnp.zeros(b)} for k, a, b in pairs
+    ]
+
+
+def mlp(params, x):
+    for layer in params[:-1]:
+        x = jax.nn.relu(x @ layer["w"] + layer["b"])
+    return x @ params[-1]["w"] + params[-1]["b"]
+
+
+def loss(params, x, y):
+    return jnp.mean((mlp(params, x) - y) ** 2)
+
+
+def whole_step(tx):
+    def step(carry, x, y):
+        params, state = carry
+        grads = jax.grad(loss)(params, x, y)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def update_only(tx):
+    def step(carry, grads):
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def paired_ratio(step, plain, carries, args, pairs):
+    """Times both in turn, with the order swapped each time; returns the median of the ratios."""
+    steps = [step, plain]
+    ratios, plain_seconds = [], []
+    for i in range(pairs + 3):
+        took = [0.0, 0.0]
+        for j in (0, 1) if i % 2 else (1, 0):
+            start = time.perf_counter()
+            carries[j] = jax.block_until_ready(steps[j](carries[j], *args))
+            took[j] = time.perf_counter() - start
+        if i >= 3:
+            ratios.append(took[0] / took[1])
+            plain_seconds.append(took[1])
+    return statistics.median(ratios), statistics.median(plain_seconds)
+
+
+def bench_optimizers(widths, step_pairs, update_pairs):
+    params = mlp_params(jax.random.key(0), widths)
+    size = sum(p.size for p in jax.tree.leaves(params))
+    x = jax.random.normal(jax.random.key(1), (64, widths[0]))
+    y = jax.random.normal(jax.random.key(2), (64, widths[-1]))
+    grads = jax.jit(jax.grad(loss))(params, x, y)
+    masks = jp.select(jp.scores.magnitude(params), 0.9)
+    schedule = jp.schedules.cubic(0.9, begin=10**6, end=2 * 10**6)  # not due while we measure
+    plain = optax.adam(1e-3)
+    links = {
+        "enforce": jp.enforce(optax.adam(1e-3), masks),
+        "gradual": jp.gradual(optax.adam(1e-3), jp.scores.magnitude, schedule, every=100),
+    }
+    print(f"\nAdam on an MLP of {size:,} params, batch 64: ratios to plain Adam")
+    kinds = [
+        ("whole step", whole_step, (x, y), step_pairs),
+        ("optimizer only", update_only, (grads,), update_pairs),
+    ]
+    for name, tx in links.items():
+        for kind, make, args, pairs in kinds:
+            compiled, carries, temps = [], [], []
+            for each in (tx, plain):
+                carry = jax.tree.map(jnp.copy, (params, each.init(params)))
+                step = jax.jit(make(each), donate_argnums=0).lower(carry, *args).compile()
+                temps.append(step.memory_analysis().temp_size_in_bytes / 1e6)
+                compiled.append(step)
+                carries.append(carry)
+            ratio, took = paired_ratio(*compiled, carries, args, pairs)
+            print(
+                f"  {name}, {kind:<15} {ratio:6.3f} x {took * 1e3:8.2f} ms   median of {pairs} "
+                f"pairs   temporary {temps[0]:.2f} MB, plain {temps[1]:.2f} MB"
+            )
+
+
+def bench_iteratively(widths, rounds):
+    params = mlp_params(jax.random.key(0), widths)
+    size = sum(p.size for p in jax.tree.leaves(params))
+    x = jnp.ones((1, widths[0]))
+    score = jp.scores.synflow(mlp)
+    print(f"\nselect_iteratively, SynFlow, {size:,} params, sparsity 0.99, {rounds} rounds")
+    for name in ("first call, with compiling", "second call"):
+        took = seconds(lambda: jp.select_iteratively(score, params, 0.99, x, rounds=rounds))
+        print(f"  {name:<30} {took:9.3f} s")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--millions", type=float, nargs="+", default=[25], help="sizes to select")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=100, help="pairs of optimizer steps")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to check that it runs")
+    args = parser.parse_args()
+    processor = platform.processor() or platform.machine()
+    print(f"{processor}, {os.cpu_count()} cores, jax {jax.__version__}, {jax.default_backend()}")
+    if args.tiny:
+        bench_select(100_000, repeats=2)
+        bench_optimizers([64, 128, 128, 16], step_pairs=5, update_pairs=5)
+        bench_iteratively([64, 128, 10], rounds=10)
+        return
+    for millions in args.millions:
+        bench_select(round(millions * 1e6), args.repeats)
+    bench_optimizers([1024, 2600, 2600, 256], args.pairs, args.pairs)
+    bench_iteratively([784, 700, 600, 10], rounds=100)
+
+
+if __name__ == "__main__":
+    main()
