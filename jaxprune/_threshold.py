@@ -90,6 +90,7 @@ def largest(
     count = total(firsts)[:, 0]
     keep = jnp.minimum(keep, count)
     thresholds, count = search(above, jnp.uint32, count)
+    thresholds = jnp.maximum(thresholds, 1)  # 0, if nothing had to go, is what does not compete
     ranks, count = search(kept, index_dtype, count)
     masks = [kept(i, ranks[g][None], count[0] < 0)[0] for i, g in enumerate(group)]
     return masks, jnp.stack(firsts)[:, 1]

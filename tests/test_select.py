@@ -133,6 +133,15 @@ def test_within_prunes_further_and_counts_what_is_gone():
     assert jax.tree.all(jax.tree.map(lambda a, b: jnp.all(a | ~b), first, second))
 
 
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8])
+def test_within_stays_where_no_more_is_asked(scope, sparsity):
+    scores = jp.scores.magnitude(tree())
+    first = jp.select(scores, 0.8, scope=scope)
+    again = jp.select(scores, sparsity, scope=scope, within=first)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, first, again))
+
+
 def test_nan_counts_as_lowest_under_jit_and_is_an_error_outside():
     scores = jnp.array([[jnp.nan, -jnp.inf, 0.0, 1.0]])
     assert jax.jit(lambda s: jp.select(s, 0.25))(scores).tolist() == [[False, True, True, True]]
