@@ -1,4 +1,4 @@
-"""Six ways to prune LeNet-300-100, each with the same number of training steps.
+"""Seven ways to prune LeNet-300-100, each with the same number of training steps.
 
 Random and magnitude pruning start from the network trained for --epochs and train it for --epochs
 more. SNIP, GraSP and SynFlow prune the initial network, then train it for twice --epochs. Gradual
@@ -29,6 +29,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 STYLES = {  # Okabe and Ito's colours
     "random": ("#000000", "x"),
     "magnitude": ("#0072B2", "o"),
+    "magnitude by layer": ("#56B4E9", "P"),
     "SNIP": ("#E69F00", "s"),
     "GraSP": ("#CC79A7", "^"),
     "SynFlow": ("#009E73", "D"),
@@ -132,9 +133,10 @@ def compare(args):
     grasp = jp.scores.grasp(cross_entropy(apply, temperature=200))
     synflow = jp.scores.synflow(apply)
     key = jax.random.key(args.seed)
-    select = {  # magnitudes do not compare across layers
+    select = {
         "random": lambda s: jp.select(jp.scores.random(trained, key), s),
-        "magnitude": lambda s: jp.select(jp.scores.magnitude(trained), s, scope="layer"),
+        "magnitude": lambda s: jp.select(jp.scores.magnitude(trained), s),
+        "magnitude by layer": lambda s: jp.select(jp.scores.magnitude(trained), s, scope="layer"),
         "SNIP": lambda s: jp.select(snip(initial, *sample), s),
         "GraSP": lambda s: jp.select(grasp(initial, *sample), s),
         "SynFlow": lambda s: jp.select_iteratively(synflow, initial, s, shape, rounds=100),
@@ -148,10 +150,9 @@ def compare(args):
             params, state = fit_gradually(params, state, sparsity, args.epochs, args.seed + 1)
             return before, accuracy(params), jp.get_masks(state)
         masks = select[method](sparsity)
-        after_training = method in ("random", "magnitude")
-        params, state = (trained, trained_state) if after_training else (initial, initial_state)
-        params = jp.apply_masks(params, masks)
-        state = jp.set_masks(state, masks)  # nothing recompiles
+        after_training = method in ("random", "magnitude", "magnitude by layer")
+        params = jp.apply_masks(trained if after_training else initial, masks)
+        state = jp.set_masks(initial_state, masks)  # nothing recompiles
         before = accuracy(params)
         if not after_training:
             params, state = fit(params, state, 0.0, args.epochs, args.seed)
@@ -172,10 +173,10 @@ def compare(args):
 
 def show(rows, sparsity):
     """Prints the rows of one sparsity, and the dense one."""
-    print("method     sparsity   before    after  compression  seconds")
+    print("method              sparsity   before    after  compression  seconds")
     for method, at, before, after, ratio, seconds in rows:
         if method == "dense" or at == sparsity:
-            print(f"{method:10} {at:8.3g} {before:8.1%} {after:8.1%} {ratio:11.1f}× {seconds:8.1f}")
+            print(f"{method:19} {at:8.3g} {before:8.1%} {after:8.1%} {ratio:11.1f}× {seconds:8.1f}")
     print("before, after: test accuracy right after pruning, and after fine-tuning or training")
 
 
