@@ -6,10 +6,10 @@ ways are shown for each:
 
 - enforce: pruned weights are held at zero by `jp.enforce`; `jp.set_masks` swaps the masks.
 - straight-through: `jp.masks.straight_through` in the loss prunes in the forward pass only, so
-  that weights go on learning and come back when they have grown large again. The masks are applied
-  for good at the end.
+  that weights go on learning, and come back when they have grown large by the next scoring. The
+  masks are applied for good at the end.
 
-    python examples/custom_train_step.py --steps 1000
+    python examples/custom_train_step.py --steps 600
 """
 
 import argparse
@@ -17,6 +17,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from _data import load
 from flax import linen, nnx
@@ -32,14 +33,16 @@ def cross_entropy(logits, y):
 
 
 def rescore(args, step, params, masks, within):
-    """Every n steps, new masks from the magnitudes; else the old ones."""
-    schedule = jp.schedules.cubic(args.sparsity, begin=args.steps // 5, end=args.steps * 3 // 5)
+    """Every n steps, new masks from the magnitudes; else, and in the last 2/5 of steps, the old."""
+    begin, end = args.steps // 5, args.steps * 3 // 5
+    schedule = jp.schedules.cubic(args.sparsity, begin, end)
+    due = (step == end) | ((step < end) & (step % args.every == 0))
 
     def prune():
         scores = jp.scores.magnitude(params)
         return jp.select(scores, schedule(step), within=masks if within else None)
 
-    return jax.lax.cond(step % args.every == 0, prune, lambda: masks)
+    return jax.lax.cond(due, prune, lambda: masks)
 
 
 def all_kept(params):
@@ -76,8 +79,8 @@ def train_nnx(args, data, straight):
         params = nnx.state(model, nnx.Param)
         masks = rescore(args, i, params, masks, within=not straight)
         if not straight:
-            state = jp.set_masks(nnx.pure(nnx.state(optimizer.opt_state)), masks)
-            nnx.update(optimizer.opt_state, state)
+            state = jp.set_masks(nnx.as_pure(optimizer.opt_state), masks)
+            nnx.update(optimizer.opt_state, nnx.state(state))
         optimizer.update(model, jax.grad(loss)(params, masks, x, y))
         return masks
 
@@ -186,16 +189,15 @@ def assert_pruned_are_zero(params, masks):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--every", type=int, default=50, help="steps between scorings")
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    x_train, y_train, x_test, y_test = map(jnp.asarray, load())
+    x_train, y_train, x_test, y_test = load()
 
     def data(steps):
-        for key in jax.random.split(jax.random.key(args.seed), steps):
-            index = jax.random.randint(key, (64,), 0, len(x_train))
+        for index in np.random.default_rng(args.seed).integers(len(x_train), size=(steps, 64)):
             yield x_train[index], y_train[index]
 
     print(f"{'':<12}{'':<18}{'loss':>8}{'accuracy':>10}{'sparsity':>10}")

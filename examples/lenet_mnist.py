@@ -1,0 +1,176 @@
+"""Magnitude pruning of LeNet on MNIST to a twelfth of its weights, after Han et al.
+
+Trains a dense network, then prunes it in rounds that each remove the weights with the smallest
+magnitudes and retrain the others at a lower learning rate. With --scope layer the rounds end at
+the keep rates of the paper (8 %, 9 % and 26 % for LeNet-300-100), with --scope global at one
+threshold for all layers that keeps as many weights. Prints the test error of both over the seeds.
+
+    python examples/lenet_mnist.py --data mnist/
+    python examples/lenet_mnist.py --data mnist/ --model lenet-5 --scope global --seeds 1
+
+Han et al, Learning both Weights and Connections for Efficient Neural Networks, 2015
+https://arxiv.org/abs/1506.02626
+"""
+
+import argparse
+import functools
+import statistics
+
+import jax
+import jax.numpy as jnp
+import optax
+from _data import load
+
+import jaxprune as jp
+
+SHAPES = {
+    "lenet-300-100": {"fc1": (784, 300), "fc2": (300, 100), "fc3": (100, 10)},
+    "lenet-5": {
+        "conv1": (5, 5, 1, 20),
+        "conv2": (5, 5, 20, 50),
+        "fc1": (800, 500),
+        "fc2": (500, 10),
+    },
+}
+KEPT = {  # what the paper keeps of each layer
+    "lenet-300-100": {"fc1": 0.08, "fc2": 0.09, "fc3": 0.26},
+    "lenet-5": {"conv1": 0.66, "conv2": 0.12, "fc1": 0.08, "fc2": 0.19},
+}
+
+
+def init(key, shapes):
+    he = jax.nn.initializers.he_normal()
+    return {
+        name: {"w": he(k, s), "b": jnp.zeros(s[-1])}
+        for k, (name, s) in zip(jax.random.split(key, len(shapes)), shapes.items(), strict=True)
+    }
+
+
+def dropout(x, rate, key):
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
+def convolve(x, layer):
+    x = jax.lax.conv_general_dilated(
+        x, layer["w"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    x = x + layer["b"]
+    n, h, w, c = x.shape
+    return x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+
+
+def apply(params, x, rate=0.0, key=None):
+    if "conv1" in params:
+        x = x.reshape(-1, 28, 28, 1)
+        x = convolve(convolve(x, params["conv1"]), params["conv2"])
+        x = x.reshape(len(x), -1)
+    dense = [params[name] for name in sorted(params) if name.startswith("fc")]
+    for i, layer in enumerate(dense):
+        x = x @ layer["w"] + layer["b"]
+        if i < len(dense) - 1:
+            x = dropout(jax.nn.relu(x), rate, None if key is None else jax.random.fold_in(key, i))
+    return x
+
+
+@functools.partial(jax.jit, static_argnames=("epochs", "learning_rate", "l2", "rate", "batch"))
+def train(params, masks, x, y, key, *, epochs, learning_rate, l2, rate, batch=128):
+    """Trains the weights that the masks keep, with Adam and cosine decay: a scan of scans."""
+    per_epoch = len(x) // batch
+    decay = optax.cosine_decay_schedule(learning_rate, epochs * per_epoch)
+    # L2 in the gradient: Adam then shrinks the weights of pixels that are always black.
+    tx = jp.enforce(optax.chain(optax.add_decayed_weights(l2), optax.adam(decay)), masks)
+
+    def loss(params, x, y, key):
+        logits = apply(params, x, rate, key)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def step(carry, drawn):
+        params, state = carry
+        index, key = drawn
+        grads = jax.grad(loss)(params, x[index], y[index], key)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    def epoch(carry, key):
+        order, drop = jax.random.split(key)
+        index = jax.random.permutation(order, len(x))[: per_epoch * batch].reshape(-1, batch)
+        return jax.lax.scan(step, carry, (index, jax.random.split(drop, per_epoch)))
+
+    keys = jax.random.split(key, epochs)
+    return jax.lax.scan(epoch, (params, tx.init(params)), keys)[0][0]
+
+
+@jax.jit
+def test_error(params, x, y):
+    """In percent; the images in parts, so that convolutions need little memory."""
+    guess = jax.lax.map(lambda x: apply(params, x[None])[0].argmax(), x, batch_size=1000)
+    return 100 * jnp.mean(guess != y)
+
+
+def select(params, model, scope, part):
+    """Masks that have gone this part of the way, as a product of rounds, to the final rates."""
+    scores, kept = jp.scores.magnitude(params), KEPT[model]
+    if scope == "layer":
+        return jp.select(scores, scope={f"{n}/w": 1 - rate**part for n, rate in kept.items()})
+    sizes = {name: params[name]["w"].size for name in kept}
+    rate = sum(kept[name] * sizes[name] for name in kept) / sum(sizes.values())
+    return jp.select(scores, 1 - rate**part)
+
+
+def prune_and_retrain(seed, args, data):
+    """Gives the dense and the pruned test error, and how many times fewer weights are left."""
+    x, y, x_test, y_test = data
+    start, *keys = jax.random.split(jax.random.key(seed), args.rounds + 2)
+    params = init(start, SHAPES[args.model])
+    masks = select(params, args.model, args.scope, 0.0)
+    fit = functools.partial(train, x=x, y=y, l2=args.l2)
+    params = fit(
+        params, masks, key=keys[0], epochs=args.epochs, learning_rate=args.lr, rate=args.dropout
+    )
+    dense = float(test_error(params, x_test, y_test))
+    print(f"seed {seed}: dense error {dense:.2f} %", flush=True)
+    for i, key in enumerate(keys[1:], 1):
+        masks = select(params, args.model, args.scope, i / args.rounds)
+        params = jp.apply_masks(params, masks)
+        # Han et al. lower the dropout with the connections: by the root of what is kept.
+        rate = args.dropout * (1 - jp.metrics.sparsity(masks)) ** 0.5
+        params = fit(
+            params, masks, key=key, epochs=args.retrain, learning_rate=args.retrain_lr, rate=rate
+        )
+        error = float(test_error(params, x_test, y_test))
+        compression = jp.metrics.compression(params, masks)
+        print(f"seed {seed}: {compression:5.2f} x fewer, error {error:.2f} %", flush=True)
+    if seed == args.seeds - 1:
+        print(jp.summary(params, masks))
+    return dense, error, compression
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="folder with the four MNIST files")
+    parser.add_argument("--model", choices=SHAPES, default="lenet-300-100")
+    parser.add_argument("--scope", choices=["layer", "global"], default="layer")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=12, help="of dense training")
+    parser.add_argument("--rounds", type=int, default=4, help="of pruning and retraining")
+    parser.add_argument("--retrain", type=int, default=10, help="epochs in each round")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--retrain-lr", type=float, default=5e-4)
+    parser.add_argument("--l2", type=float, default=1e-4)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    args = parser.parse_args()
+    data = [jnp.asarray(part) for part in load(args.data)]
+    dense, pruned, compression = zip(
+        *[prune_and_retrain(seed, args, data) for seed in range(args.seeds)], strict=True
+    )
+    print(f"{args.model}, scope {args.scope}, {args.seeds} seeds, {compression[0]:.1f} x fewer")
+    for name, errors in [("dense", dense), ("pruned", pruned)]:
+        std = statistics.stdev(errors) if len(errors) > 1 else 0.0
+        print(f"{name:<8} test error {statistics.mean(errors):.2f} ± {std:.2f} %")
+
+
+if __name__ == "__main__":
+    main()
