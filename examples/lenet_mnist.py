@@ -54,12 +54,12 @@ def dropout(x, rate, key):
 
 
 def convolve(x, layer):
-    x = jax.lax.conv_general_dilated(
-        x, layer["w"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    x = x + layer["b"]
-    n, h, w, c = x.shape
-    return x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+    """Convolves as a matmul of 5 x 5 patches, which is fast inside a scan on a CPU; then pools."""
+    n, side, _, _ = x.shape
+    side = side - 4
+    parts = [x[:, i : i + side, j : j + side] for i in range(5) for j in range(5)]
+    x = jnp.concatenate(parts, -1) @ layer["w"].reshape(-1, layer["w"].shape[-1]) + layer["b"]
+    return x.reshape(n, side // 2, 2, side // 2, 2, -1).max((2, 4))
 
 
 def apply(params, x, rate=0.0, key=None):
