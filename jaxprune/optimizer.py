@@ -210,7 +210,7 @@ def _fit(params: Any, masks: Any) -> Any:
 
 
 def _masked(inner, updates, masks, inner_state, params, extra_args):
-    updates = _tree.map_masks(lambda g, m: jnp.where(m, g, jnp.zeros_like(g)), updates, masks)
+    updates = _tree.map_masks(_silence, updates, masks)
     updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
     leaves, treedef = jax.tree.flatten(updates)
     aligned = _tree.align(params, masks)
@@ -219,3 +219,14 @@ def _masked(inner, updates, masks, inner_state, params, extra_args):
         for u, w, m in zip(leaves, jax.tree.leaves(params), aligned, strict=True)
     ]
     return treedef.unflatten(updates), inner_state
+
+
+def _silence(grads: jax.Array, mask: jax.Array) -> jax.Array:
+    """Computes ``where(mask, grads, 0)``."""
+    if not jnp.issubdtype(grads.dtype, jnp.floating):
+        return jnp.where(mask, grads, jnp.zeros_like(grads))
+    # On bits: XLA on CPU vectorises the conversion of a bool to an integer, not to a choice, and an
+    # optimizer may read the gradient in several loops (twice in Adam: half the cost of the link).
+    bits = jnp.dtype(f"int{8 * grads.dtype.itemsize}")
+    kept = jax.lax.bitcast_convert_type(grads, bits) & -mask.astype(bits)
+    return jax.lax.bitcast_convert_type(kept, grads.dtype)
