@@ -69,7 +69,9 @@ def enforce(
             return EnforceState(params, inner.init(params))
         # An Equinox module is a tree that can be called, too.
         made = callable(masks) and jax.tree_util.all_leaves([masks])
-        return EnforceState(_fit(params, masks(params) if made else masks), inner.init(params))
+        return EnforceState(
+            _fit(params, _evaluate(masks, params) if made else masks), inner.init(params)
+        )
 
     def update(updates, state, params=None, **extra_args):
         _need(params, "enforce")
@@ -123,7 +125,7 @@ def gradual(
     def init(params):
         masks = params
         if jax.tree.leaves(params):
-            masks = _fit(params, select(magnitude(params), 0.0))
+            masks = _fit(params, _evaluate(lambda p: select(magnitude(p), 0.0), params))
         zero = jnp.zeros((), jnp.int32)
         return GradualState(zero, jnp.zeros((), jnp.float32), masks, inner.init(params))
 
@@ -186,7 +188,9 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
     """
     get_masks(opt_state)
     return jax.tree.map(
-        lambda s: s._replace(masks=_copy(_tree.refit(s.masks, masks))) if _is_ours(s) else s,
+        lambda s: (
+            s._replace(masks=_fit(s.masks, _tree.refit(s.masks, masks))) if _is_ours(s) else s
+        ),
         opt_state,
         is_leaf=_is_ours,
     )
@@ -201,12 +205,32 @@ def _need(params: Any, name: str) -> None:
         raise ValueError(f"`{name}` needs the params: call `update(grads, state, params)`.")
 
 
-def _copy(masks: Any) -> Any:
-    return jax.tree.map(jnp.copy, masks)  # or a donated step would delete the caller's masks
+def _is_abstract(x: Any) -> bool:
+    return isinstance(x, jax.ShapeDtypeStruct)
+
+
+def _evaluate(masks: Callable[[Any], Any], params: Any) -> Any:
+    abstract = any(map(_is_abstract, jax.tree.leaves(params)))
+    return jax.eval_shape(masks, params) if abstract else masks(params)
 
 
 def _fit(params: Any, masks: Any) -> Any:
-    return _copy(_tree.rebuild(params, _tree.align_masks(params, masks)))
+    """Copies masks, or a donated step would delete the caller's, to where their params are."""
+    leaves, treedef = jax.tree.flatten(params)
+    placed = [
+        m if m is None or _is_abstract(m) else _place(jnp.copy(m), w)
+        for m, w in zip(_tree.align_masks(params, masks), leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, placed)
+
+
+def _place(mask: jax.Array, like: Any) -> jax.Array:
+    if not isinstance(like, jax.Array):
+        return mask
+    if not _tree.is_traced(like, mask):
+        return jax.device_put(mask, like.sharding)
+    sharding = jax.typeof(like).sharding
+    return mask if sharding.mesh.empty else jax.sharding.reshard(mask, sharding)
 
 
 def _masked(inner, updates, masks, inner_state, params, extra_args):
