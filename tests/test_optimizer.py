@@ -1,5 +1,7 @@
 import dataclasses
 import functools
+import subprocess
+import sys
 from typing import Any
 
 import equinox as eqx
@@ -300,3 +302,54 @@ def test_bad_input_is_named():
         jp.set_masks(tx.init(params), {**masks, "v": None})
     with pytest.raises(ValueError, match="every >= 1"):
         jp.gradual(optax.sgd(0.1), jp.scores.magnitude, jp.schedules.one_shot(0.5), every=0)
+
+
+LINKS = {  # (2, 8, 4) params; a new link adds one row here
+    "enforce": jp.enforce(optax.adam(1.0), lambda p: jp.select(jp.scores.magnitude(p), 0.5)),
+    "enforce a tree": jp.enforce(optax.adam(1.0), np.arange(64).reshape(2, 8, 4) < 32),
+    "gradual": jp.gradual(optax.adam(1.0), jp.scores.magnitude, jp.schedules.linear(0.5, 0, 9)),
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_link_inits_on_shapes(name):
+    state = LINKS[name].init(jax.ShapeDtypeStruct((2, 8, 4), jnp.float32))
+    assert jp.get_masks(state).shape == (2, 8, 4)
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_link_keeps_types_and_explicit_shardings(name):
+    tx = LINKS[name]
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, P(None, "x"))
+        params = jnp.zeros((2, 8, 4), jnp.float16, out_sharding=sharding)
+        state = tx.init(params)
+        types = jax.tree.map(jax.typeof, state)
+        assert jp.get_masks(state).sharding.is_equivalent_to(sharding, 3)
+        assert jax.tree.map(jax.typeof, jax.jit(tx.init)(params)) == types
+        assert jax.tree.map(jax.typeof, tx.update(params, state, params)[1]) == types
+        assert jax.tree.map(jax.typeof, jax.jit(tx.update)(params, state, params)[1]) == types
+
+
+def test_lookahead_keeps_its_fast_params_pruned():
+    params, grads = problem()
+    masks = jp.select(jp.scores.magnitude(params), 0.7)
+    tx = optax.lookahead(jp.enforce(optax.adam(1e-2), masks), sync_period=2, slow_step_size=0.5)
+    both = optax.LookaheadParams.init_synced(jp.apply_masks(params, masks))
+    state = tx.init(both)
+    for _ in range(5):
+        updates, state = tx.update(grads, state, both)
+        both = optax.apply_updates(both, updates)
+        assert pruned_are_zero(both.fast, masks) and pruned_are_zero(both.slow, masks)
+
+
+def test_importing_and_building_links_starts_no_backend():
+    code = """
+import jax, optax, jaxprune as jp
+jp.gradual(optax.adam(1e-3), jp.scores.magnitude, jp.schedules.cubic(0.9, 0, 10))
+jp.enforce(optax.adam(1e-3), lambda p: jp.select(jp.scores.magnitude(p), 0.5))
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

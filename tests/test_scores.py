@@ -2,6 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 
@@ -161,3 +163,32 @@ def test_bad_params_are_named():
         jp.scores.magnitude({"n": jnp.arange(3)})
     with pytest.raises(ValueError, match="p above 0"):
         jp.scores.magnitude(jnp.ones(2), p=0)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_have_the_sharding_of_their_leaf(name, kind):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,), devices=jax.devices()[:2])
+    params, batch = problem()
+    params = {k: params[k] for k in "wbv"}
+    specs = {"w": P("x"), "b": P(), "v": P(None, "x")}
+    place = lambda w, spec: jax.device_put(w, NamedSharding(mesh, spec))  # noqa: E731
+    sharded = jax.tree.map(place, params, specs)
+    batch = tuple(place(x, P()) for x in batch)
+
+    def f(p, x):
+        hidden = jax.nn.relu(jnp.einsum("ni,io->no", x, p["w"], **out(P())) + p["b"])
+        return jnp.einsum("ni,io->no", hidden, p["v"], **out(P(None, "x")))
+
+    def out(spec):
+        return {"out_sharding": NamedSharding(mesh, spec)} if kind == AxisType.Explicit else {}
+
+    objective = lambda p, x, y: jnp.sum(f(p, x) ** 2)  # noqa: E731
+    scores = {
+        "magnitude": lambda p: jp.scores.magnitude(p),
+        "random": lambda p: jp.scores.random(p, jax.random.key(1)),
+        "synflow": lambda p: jp.scores.synflow(f)(p, batch[0]),
+    }.get(name) or (lambda p: getattr(jp.scores, name)(objective)(p, *batch))
+    result = scores(sharded)
+    for leaf in "wv":
+        assert result[leaf].sharding.is_equivalent_to(NamedSharding(mesh, specs[leaf]), 2), leaf

@@ -37,4 +37,9 @@ def _checked(loss, params, *batch):
 @functools.partial(jax.jit, static_argnums=0)
 def _gradient(loss, params, *batch):
     grads = _tree.grad(loss, params, *batch)
-    return jax.tree.map(lambda g: jnp.abs(g.astype(jnp.float32)), grads)
+    return jax.tree.map(
+        # Reading w gives the score its sharding.
+        lambda g, w: jnp.where(jnp.isnan(w), jnp.nan, jnp.abs(g.astype(jnp.float32))),
+        grads,
+        _tree.floating(params),
+    )
