@@ -65,6 +65,14 @@ def check_params(params: Tree) -> None:
         )
 
 
+def checked(
+    score: Callable[..., Tree], loss: Callable[..., Any], params: Tree, *batch: Any
+) -> Tree:
+    """Calls a jitted score, its params checked before any tracing."""
+    check_params(params)
+    return score(loss, params, *batch)
+
+
 def floating(params: Tree) -> Tree:
     """Puts `None` in place of every leaf that is not floating."""
     return jax.tree.map(lambda w: w if is_floating(w) else None, params)
@@ -179,14 +187,11 @@ def union(trees: Sequence[Tree]) -> Tree:
 
 
 def refit(old: Tree, new: Tree) -> Tree:
-    """Gives new masks the structure of old ones, hidden parts and `None` included."""
-    full = jax.tree.map(lambda m: m, old)
-    aligned = iter(align_masks(full, _without_nones(old, new)))
-    return jax.tree.map(lambda m: next(aligned), full)
+    """Gives new masks the structure of old ones, in which `None` and hidden parts have their place.
 
-
-def _without_nones(old: Tree, new: Tree) -> Tree:
-    """Checks that `None` stands at the same paths of both, since it is part of the structure."""
+    Raises:
+      ValueError: where one has `None` and the other a mask.
+    """
     before, after = dict(named_leaves(old)), dict(named_leaves(new))
     for path in before.keys() & after.keys():
         if (before[path] is None) != (after[path] is None):
@@ -195,4 +200,4 @@ def _without_nones(old: Tree, new: Tree) -> Tree:
                 f"{'None' if before[path] is None else 'a mask'}, the new masks have "
                 f"{'None' if after[path] is None else 'a mask'}. Use the same `where`."
             )
-    return new
+    return rebuild(old, align_masks(old, new))

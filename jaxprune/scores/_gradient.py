@@ -26,12 +26,7 @@ def gradient(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
       >>> gradient(loss)(jnp.array([1.0, -2.0]), jnp.array([3.0, -1.0])).tolist()
       [3.0, 1.0]
     """
-    return functools.partial(_checked, loss)
-
-
-def _checked(loss, params, *batch):
-    _tree.check_params(params)
-    return _gradient(loss, params, *batch)
+    return functools.partial(_tree.checked, _gradient, loss)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -31,12 +31,7 @@ def grasp(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
       Wang et al, `Picking Winning Tickets Before Training by Preserving Gradient Flow
       <https://arxiv.org/abs/2002.07376>`_, 2020
     """
-    return functools.partial(_checked, loss)
-
-
-def _checked(loss, params, *batch):
-    _tree.check_params(params)
-    return _grasp(loss, params, *batch)
+    return functools.partial(_tree.checked, _grasp, loss)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -32,12 +32,7 @@ def snip(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
       Lee et al, `SNIP: Single-shot Network Pruning based on Connection Sensitivity
       <https://arxiv.org/abs/1810.02340>`_, 2019
     """
-    return functools.partial(_checked, loss)
-
-
-def _checked(loss, params, *batch):
-    _tree.check_params(params)
-    return _snip(loss, params, *batch)
+    return functools.partial(_tree.checked, _snip, loss)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -30,12 +30,7 @@ def taylor(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
       Molchanov et al, `Importance Estimation for Neural Network Pruning
       <https://arxiv.org/abs/1906.10771>`_, 2019 (there squared, and on gates)
     """
-    return functools.partial(_checked, loss)
-
-
-def _checked(loss, params, *batch):
-    _tree.check_params(params)
-    return _taylor(loss, params, *batch)
+    return functools.partial(_tree.checked, _taylor, loss)
 
 
 @functools.partial(jax.jit, static_argnums=0)
