@@ -80,7 +80,7 @@ def select(
     sparsity = _check_scope(scope, sparsity, [names[i][0] for i in chosen])
     with jax.enable_x64(True):
         units = [pattern.pool(jnp.asarray(names[i][1])) for i in chosen]
-        held = [None if (m := inside[i]) is None else pattern.pool(m) for i in chosen]
+        held = [None if (m := inside[i]) is None else pattern.pool(m).astype(bool) for i in chosen]
         paths = [names[i][0] for i in chosen]
         shapes = [u.shape[1:] if stacked(p) else u.shape for u, p in zip(units, paths, strict=True)]
         keep = _budget(scope, sparsity, paths, [math.prod(u.shape) for u in units], shapes)
@@ -96,6 +96,8 @@ def select(
     leaves: list[Any] = [None] * len(names)
     for i, mask in zip(chosen, kept, strict=True):
         leaves[i] = pattern.spread(mask, jnp.shape(names[i][1]))
+        if inside[i] is not None and pattern is not patterns.unstructured:
+            leaves[i] &= inside[i]  # a kept unit may hold weights that are gone already
     return _tree.rebuild(scores, leaves)
 
 

@@ -142,6 +142,18 @@ def test_within_stays_where_no_more_is_asked(scope, sparsity):
     assert jax.tree.all(jax.tree.map(jnp.array_equal, first, again))
 
 
+def test_a_pattern_pools_scores_and_spreads_masks():
+    rows = jp.patterns.Pattern(
+        pool=lambda s: s.sum(1), spread=lambda m, shape: jnp.broadcast_to(m[:, None], shape)
+    )
+    scores = {"w": jnp.arange(12.0).reshape(4, 3)}
+    masks = jp.select(scores, 0.5, pattern=rows)
+    assert masks["w"].tolist() == [[False] * 3] * 2 + [[True] * 3] * 2
+    within = {"w": jnp.ones((4, 3), bool).at[3, 0].set(False).at[2].set(False)}
+    masks = jp.select(scores, 0.25, pattern=rows, within=within)
+    assert masks["w"].tolist() == within["w"].tolist()
+
+
 def test_nan_counts_as_lowest_under_jit_and_is_an_error_outside():
     scores = jnp.array([[jnp.nan, -jnp.inf, 0.0, 1.0]])
     assert jax.jit(lambda s: jp.select(s, 0.25))(scores).tolist() == [[False, True, True, True]]
