@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
+from jaxprune import _threshold
 
 SCOPES = ["global", "layer", "erk", {"a/w": 0.25}]  # a new scope adds one entry here
 
@@ -242,3 +243,12 @@ def test_select_iteratively_is_exact_and_compiles_once():
 def test_bad_input_is_named(arguments, words):
     with pytest.raises(ValueError, match=words):
         jp.select(jp.scores.magnitude(tree()), **arguments)
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint32, jnp.uint64])
+def test_hash_of_the_index_is_one_to_one_and_spreads(dtype):
+    with jax.enable_x64(True):
+        hashed = np.asarray(_threshold._hash((64, 32, 32), jnp.asarray(7, dtype)))
+    assert hashed.dtype == dtype and len(np.unique(hashed)) == hashed.size
+    share = (hashed < np.iinfo(hashed.dtype).max // 2).mean((1, 2))
+    assert abs(share - 0.5).max() < 0.08
