@@ -2,8 +2,8 @@
 
 Stops when the test accuracy falls more than --delta below that of the dense network. Then prunes in
 one shot to every sparsity that was reached and retrains for as long as the rounds took together.
-Prints a table and draws both. One seed and 360 test images: differences below a point are noise, and
-the lead of iterative pruning rests on Adam's state being kept from round to round.
+Prints a table and draws both. One seed and 360 test images: differences below a point are noise,
+and the lead of iterative pruning rests on Adam's state being kept from round to round.
 
     python examples/prune_retrain.py --delta 0.01
     python examples/prune_retrain.py --data mnist/ --epochs 1
