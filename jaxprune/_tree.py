@@ -4,6 +4,7 @@ Trees are matched by path and shape, never by node type, and rebuilt with the pa
 that an ``nnx.State``, a dict and an optimizer's own containers all fit each other.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,10 @@ def _name(key_path: tuple[Any, ...]) -> str:
     if key_path and key_path[-1] == GetAttrKey("value"):
         key_path = key_path[:-1]
     return keystr(key_path, simple=True, separator="/")
+
+
+def _is_inside(path: str, part: str) -> bool:
+    return part in ("", path) or path.startswith(part + "/")
 
 
 def show(path: str) -> str:
@@ -98,21 +103,27 @@ def map_floating(f: Callable[..., Any], params: Tree, *rest: Tree) -> Tree:
 def align(params: Tree, tree: Tree, name: str = "masks") -> list[Any]:
     """Lists, for every leaf of params, the entry of another tree at the same path or `None`.
 
-    Where params hold a ``MaskedNode`` (a part that `optax.masked` hides), entries are ignored.
+    A ``MaskedNode`` hides a leaf or a whole part (as `optax.masked` does): where params hold one,
+    entries are ignored; where the other tree holds one, or `None`, it stands for all below it.
 
     Raises:
       ValueError: for a path that only one of the two trees has, or another shape.
     """
     entries, _ = tree_flatten_with_path(tree, is_leaf=_is_hole)
     found = {_name(path): None if _is_hole(leaf) else leaf for path, leaf in entries}
-    aligned = []
-    hidden = []
+    aligned: list[Any] = []
+    hidden: list[str] = []
+    holes = [path for path, leaf in found.items() if leaf is None]
+    covering: set[str] = set()
     for key_path, leaf in tree_flatten_with_path(params, is_leaf=_is_hole)[0]:
         path = _name(key_path)
         if isinstance(leaf, optax.MaskedNode):
             hidden.append(path)
         elif leaf is None:
             found.pop(path, None)
+        elif path not in found and (above := [h for h in holes if _is_inside(path, h)]):
+            covering.update(above)
+            aligned.append(None)
         elif path not in found:
             raise ValueError(
                 f"{show(path)}: {name} have no entry for this leaf of shape {jnp.shape(leaf)}; "
@@ -128,7 +139,7 @@ def align(params: Tree, tree: Tree, name: str = "masks") -> list[Any]:
                 )
             aligned.append(entry)
     for path in found:
-        if not any(path == h or path.startswith(h + "/") or h == "" for h in hidden):
+        if path not in covering and not any(_is_inside(path, h) for h in hidden):
             raise ValueError(
                 f"{show(path)}: {name} have an entry here, the params have none. "
                 f"Make {name} from these params."
@@ -173,17 +184,19 @@ def zero_means(tree: Tree) -> Tree:
 
 def union(trees: Sequence[Tree]) -> Tree:
     """Merges trees that each hide with ``MaskedNode`` what the others hold."""
-    entries: dict[str, Any] = {}
-    for tree in trees:
-        for key_path, leaf in tree_flatten_with_path(tree, is_leaf=_is_hole)[0]:
-            path = _name(key_path)
-            if not _is_hole(leaf):
-                if path in entries:
-                    raise ValueError(f"{show(path)}: two links mask this leaf. Use one of them.")
-                entries[path] = leaf
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: entries.get(_name(path)), trees[0], is_leaf=_is_hole
+    return jax.tree.map(
+        lambda m: None if _is_hole(m) else m, functools.reduce(_union, trees), is_leaf=_is_hole
     )
+
+
+def _union(a: Tree, b: Tree, path: tuple[Any, ...] = ()) -> Tree:
+    if _is_hole(a) or _is_hole(b):
+        return b if _is_hole(a) else a
+    children, treedef = tree_flatten_with_path(a, is_leaf=lambda x: x is not a)
+    if jax.tree_util.treedef_is_leaf(treedef):
+        raise ValueError(f"{show(_name(path))}: two links mask this leaf. Use one of them.")
+    pairs = zip(children, treedef.flatten_up_to(b), strict=True)  # type: ignore[attr-defined]
+    return jax.tree.unflatten(treedef, [_union(x, y, path + key) for (key, x), y in pairs])
 
 
 def refit(old: Tree, new: Tree) -> Tree:

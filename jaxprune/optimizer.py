@@ -237,12 +237,12 @@ def _masked(inner, updates, masks, inner_state, params, extra_args):
     updates = _tree.map_masks(_silence, updates, masks)
     updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
     leaves, treedef = jax.tree.flatten(updates)
-    aligned = _tree.align(params, masks)
+    aligned = _tree.align(updates, params, "params"), _tree.align(updates, masks)
     updates = [
         u if m is None else jnp.where(m, u, -w)  # in the wider of the two dtypes
-        for u, w, m in zip(leaves, jax.tree.leaves(params), aligned, strict=True)
+        for u, w, m in zip(leaves, *aligned, strict=True)
     ]
-    return treedef.unflatten(updates), inner_state
+    return jax.tree.unflatten(treedef, updates), inner_state
 
 
 def _silence(grads: jax.Array, mask: jax.Array) -> jax.Array:

@@ -135,6 +135,32 @@ def test_two_links_with_disjoint_leaves_are_merged():
     assert bool((found["w"] == masks["w"]).all()) and bool((found["v"] == masks["v"]).all())
 
 
+def test_links_on_whole_parts():
+    params = {"encoder": problem()[0], "head": problem()[0]}
+    masks = jp.select(jp.scores.magnitude(params), 0.7)
+    params = jp.apply_masks(params, masks)
+    link = lambda: jp.enforce(optax.adam(0.1), masks)  # noqa: E731
+    labels = {"encoder": "x", "head": "y"}  # one label for all below
+    for other, both in ((link(), True), (optax.sgd(0.1), False)):
+        tx = optax.multi_transform({"x": link(), "y": other}, labels)
+        state = tx.init(params)
+        updates, state = tx.update(params, state, params)
+        after = optax.apply_updates(params, updates)
+        found = jp.get_masks(state)
+        assert pruned_are_zero(after, found)
+        assert bool((found["encoder"]["w"] == masks["encoder"]["w"]).all())
+        assert (found["head"] is not None) == both
+        assert pruned_are_zero(after, jp.get_masks(jp.set_masks(state, masks)))
+
+
+def test_two_links_on_one_leaf_are_an_error():
+    params, _ = problem()
+    masks = jp.select(jp.scores.magnitude(params), 0.7)
+    tx = jp.enforce(jp.enforce(optax.sgd(0.1), masks), masks)
+    with pytest.raises(ValueError, match="v: two links mask this leaf"):
+        jp.get_masks((tx.init(params), tx.init(params)))
+
+
 def test_map_params_finds_the_optimizer_state():
     params, _ = problem()
     tx = jp.enforce(optax.adam(0.1), jp.select(jp.scores.magnitude(params), 0.7))
