@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _tree
+from jaxprune import _cost, _tree
 
 
 def sparsity(masks: Any) -> float:
@@ -72,16 +73,21 @@ class Summary:
         stored = sum(r.bytes for r in self.rows)
         share = f"{1 - kept / max(size, 1):.2%}"
         table.append(("total", "", f"{kept:,} of {size:,}", share, f"{stored:,}", ""))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i in (0, 1, 5) else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in table
-        ]
-        rule = "─" * max(map(len, lines))
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        return _show(table, left=(0, 1, 5))
+
+
+def _show(table: Sequence[Sequence[str]], left: Sequence[int]) -> str:
+    """Lays out a header, rows and a last line of totals; columns in ``left`` align left."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i in left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    ]
+    rule = "─" * max(map(len, lines))
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
 def summary(params: Any, masks: Any) -> Summary:
@@ -116,3 +122,107 @@ def summary(params: Any, masks: Any) -> Summary:
             Row(path, jnp.shape(leaf), size, kept, mask is not None, size * dtype.itemsize, note)
         )
     return Summary(tuple(rows))
+
+
+def flops(fn: Callable[..., Any], params: Any, *inputs: Any, masks: Any = None) -> float:
+    r"""Counts the floating-point operations of ``fn(params, *inputs)``: two per multiply-add.
+
+    Matmuls and convolutions are counted, wherever they are (einsum, attention, inside `scan`, once
+    per step). With masks those of nonzero weights alone: a weight of a convolution counts once per
+    output position. Of a `cond` the dearest branch counts, a `while` loop counts as one round.
+
+    Args:
+      fn: the function to trace; nothing is computed.
+      params: arrays or shapes.
+      *inputs: arrays or shapes.
+      masks: masks of the params.
+
+    Raises:
+      ValueError: for masks of other paths or shapes.
+      TypeError: for masks that are not bool.
+
+    Examples:
+      >>> f = lambda w, x: x @ w
+      >>> flops(f, jnp.ones((3, 2)), jnp.ones((5, 3)))
+      60.0
+      >>> flops(f, jnp.ones((3, 2)), jnp.ones((5, 3)), masks=jnp.array([[True, False]] * 3))
+      30.0
+    """
+    return 2.0 * sum(c.kept for c in _cost.contractions(fn, params, *inputs, masks=masks))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What one leaf of the params costs, of a :class:`Layers`; ``path`` is empty for the others."""
+
+    path: str
+    shape: tuple[int, ...]
+    params: int
+    flops: float
+    activations: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """What :func:`layers` found; printing it shows a table."""
+
+    rows: tuple[Layer, ...]
+
+    def __str__(self) -> str:
+        params = sum(r.params for r in self.rows)
+        flops = sum(r.flops for r in self.rows)
+        activations = sum(r.activations for r in self.rows)
+        table = [("path", "shape", "params", "", "FLOPs", "", "activations")]
+        for r in self.rows:
+            table.append(
+                (
+                    r.path or "(no params)",
+                    "×".join(map(str, r.shape)),
+                    f"{r.params:,}",
+                    f"{r.params / max(params, 1):.1%}",
+                    f"{r.flops:,.0f}",
+                    f"{r.flops / max(flops, 1):.1%}",
+                    f"{r.activations:,}",
+                )
+            )
+        table.append(("total", "", f"{params:,}", "", f"{flops:,.0f}", "", f"{activations:,}"))
+        return _show(table, left=(0, 1))
+
+
+def layers(fn: Callable[..., Any], params: Any, *inputs: Any, masks: Any = None) -> Layers:
+    """Tabulates params, FLOPs and activations of every weight that a matmul or convolution reads.
+
+    Activations are the entries of the results. What the weights of a network cost to store and what
+    they cost to run are two things: of VGG-16 the dense layers hold 89 % of the weights and do less
+    than 1 % of the multiply-adds, so that pruning them saves storage and no time. Where two params
+    meet in one product, the first is charged; products of activations stand in a row of their own.
+
+    Args:
+      fn: the function to trace; nothing is computed.
+      params: arrays or shapes.
+      *inputs: arrays or shapes.
+      masks: masks of the params, to count kept weights alone.
+
+    Examples:
+      >>> print(layers(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, jnp.ones((5, 3))))
+      path   shape  params          FLOPs          activations
+      ────────────────────────────────────────────────────────
+      w      3×2         6  100.0%     60  100.0%           10
+      ────────────────────────────────────────────────────────
+      total              6             60                   10
+    """
+    leaves = {path: leaf for path, leaf in _tree.named_leaves(params) if leaf is not None}
+    kept = dict.fromkeys(leaves)
+    if masks is not None:
+        kept = dict(zip(leaves, _tree.align_masks(params, masks), strict=True))
+    found: dict[str, list[_cost.Contraction]] = {}
+    for c in _cost.contractions(fn, params, *inputs, masks=masks):
+        found.setdefault(c.paths[0] if c.paths else "", []).append(c)
+    rows = []
+    for path, costs in found.items():
+        shape = jnp.shape(leaves[path]) if path else ()
+        mask = kept.get(path)
+        size = math.prod(shape) if mask is None else int(jnp.count_nonzero(mask))
+        flops = 2 * sum(c.kept for c in costs)
+        rows.append(Layer(path, shape, size if path else 0, flops, sum(c.outputs for c in costs)))
+    return Layers(tuple(rows))
