@@ -22,12 +22,6 @@ def load(directory=None):
     return x[train], y[train], x[test], y[test]
 
 
-def batches(x, y, seed, size):
-    """Yields the shuffled batches of one epoch; what does not fill a batch is left out."""
-    for index in epoch_order(len(x), seed, size):
-        yield x[index], y[index]
-
-
 def epoch_order(n, seed, size):
     """Gives the shuffled indices of one epoch, shaped (batches, size)."""
     size = min(size, n)

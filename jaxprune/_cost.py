@@ -47,7 +47,7 @@ def contractions(
     fn: Callable[..., Any], params: Any, *inputs: Any, masks: Any = None
 ) -> list[Contraction]:
     """Lists the matmuls and convolutions of ``fn(params, *inputs)``, inner programs included."""
-    names = [(path, leaf) for path, leaf in _tree.named_leaves(params) if leaf is not None]
+    names = _tree.named_leaves(params)
     kept = [None] * len(names) if masks is None else _tree.align_masks(params, masks)
     weights: list[_Weight | None] = [
         _Weight((path,), None if m is None else jnp.asarray(m, jnp.float32))

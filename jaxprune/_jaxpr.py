@@ -59,7 +59,7 @@ def inner(eqn: Any) -> list[Inner]:
     for key in ("call_jaxpr", "jaxpr", "fun_jaxpr"):
         if key in params:
             jaxpr = _open(params[key])
-            return [Inner(jaxpr, operands[-len(jaxpr.invars) :], call=True)]
+            return [Inner(jaxpr, operands[len(operands) - len(jaxpr.invars) :], call=True)]
     return []
 
 

@@ -62,7 +62,7 @@ def select(
     """
     stacked = stacked or (lambda path: False)
     where = where or (lambda path, leaf: jnp.ndim(leaf) - stacked(path) >= 2)
-    names = [(path, leaf) for path, leaf in _tree.named_leaves(scores) if leaf is not None]
+    names = _tree.named_leaves(scores)
     inside = [None] * len(names) if within is None else _tree.align_masks(scores, within)
     chosen = [
         i
@@ -74,14 +74,14 @@ def select(
             f"select found no leaf to prune among {[path for path, _ in names][:10]}. By default "
             "leaves with two or more axes are pruned; name others with `where=lambda path, s: ...`."
         )
+    paths = [names[i][0] for i in chosen]
     for i in chosen:
         if not hasattr(names[i][1], "dtype"):
             raise TypeError(f"{_tree.show(names[i][0])}: scores must be arrays.")
-    sparsity = _check_scope(scope, sparsity, [names[i][0] for i in chosen])
+    sparsity = _check_scope(scope, sparsity, paths)
     with jax.enable_x64(True):
         units = [pattern.pool(jnp.asarray(names[i][1])) for i in chosen]
         held = [None if (m := inside[i]) is None else pattern.pool(m).astype(bool) for i in chosen]
-        paths = [names[i][0] for i in chosen]
         shapes = [u.shape[1:] if stacked(p) else u.shape for u, p in zip(units, paths, strict=True)]
         keep = _budget(scope, sparsity, paths, [math.prod(u.shape) for u in units], shapes)
         group = (0,) * len(units) if scope == "global" else tuple(range(len(units)))
@@ -211,18 +211,19 @@ def select_iteratively(
     _tree.check_params(params)
     if rounds < 1:
         raise ValueError(f"`rounds` must be at least 1, got {rounds}.")
-    check_sparsity(sparsity)
-    kept = (1 - float(sparsity)) ** (np.arange(1, rounds + 1, dtype=np.float64) / rounds)
-    sparsities = 1 - kept
-    sparsities[-1] = float(sparsity)
+    sparsity = check_sparsity(sparsity)
+    sparsities = 1 - (1 - sparsity) ** (np.arange(1, rounds + 1) / rounds)
+    sparsities[-1] = sparsity  # whatever rounding made of it
     outer = bool(jax.enable_x64.value)
     with jax.enable_x64(True):
         masks, bad = _iterate(score, select, outer, params, sparsities, batch)
-    if not _tree.is_traced(bad) and bad:
-        raise ValueError(
-            "the scores became NaN or infinite in select_iteratively. If no signal reaches the "
-            "output at all, every score ties: check the apply function and the params."
-        )
+    if not _tree.is_traced(bad):
+        for found, (path, _) in zip(np.asarray(bad), _tree.named_leaves(masks), strict=True):
+            if found:
+                raise ValueError(
+                    f"{_tree.show(path)}: scores became NaN or infinite in some round. Check the "
+                    "params and the score; SynFlow's are NaN where no signal reaches the output."
+                )
     return masks
 
 
@@ -232,22 +233,20 @@ def _iterate(score, select, outer, params, sparsities, batch):
         with jax.enable_x64(outer):
             return score(params if masks is None else _masks.apply_masks(params, masks), *batch)
 
-    shapes = jax.eval_shape(scored, None)
-    full = jax.tree.map(
-        lambda s, w: None if s is None else jnp.abs(w).astype(jnp.float32),
-        shapes,
+    scored_leaves = _tree.align(params, jax.eval_shape(scored, None), "scores")
+    full = _tree.rebuild(
         params,
-        is_leaf=lambda s: s is None,
+        [
+            None if s is None else jnp.abs(w).astype(jnp.float32)
+            for s, w in zip(scored_leaves, jax.tree.leaves(params), strict=True)
+        ],
     )
 
     def round_(masks, sparsity):
         scores = scored(masks)
-        bad = [jnp.any(~jnp.isfinite(s)) for s, m in _pairs(scores, masks) if m is not None]
-        return select(scores, sparsity, within=masks), jnp.any(jnp.stack(bad))
+        pairs = zip(jax.tree.leaves(scores), _tree.align(scores, masks), strict=True)
+        bad = jnp.stack([~jnp.all(jnp.isfinite(s)) for s, m in pairs if m is not None])
+        return select(scores, sparsity, within=masks), bad
 
     masks, bad = jax.lax.scan(round_, select(full, 0.0), sparsities)
-    return masks, jnp.any(bad)
-
-
-def _pairs(scores, masks):
-    return zip(jax.tree.leaves(scores), _tree.align(scores, masks), strict=True)
+    return masks, jnp.any(bad, axis=0)

@@ -38,15 +38,24 @@ def show(path: str) -> str:
 
 
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
-    """Lists ``(path, leaf)``, with `None` for leaves that are `None`."""
+    """Lists ``(path, leaf)``; `None` is no leaf."""
+    return [(_name(path), leaf) for path, leaf in tree_flatten_with_path(tree)[0]]
+
+
+def named_entries(tree: Tree) -> dict[str, Any]:
+    """Lists leaves by path, and `None` where a leaf is `None`."""
     entries, _ = tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
-    return [(_name(path), leaf) for path, leaf in entries]
+    return {_name(path): leaf for path, leaf in entries}
+
+
+def dtype(leaf: Any) -> Any:
+    """Gives the dtype of an array, a shape or a Python scalar."""
+    return leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
 
 
 def is_floating(leaf: Any) -> bool:
     """Says whether a leaf is a floating-point array or scalar."""
-    dtype = getattr(leaf, "dtype", None)
-    return jnp.issubdtype(np.result_type(leaf) if dtype is None else dtype, jnp.floating)
+    return jnp.issubdtype(dtype(leaf), jnp.floating)
 
 
 def is_traced(*trees: Tree) -> bool:
@@ -58,7 +67,7 @@ def check_params(params: Tree) -> None:
     """Raises a `TypeError` for a leaf that is no array, a `ValueError` without floating leaves."""
     arrays = (jax.Array, np.ndarray, np.generic, int, float, complex, jax.ShapeDtypeStruct)
     for path, leaf in named_leaves(params):
-        if leaf is not None and not isinstance(leaf, arrays):
+        if not isinstance(leaf, arrays):
             raise TypeError(
                 f"{show(path)}: params must hold arrays, got {type(leaf).__name__} ({leaf!r:.60}). "
                 "Split other things off first, e.g. with `eqx.partition(model, eqx.is_array)`."
@@ -150,12 +159,10 @@ def align(params: Tree, tree: Tree, name: str = "masks") -> list[Any]:
 def align_masks(params: Tree, masks: Tree) -> list[Any]:
     """Aligns masks with params, and checks that they are bool."""
     aligned = align(params, masks)
-    paths = [path for path, leaf in named_leaves(params) if leaf is not None]
-    for path, mask in zip(paths, aligned, strict=True):
-        dtype = None if mask is None else getattr(mask, "dtype", type(mask))
-        if mask is not None and dtype != jnp.bool_:
+    for (path, _), mask in zip(named_leaves(params), aligned, strict=True):
+        if mask is not None and dtype(mask) != jnp.bool_:
             raise TypeError(
-                f"{show(path)}: masks must be bool, True for kept, got {dtype}. "
+                f"{show(path)}: masks must be bool, True for kept, got {dtype(mask)}. "
                 "Convert with `mask.astype(bool)`."
             )
     return aligned
@@ -205,7 +212,7 @@ def refit(old: Tree, new: Tree) -> Tree:
     Raises:
       ValueError: where one has `None` and the other a mask.
     """
-    before, after = dict(named_leaves(old)), dict(named_leaves(new))
+    before, after = named_entries(old), named_entries(new)
     for path in before.keys() & after.keys():
         if (before[path] is None) != (after[path] is None):
             raise ValueError(

@@ -88,7 +88,7 @@ def combine(masks: Masks, *more: Masks) -> Masks:
     """
     for other in more:
         leaves, treedef = jax.tree.flatten(masks, is_leaf=lambda m: m is None)
-        names, others = dict(_tree.named_leaves(masks)), dict(_tree.named_leaves(other))
+        names, others = _tree.named_entries(masks), _tree.named_entries(other)
         if names.keys() != others.keys():
             raise ValueError(
                 f"masks to combine must have the same paths; {names.keys() ^ others.keys()} are "
@@ -121,18 +121,21 @@ def unpack(packed: Any, params: Any) -> Masks:
     """Unpacks what :func:`pack` packed, to the shapes of the params.
 
     Raises:
-      ValueError: if a leaf has the wrong number of bytes.
+      ValueError: if a leaf has no entry, or the wrong number of bytes.
 
     Examples:
       >>> unpack(pack(jnp.array([True, False, True])), jnp.zeros(3)).tolist()
       [True, False, True]
     """
-    entries = dict(_tree.named_leaves(packed))
+    entries = _tree.named_entries(packed)
     masks = []
     for path, leaf in _tree.named_leaves(params):
-        bits = entries.get(path)
-        if leaf is None:
-            continue
+        if path not in entries:
+            raise ValueError(
+                f"{_tree.show(path)}: packed masks have no entry for this leaf; they have "
+                f"{sorted(entries)[:10]}. Unpack with the params they are for."
+            )
+        bits = entries[path]
         size = math.prod(jnp.shape(leaf))
         if bits is not None and bits.shape != (-(-size // 8),):
             raise ValueError(

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxprune import _cost, _tree
 
@@ -109,17 +108,24 @@ def summary(params: Any, masks: Any) -> Summary:
       ─────────────────────────────────────
       total         2 of 4    50.00%     16
     """
-    names = [(path, leaf) for path, leaf in _tree.named_leaves(params) if leaf is not None]
     rows = []
-    for (path, leaf), mask in zip(names, _tree.align_masks(params, masks), strict=True):
+    aligned = zip(_tree.named_leaves(params), _tree.align_masks(params, masks), strict=True)
+    for (path, leaf), mask in aligned:
         size = math.prod(jnp.shape(leaf))
         kept = size if mask is None else int(jnp.count_nonzero(mask))
-        dtype = getattr(leaf, "dtype", None) or np.result_type(leaf)
         last = path.split("/")[-1]
         odd = mask is not None and jnp.ndim(leaf) == 2 and last in ("bias", "scale")
         note = "a stack of layers? see select(stacked=)" if odd else ""
         rows.append(
-            Row(path, jnp.shape(leaf), size, kept, mask is not None, size * dtype.itemsize, note)
+            Row(
+                path,
+                jnp.shape(leaf),
+                size,
+                kept,
+                mask is not None,
+                size * _tree.dtype(leaf).itemsize,
+                note,
+            )
         )
     return Summary(tuple(rows))
 
@@ -211,7 +217,7 @@ def layers(fn: Callable[..., Any], params: Any, *inputs: Any, masks: Any = None)
       ────────────────────────────────────────────────────────
       total              6             60                   10
     """
-    leaves = {path: leaf for path, leaf in _tree.named_leaves(params) if leaf is not None}
+    leaves = dict(_tree.named_leaves(params))
     kept = dict.fromkeys(leaves)
     if masks is not None:
         kept = dict(zip(leaves, _tree.align_masks(params, masks), strict=True))

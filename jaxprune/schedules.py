@@ -72,15 +72,12 @@ def stepwise(final: float, begin: int, end: int, steps: int) -> optax.Schedule:
     """
     if steps < 2:
         raise ValueError(f"`stepwise` needs at least 2 steps, got {steps=}; or use `one_shot`.")
-    _progress("stepwise", final, begin, end)
+    t = _progress("stepwise", final, begin, end)
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
-        step = jnp.asarray(step)
-        t = (jnp.clip(step, begin, end) - begin) / (end - begin)
-        passed = jnp.floor((steps - 1) * t + 1e-6)
-        return jnp.where(
-            step < begin, 0.0, _ends(final, passed / (steps - 1), final * (passed + 1) / steps)
-        )
+        passed = jnp.floor((steps - 1) * t(step) + 1e-6)
+        risen = _ends(final, t(step), final * (passed + 1) / steps)
+        return jnp.where(jnp.asarray(step) < begin, 0.0, risen)
 
     return schedule
 

@@ -15,6 +15,14 @@ def test_packing_round_trip(mask):
     assert (jp.masks.unpack(packed, jnp.zeros(mask.shape)) == mask).all()
 
 
+def test_unpacking_for_other_params_is_an_error():
+    packed = {"w": jp.masks.pack(jnp.ones(9, bool))}
+    with pytest.raises(ValueError, match="v: packed masks have no entry"):
+        jp.masks.unpack(packed, {"v": jnp.ones(9)})
+    with pytest.raises(ValueError, match="w: packed masks hold .* needed 3 for shape"):
+        jp.masks.unpack(packed, {"w": jnp.ones((4, 6))})
+
+
 def test_pruned_nan_and_infinity_become_zero():
     w, m = jnp.array([jnp.nan, jnp.inf, 2.0]), jnp.array([False, False, True])
     assert jp.apply_masks(w, m).tolist() == [0.0, 0.0, 2.0]

@@ -81,6 +81,7 @@ def stack(params, x):
 
     x, _ = lax.scan(layer, x, params["w"])
     x = jax.jit(lambda x, w: x @ w.reshape(8, 8).astype(x.dtype))(x, params["v"])
+    x = x + jax.jit(lambda: jnp.ones((3, 8)))()  # a program without inputs
     x = lax.cond(x.sum() > 0, lambda x: x @ params["v"][0], lambda x: x, x)
     return jnp.einsum("ni,mi->nm", x, x)
 

@@ -219,6 +219,13 @@ def test_select_iteratively_is_exact_and_compiles_once():
     assert len(traces) == count
 
 
+def test_scores_that_turn_nan_between_rounds_name_their_leaf():
+    dead = lambda p, x: jnp.sum(x @ p["w"]) * 0 * p["v"]  # noqa: E731
+    params = {"v": jnp.ones((2, 2)), "w": jnp.ones((3, 3))}
+    with pytest.raises(ValueError, match="v: scores became NaN"):
+        jp.select_iteratively(jp.scores.synflow(dead), params, 0.5, jnp.ones((1, 3)), rounds=2)
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
