@@ -11,8 +11,10 @@ Verbs: :func:`select`, :func:`select_iteratively`, :func:`apply_masks`, :func:`e
 Modules: :mod:`scores`, :mod:`schedules`, :mod:`masks`, :mod:`patterns`, :mod:`metrics`.
 """
 
-from jaxprune import masks, metrics, patterns, schedules, scores
+from jaxprune import groups, masks, metrics, patterns, schedules, scores
 from jaxprune._select import select, select_iteratively
+from jaxprune._shrink import shrink
+from jaxprune.groups import find_groups
 from jaxprune.masks import apply_masks
 from jaxprune.metrics import summary
 from jaxprune.optimizer import enforce, get_masks, gradual, set_masks
@@ -21,8 +23,10 @@ __version__ = "0.1.0"
 __all__ = [
     "apply_masks",
     "enforce",
+    "find_groups",
     "get_masks",
     "gradual",
+    "groups",
     "masks",
     "metrics",
     "patterns",
@@ -31,5 +35,6 @@ __all__ = [
     "select",
     "select_iteratively",
     "set_masks",
+    "shrink",
     "summary",
 ]

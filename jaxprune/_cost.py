@@ -55,7 +55,7 @@ def contractions(
     ]
     weights += [None] * len(jax.tree.leaves(inputs))
     found: list[Contraction] = []
-    _walk(_jaxpr.trace(fn, params, *inputs), weights, 1, found)
+    _walk(_jaxpr.trace(fn, params, *inputs).jaxpr, weights, 1, found)
     return found
 
 

@@ -1,6 +1,7 @@
 """The traced program: the one file that touches JAX's internals.
 
-JAX releases differ in how an equation holds inner programs; :func:`inner` gives one normal form.
+JAX releases differ in how an equation holds inner programs; :func:`inner` gives one normal form,
+and :func:`bind` and :func:`rebuild` run an equation again, on other shapes.
 """
 
 import dataclasses
@@ -8,6 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.custom_derivatives import SymbolicZero
+
+
+# Equations that only call a program, and those that say something about how it runs.
+TRANSPARENT = frozenset(("jit", "pjit", "closed_call", "core_call"))
+_WRAPPING = frozenset(
+    ("remat2", "checkpoint", "remat", "custom_jvp_call", "custom_vjp_call", "shard_map")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,22 +25,47 @@ class Inner:
 
     Attributes:
       jaxpr: the inner program.
+      consts: the values of its constants.
       operands: for each of its inputs the operand of the equation that feeds it.
       times: how often it runs; a `while` loop counts once, since nobody knows.
+      carried: for each output that is also an input of the next round, the index of that input.
       stacked: how many inputs, the last ones, are one slice of their operand at a time.
       call: whether its outputs are those of the equation.
     """
 
     jaxpr: Any
+    consts: Sequence[Any]
     operands: Sequence[Any]
     times: int = 1
+    carried: tuple[int, ...] = ()
     stacked: int = 0
     call: bool = False
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> Any:
-    """Traces a function, on arrays or their shapes, to its program."""
-    return jax.make_jaxpr(fn)(*args).jaxpr
+    """Traces a function, on arrays or their shapes, to its program, with ``jaxpr`` and ``consts``.
+
+    A new function every time, so that JAX's cache of traces does not keep ``fn`` alive.
+    """
+    return jax.make_jaxpr(lambda *args: fn(*args))(*args)
+
+
+def order_of_use(jaxpr: Any) -> list[int]:
+    """Lists the inputs that a program uses, in the order in which it first does."""
+    order: dict[Any, None] = {}
+
+    def visit(jaxpr: Any, names: dict[Any, int]) -> None:
+        for eqn in jaxpr.eqns:
+            programs = inner(eqn)
+            for program in programs:
+                fed = zip(program.jaxpr.invars, program.operands, strict=True)
+                visit(program.jaxpr, {v: names[a] for v, a in fed if is_var(a) and a in names})
+            if not programs:
+                order.update((names[a], None) for a in eqn.invars if is_var(a) and a in names)
+        order.update((names[a], None) for a in jaxpr.outvars if is_var(a) and a in names)
+
+    visit(jaxpr, {v: i for i, v in enumerate(jaxpr.invars)})
+    return list(order)
 
 
 def is_var(atom: Any) -> bool:
@@ -39,29 +73,197 @@ def is_var(atom: Any) -> bool:
     return not hasattr(atom, "val")
 
 
+def where(eqn: Any) -> str:
+    """Names an equation for a report: its primitive, and the module it is in where that is known."""
+    stack = str(eqn.source_info.name_stack)
+    return f"`{eqn.primitive.name}`" + (f" in {stack}" if stack else "")
+
+
 def inner(eqn: Any) -> list[Inner]:
     """Lists the programs inside an equation; none for an ordinary primitive."""
     name, params, operands = eqn.primitive.name, eqn.params, list(eqn.invars)
     if name == "scan":
-        jaxpr = _open(params["jaxpr"])
+        jaxpr, consts = _open(params["jaxpr"])
         pairs = zip(operands, jaxpr.invars, strict=True)
         stacked = sum(a.aval.shape != b.aval.shape for a, b in pairs)
-        return [Inner(jaxpr, operands, params["length"], stacked)]
+        pairs = zip(eqn.outvars, jaxpr.outvars, strict=True)
+        carry = sum(a.aval.shape == b.aval.shape for a, b in pairs)
+        first = len(operands) - stacked - carry
+        carried = tuple(range(first, first + carry))
+        return [Inner(jaxpr, consts, operands, params["length"], carried, stacked)]
     if name == "while":
         test, body = params["cond_nconsts"], params["body_nconsts"]
         carry = operands[test + body :]
+        carried = tuple(range(body, body + len(carry)))
         return [
-            Inner(_open(params["cond_jaxpr"]), operands[:test] + carry),
-            Inner(_open(params["body_jaxpr"]), operands[test : test + body] + carry),
+            Inner(*_open(params["cond_jaxpr"]), operands[:test] + carry),
+            Inner(*_open(params["body_jaxpr"]), operands[test : test + body] + carry, 1, carried),
         ]
     if name == "cond":
-        return [Inner(_open(branch), operands[1:]) for branch in params["branches"]]
-    for key in ("call_jaxpr", "jaxpr", "fun_jaxpr"):
-        if key in params:
-            jaxpr = _open(params[key])
-            return [Inner(jaxpr, operands[len(operands) - len(jaxpr.invars) :], call=True)]
+        return [Inner(*_open(branch), operands[1:]) for branch in params["branches"]]
+    if name in TRANSPARENT or name in _WRAPPING:
+        jaxpr, consts = _open(params["call_jaxpr" if "call_jaxpr" in params else "jaxpr"])
+        return [Inner(jaxpr, consts, operands, call=True)]
     return []
 
 
-def _open(jaxpr: Any) -> Any:
-    return getattr(jaxpr, "jaxpr", jaxpr)  # closed until 0.10
+def _open(program: Any) -> tuple[Any, Sequence[Any]]:
+    return getattr(program, "jaxpr", program), program.consts if hasattr(program, "consts") else ()
+
+
+def bind(eqn: Any, *args: Any, **changes: Any) -> list[Any]:
+    """Runs one equation on other operands, with some of its parameters changed."""
+    params = eqn.primitive.get_bind_params({**eqn.params, **changes})
+    outputs = eqn.primitive.bind(*args, **params)
+    return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def rules(eqn: Any) -> list[Any]:
+    """Traces the derivative rules of an equation to programs, on the shapes that it has.
+
+    For a `custom_jvp`: of ``(*primals, *tangents)``, giving ``(*outputs, *tangents)``. For a
+    `custom_vjp` two: of ``primals``, giving ``(*outputs, *residuals)``, and of ``(*residuals,
+    *cotangents)``, giving the cotangents of ``primals``. Where a rule gives nothing, zeros.
+    """
+    name = eqn.primitive.name
+    if name not in ("custom_jvp_call", "custom_vjp_call"):
+        return []
+    params = eqn.primitive.get_bind_params(eqn.params)
+    avals = [_shape(atom.aval) for atom in eqn.invars]
+    outputs = [_shape(v.aval) for v in eqn.outvars]
+    if name == "custom_jvp_call":
+        _, rule = params["subfuns"]
+
+        def jvp(*args: Any) -> list[Any]:
+            found = iter(args[len(avals) :])
+            tangents = [next(found) if is_floating(a) else _no_tangent(a) for a in avals]
+            results = rule.call_wrapped(*args[: len(avals)], *tangents)
+            return [
+                _instantiate(x, a) for x, a in zip(results, outputs * 2, strict=True) if is_floating(a)
+            ]
+
+        return [trace(jvp, *avals, *filter(is_floating, avals))]
+    _, forward, backward = params["subfuns"]
+
+    def fwd(*args: Any) -> list[Any]:
+        results = forward.call_wrapped(*[x for arg in args for x in (arg, True)])
+        forwarded = params["out_trees"]()[2]
+        stored = iter(results[: len(results) - len(outputs)])
+        residuals = [next(stored) if i is None else args[i] for i in forwarded]
+        return [*results[len(results) - len(outputs) :], *residuals]
+
+    def bwd(*args: Any) -> list[Any]:
+        results = backward.call_wrapped(*args)
+        results = results[0] if isinstance(results[0], list) else results  # with logs since 0.12
+        return [_instantiate(x, a) for x, a in zip(results, avals, strict=True) if is_floating(a)]
+
+    first = trace(fwd, *avals)
+    residuals = [_shape(v.aval) for v in first.jaxpr.outvars[len(outputs) :]]
+    return [first, trace(bwd, *residuals, *outputs)]
+
+
+def rebuild(
+    eqn: Any, bodies: Sequence[Callable[..., list[Any]]], args: Sequence[Any]
+) -> list[Any]:
+    """Runs an equation that holds programs, each replaced by a function of lists of arrays.
+
+    Args:
+      eqn: the equation.
+      bodies: one function for each of ``inner(eqn)``, then one for each of ``rules(eqn)``.
+      args: the operands.
+    """
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        (program,) = inner(eqn)
+        xs = len(args) - program.stacked
+        first = xs - len(program.carried)
+        consts, carry = list(args[:first]), list(args[first:xs])
+
+        def step(carry: Any, x: Any) -> Any:
+            out = bodies[0](*consts, *carry, *x)
+            return out[: len(carry)], out[len(carry) :]
+
+        keywords = {key: params[key] for key in ("length", "reverse", "unroll")}
+        carry, stacks = jax.lax.scan(step, carry, list(args[xs:]), **keywords)
+        return [*carry, *stacks]
+    if name == "while":
+        test, body = params["cond_nconsts"], params["body_nconsts"]
+        asked, fixed, carry = args[:test], args[test : test + body], list(args[test + body :])
+        return jax.lax.while_loop(
+            lambda c: bodies[0](*asked, *c)[0], lambda c: bodies[1](*fixed, *c), carry
+        )
+    if name == "cond":
+        return jax.lax.switch(args[0], bodies, *args[1:])
+    if name in ("remat2", "checkpoint", "remat"):
+        keep = {key: params[key] for key in ("prevent_cse", "policy")}
+        return jax.checkpoint(bodies[0], **keep)(*args)
+    if name == "shard_map":
+        keep = {key: params[key] for key in ("mesh", "in_specs", "out_specs", "check_vma")}
+        return jax.shard_map(
+            bodies[0],
+            **{**keep, "in_specs": tuple(keep["in_specs"]), "out_specs": list(keep["out_specs"])},
+        )(*args)
+    if name == "custom_jvp_call" and len(bodies) == 2:
+        return _custom_jvp(*bodies)(*args)
+    if name == "custom_vjp_call" and len(bodies) == 3:
+        return _custom_vjp(*bodies)(*args)
+    return bodies[0](*args)
+
+
+def _custom_jvp(body: Callable[..., list[Any]], rule: Callable[..., list[Any]]) -> Any:
+    fn = jax.custom_jvp(lambda *args: body(*args))
+
+    def jvp(primals: Any, tangents: Any) -> Any:
+        some = [t for x, t in zip(primals, tangents, strict=True) if is_floating(x)]
+        outputs, derived = fn(*primals), rule(*primals, *some)
+        derived = iter(derived[sum(map(is_floating, outputs)) :])
+        changes = [next(derived) if is_floating(x) else _float0(x) for x in outputs]
+        return outputs, changes
+
+    fn.defjvp(jvp)
+    return fn
+
+
+def _custom_vjp(
+    body: Callable[..., list[Any]],
+    forward: Callable[..., list[Any]],
+    backward: Callable[..., list[Any]],
+) -> Any:
+    fn = jax.custom_vjp(lambda *args: body(*args))
+    floating: list[bool] = []
+
+    def fwd(*args: Any) -> Any:
+        floating[:] = map(is_floating, args)
+        results = forward(*args)
+        count = len(jax.eval_shape(body, *args))
+        return results[:count], results[count:]
+
+    def bwd(residuals: Any, cotangents: Any) -> Any:
+        found = iter(backward(*residuals, *cotangents))
+        return tuple(next(found) if is_float else None for is_float in floating)
+
+    fn.defvjp(fwd, bwd)
+    return fn
+
+
+def _shape(aval: Any) -> Any:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def is_floating(x: Any) -> bool:
+    """Says whether derivatives flow through an array, or a value of its type."""
+    return jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
+
+
+def _float0(x: Any) -> Any:
+    return jax.numpy.zeros(x.shape, jax.dtypes.float0)
+
+
+def _no_tangent(aval: Any) -> Any:
+    return SymbolicZero(jax.core.ShapedArray(aval.shape, jax.dtypes.float0))
+
+
+def _instantiate(x: Any, aval: Any) -> Any:
+    """Makes an array of what a derivative rule gave, which may be some kind of symbolic zero."""
+    is_array = isinstance(x, (jax.Array, jax.core.Tracer)) or hasattr(x, "__array__")
+    return x if is_array else jax.numpy.zeros(aval.shape, aval.dtype)

@@ -5,7 +5,7 @@ that an ``nnx.State``, a dict and an optimizer's own containers all fit each oth
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -221,3 +221,22 @@ def refit(old: Tree, new: Tree) -> Tree:
                 f"{'None' if after[path] is None else 'a mask'}. Use the same `where`."
             )
     return rebuild(old, align_masks(old, new))
+
+
+def prefixes(paths: Iterable[str]) -> list[str]:
+    """Lists the parts in which leaves are, as prefixes of their paths, the outermost first."""
+    found = {"": None}
+    for path in paths:
+        steps = path.split("/")
+        found |= {"/".join(steps[:i]) + "/": None for i in range(1, len(steps) + 1)}
+    return sorted(found, key=lambda prefix: prefix.count("/"))
+
+
+def children(tree: Tree) -> tuple[list[tuple[str, Any]], Callable[[Sequence[Any]], Tree]] | None:
+    """Lists the parts right below a node, by name, and how to rebuild it; `None` for a leaf."""
+    parts, treedef = tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return None
+    return [(_name(path), part) for path, part in parts], functools.partial(
+        jax.tree.unflatten, treedef
+    )

@@ -72,10 +72,10 @@ class Summary:
         stored = sum(r.bytes for r in self.rows)
         share = f"{1 - kept / max(size, 1):.2%}"
         table.append(("total", "", f"{kept:,} of {size:,}", share, f"{stored:,}", ""))
-        return _show(table, left=(0, 1, 5))
+        return show(table, left=(0, 1, 5))
 
 
-def _show(table: Sequence[Sequence[str]], left: Sequence[int]) -> str:
+def show(table: Sequence[Sequence[str]], left: Sequence[int], total: bool = True) -> str:
     """Lays out a header, rows and a last line of totals; columns in ``left`` align left."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
@@ -86,6 +86,8 @@ def _show(table: Sequence[Sequence[str]], left: Sequence[int]) -> str:
         for line in table
     ]
     rule = "─" * max(map(len, lines))
+    if not total:
+        return "\n".join([lines[0], rule, *lines[1:]])
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
@@ -192,7 +194,7 @@ class Layers:
                 )
             )
         table.append(("total", "", f"{params:,}", "", f"{flops:,.0f}", "", f"{activations:,}"))
-        return _show(table, left=(0, 1))
+        return show(table, left=(0, 1))
 
 
 def layers(fn: Callable[..., Any], params: Any, *inputs: Any, masks: Any = None) -> Layers:

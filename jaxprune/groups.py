@@ -1,0 +1,545 @@
+"""Units: slices of param axes that must leave together, read from the traced program.
+
+  >>> import jax, jax.numpy as jnp
+  >>> import jaxprune as jp
+  >>> params = {"in": jnp.ones((3, 4)), "out": jnp.arange(8.0).reshape(4, 2)}
+  >>> fn = lambda p, x: jax.nn.relu(x @ p["in"]) @ p["out"]
+  >>> groups = find_groups(fn, params, jnp.ones((5, 3)))
+  >>> masks = groups.select(jp.scores.magnitude(params), 0.5)
+  >>> print(masks["out"])
+  [[False False]
+   [False False]
+   [ True  True]
+   [ True  True]]
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import _analysis, _select, _tree, metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Units that are alike: each holds as many indices of the same axes.
+
+    Attributes:
+      units: their numbers.
+      members: ``(path, axis, indices per unit)``, in the order in which the program uses them.
+    """
+
+    units: np.ndarray
+    members: tuple[tuple[str, int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Groups:
+    """What :func:`find_groups` found; printing it shows a table.
+
+    Attributes:
+      like: the params, as shapes.
+      unit: for every path, and every axis, the number of the unit of each index; 0 stays.
+      groups: units that are alike, in the order in which the program uses them.
+      pinned: ``(path, axis, indices, reasons)`` of what cannot leave.
+      choices: what could be cut along several factors, and how to choose another.
+      split: the choices that were asked for.
+      terms: what the program costs: ``(multiply-adds, units by axis)``.
+    """
+
+    like: Any
+    unit: dict[str, tuple[np.ndarray, ...]]
+    groups: tuple[Group, ...]
+    pinned: tuple[tuple[str, int, int, tuple[str, ...]], ...]
+    choices: tuple[str, ...]
+    split: dict[str, int]
+    terms: tuple[tuple[float, tuple[np.ndarray, ...]], ...] = dataclasses.field(repr=False)
+
+    def __len__(self) -> int:
+        return sum(len(group.units) for group in self.groups)
+
+    def __str__(self) -> str:
+        lines = []
+        if self.pinned:
+            table = [("pinned", "axis", "indices", "why")]
+            for path, axis, indices, reasons in self.pinned:
+                table.append((_tree.show(path), str(axis), str(indices), "; ".join(reasons[:2])))
+            lines += [metrics.show(table, left=(0, 3), total=False), ""]
+        lines += [*self.choices, ""] if self.choices else []
+        table = [("group", "units", "members (path, axis, indices per unit)", "params per unit")]
+        sizes = {path: leaf.shape for path, leaf in _tree.named_leaves(self.like)}
+        for number, group in enumerate(self.groups):
+            each = sum(math.prod(sizes[p]) // sizes[p][axis] * n for p, axis, n in group.members)
+            for row, (path, axis, n) in enumerate(group.members):
+                member = f"{_tree.show(path)} {axis}" + (f" ×{n}" if n > 1 else "")
+                head = (str(number), str(len(group.units))) if row == 0 else ("", "")
+                table.append((*head, member, f"{each:,}" if row == 0 else ""))
+        table.append(("total", f"{len(self)}", "", ""))
+        return "\n".join([*lines, metrics.show(table, left=(0, 2))])
+
+    def masks(self, kept: Any) -> Any:
+        """Gives the masks that keep some units: for each of ``len(self)``, whether it is kept.
+
+        An entry is kept iff none of its axes left. Leaves without a unit have the mask `None`.
+        """
+        kept = jnp.concatenate([jnp.ones(1, bool), jnp.asarray(kept)])
+        leaves: list[Any] = []
+        for path, leaf in _tree.named_leaves(self.like):
+            mask = None
+            for axis, unit in enumerate(self.unit.get(path, ())):
+                if unit.any():
+                    shape = [1] * len(leaf.shape)
+                    shape[axis] = -1
+                    stays = jnp.broadcast_to(kept[unit].reshape(shape), leaf.shape)
+                    mask = stays if mask is None else mask & stays
+            leaves.append(mask)
+        return _tree.rebuild(self.like, leaves)
+
+    def select(
+        self,
+        scores: Any,
+        sparsity: float | jax.Array | None = None,
+        *,
+        scope: str | Mapping[str, float] = "global",
+        round_to: int = 1,
+        where: Callable[[str, Any], bool] | None = None,
+        reduce: str = "mean",
+        normalize: str | None = None,
+        cost: str = "units",
+        within: Any = None,
+    ) -> Any:
+        r"""Chooses the units that stay, and gives the masks of all their members.
+
+        The score of a unit is made from its slices, one of every leaf and axis in which it takes
+        part: :math:`s_u = \mathrm{reduce}_{m \in u} \sum_{i \in m} s_i`. Of every group at least
+        one unit stays. With ``scores.magnitude(params)`` and ``reduce="first"`` this is the filter
+        pruning of Li et al.
+
+        Args:
+          scores: scores of the params, higher is kept; `None` for leaves without.
+          sparsity: the fraction removed, in [0, 1). It may be traced, if ``cost="units"``.
+          scope: ``"global"`` compares all units, ``"layer"`` those of a group, ``"isomorphic"``
+            those of groups of one kind (same axes of leaves of the same names, in other layers); a
+            dict gives the groups that contain a path their own sparsity, and ``sparsity`` (else
+            0) to the others.
+          round_to: makes what is kept of an axis a multiple of this, to the nearest feasible.
+          where: ``where(path, score)`` says which leaves are scored: by default matrices and up.
+          reduce: ``"mean"``, ``"sum"``, ``"max"``, or ``"first"``, the slice that is used first:
+            the filter that makes the unit.
+          normalize: divides the scores of every group by their ``"mean"``, ``"max"`` or ``"sum"``.
+          cost: what the sparsity is a fraction of: ``"units"``, exactly, or all ``"params"`` or
+            ``"flops"`` of the network, at least.
+          within: masks; units that they removed stay removed, and count.
+
+        Raises:
+          ValueError: for scores of other paths or shapes, NaN scores, a sparsity outside [0, 1) or
+            beyond what can leave, a path of ``scope`` that is in no group, or unknown words.
+
+        References:
+          Li et al, `Pruning Filters for Efficient ConvNets
+          <https://arxiv.org/abs/1608.08710>`_, 2016
+
+          Fang et al, `Isomorphic Pruning for Vision Models
+          <https://arxiv.org/abs/2407.04616>`_, 2024
+        """
+        for name, word, words in (
+            ("reduce", reduce, ("mean", "sum", "max", "first")),
+            ("normalize", normalize, (None, "mean", "max", "sum")),
+            ("cost", cost, ("units", "params", "flops")),
+        ):
+            if word not in words:
+                raise ValueError(f"{name} must be one of {words}, got {word!r}.")
+        if not isinstance(round_to, int) or round_to < 1:
+            raise ValueError(f"round_to must be a positive integer, got {round_to!r}.")
+        if not self.groups:
+            raise ValueError(f"Nothing can leave, so there is nothing to select.\n{self}")
+        group = self._group()
+        score, scored = self._scores(scores, where, reduce)
+        if normalize is not None:
+            score = score / _per_group(normalize, score, group, len(self.groups))[group]
+        given = jnp.ones(len(self), bool) if within is None else self._kept(within)
+        score = jnp.where(given & ~jnp.isnan(score), score, -jnp.inf)
+        classes, fractions = self._classes(scope, sparsity, scored)
+        ranks = _Ranks(score, group, classes, len(self.groups), round_to, self._multiples())
+        if cost == "units":
+            kept = ranks.kept(fractions)
+        elif isinstance(scope, Mapping):
+            raise ValueError(f"cost={cost!r} needs one sparsity for all, not a dict of them.")
+        elif _tree.is_traced(scores, sparsity, within):
+            raise ValueError(f"cost={cost!r} searches on the host: call it outside of jit.")
+        else:
+            kept = self._search(ranks, fractions, cost, _select.check_sparsity(sparsity))
+        kept = kept & given
+        if not _tree.is_traced(kept):
+            self._tell(np.asarray(kept), ranks, fractions, sparsity, round_to)
+        return self.masks(kept)
+
+    def _group(self) -> np.ndarray:
+        group = np.zeros(len(self), np.int32)
+        for number, found in enumerate(self.groups):
+            group[found.units - 1] = number
+        return group
+
+    def _multiples(self) -> np.ndarray:
+        return np.array([min(n for *_, n in group.members) for group in self.groups])
+
+    def _scores(
+        self, scores: Any, where: Callable[[str, Any], bool] | None, reduce: str
+    ) -> tuple[jax.Array, np.ndarray]:
+        """Gives one score per unit, and which units have one."""
+        where = where or (lambda path, leaf: jnp.ndim(leaf) >= 2)
+        names = [path for path, _ in _tree.named_leaves(self.like)]
+        aligned = dict(zip(names, _tree.align(self.like, scores, "scores"), strict=True))
+        found = {p: s for p, s in aligned.items() if s is not None and where(p, s)}
+        used, sums, units, members = [], [], [], []
+        positions = {m: i for i, m in enumerate(self._members())}
+        for (path, axis), member in positions.items():
+            if path in found:
+                others = [i for i in range(jnp.ndim(found[path])) if i != axis]
+                sums.append(jnp.sum(found[path], others, dtype=jnp.float32))
+                used.append((path, axis))
+                units.append(self.unit[path][axis])
+                members.append(np.full(len(units[-1]), member))
+        if not sums:
+            raise ValueError(
+                f"No scored leaf is in any group: scores are given for {sorted(found)}. "
+                "Score the leaves listed by print(groups), or choose others with where=."
+            )
+        for (path, _), total in zip(used, sums, strict=True):
+            if not _tree.is_traced(total) and not np.isfinite(np.asarray(total)).all():
+                raise ValueError(
+                    f"{_tree.show(path)}: scores are NaN or infinite. Check the loss and the "
+                    "params, or leave this leaf out with `where=lambda path, s: ...`."
+                )
+        unit, member = np.concatenate(units), np.concatenate(members)
+        keys, slices = np.unique(
+            unit.astype(np.int64) * len(positions) + member, return_inverse=True
+        )
+        owner = keys // len(positions)  # sorted by unit, then in the order of use
+        values = jax.ops.segment_sum(jnp.concatenate(sums), slices, len(keys))
+        count = np.bincount(owner, minlength=len(self) + 1)[1:]
+        first = np.searchsorted(owner, np.arange(1, len(self) + 1)).clip(max=len(keys) - 1)
+        if reduce == "first":
+            score = values[first]
+        elif reduce == "max":
+            score = jax.ops.segment_max(values, owner, len(self) + 1)[1:]
+        else:
+            score = jax.ops.segment_sum(values, owner, len(self) + 1)[1:]
+            score = score / np.maximum(count, 1) if reduce == "mean" else score
+        return score, count > 0
+
+    def _members(self) -> list[tuple[str, int]]:
+        members = [(path, axis) for group in self.groups for path, axis, _ in group.members]
+        order = {path: i for i, path in enumerate(self.unit)}
+        return sorted(set(members), key=lambda m: (order[m[0]], m[1]))
+
+    def _kept(self, masks: Any) -> jax.Array:
+        """Says which units some masks keep: those that have any entry left."""
+        kept = jnp.zeros(len(self) + 1, bool)
+        aligned = _tree.align_masks(self.like, masks)
+        for (path, _), mask in zip(_tree.named_leaves(self.like), aligned, strict=True):
+            for axis, unit in enumerate(self.unit.get(path, ())):
+                others = [i for i in range(len(self.unit[path])) if i != axis]
+                any_left = jnp.ones(len(unit), bool) if mask is None else jnp.any(mask, others)
+                kept = kept.at[unit].max(any_left)
+        return kept[1:]
+
+    def _classes(
+        self, scope: str | Mapping[str, float], sparsity: Any, scored: np.ndarray
+    ) -> tuple[np.ndarray, Any]:
+        """Gives the class among which every unit is compared, and the sparsity of each class."""
+        group = self._group()
+        if isinstance(scope, Mapping):
+            rest = 0.0 if sparsity is None else _select.check_sparsity(sparsity)
+            wanted: list[float | None] = [None] * len(self.groups)
+            for path, fraction in scope.items():
+                owners = [
+                    i for i, g in enumerate(self.groups) if any(p == path for p, *_ in g.members)
+                ]
+                if not owners:
+                    raise ValueError(
+                        f"scope: {path!r} is in no group; groups have {sorted(self.unit)}."
+                    )
+                for i in owners:
+                    wanted[i] = max(wanted[i] or 0.0, _select.check_sparsity(fraction))
+            classes = np.where(scored, group, -1)
+            return classes, np.array([rest if w is None else w for w in wanted])
+        if sparsity is None:
+            raise ValueError("groups.select needs a sparsity, in [0, 1).")
+        if not _tree.is_traced(sparsity):
+            sparsity = _select.check_sparsity(sparsity)
+        if scope == "global":
+            kinds = np.zeros(len(self.groups), np.int32)
+        elif scope == "layer":
+            kinds = np.arange(len(self.groups))
+        elif scope == "isomorphic":
+            sizes = {path: leaf.shape for path, leaf in _tree.named_leaves(self.like)}
+            looks = [
+                str(sorted((p.split("/")[-1], len(sizes[p]), axis) for p, axis, _ in g.members))
+                for g in self.groups
+            ]
+            kinds = np.unique(looks, return_inverse=True)[1]
+        else:
+            words = '"global", "layer", "isomorphic" or a dict of paths'
+            raise ValueError(f"scope must be {words}, got {scope!r}.")
+        classes = np.where(scored, kinds[group], -1)
+        return classes, jnp.full(kinds.max() + 1, sparsity, jnp.float32)
+
+    def costs(self, kept: np.ndarray, cost: str) -> float:
+        """Gives the params, or the FLOPs, of the network when only some units are kept."""
+        stays = np.concatenate([[True], kept])
+        counted: dict[int, int] = {}
+
+        def size(unit: np.ndarray) -> int:
+            if id(unit) not in counted:
+                counted[id(unit)] = int(stays[unit].sum())
+            return counted[id(unit)]
+
+        if cost == "flops":
+            return 2 * sum(macs * math.prod(map(size, axes)) for macs, axes in self.terms)
+        return sum(math.prod(map(size, axes)) for axes in self.unit.values())
+
+    def _search(self, ranks: "_Ranks", fractions: Any, cost: str, sparsity: float) -> jax.Array:
+        """Finds the smallest fraction of units whose removal saves enough."""
+        total = self.costs(np.ones(len(self), bool), cost)
+
+        def saves(fraction: float) -> float:
+            kept = np.asarray(ranks.kept(np.full(np.shape(fractions), fraction)))
+            return 1 - self.costs(kept, cost) / total
+
+        if saves(1.0) < sparsity:
+            raise ValueError(
+                f"At most {saves(1.0):.1%} of the {cost} can leave with one unit of every group "
+                f"kept, {sparsity:.1%} were asked for. print(groups) shows what is pinned, and why."
+            )
+        low, high = 0.0, 1.0
+        for _ in range(24):
+            middle = (low + high) / 2
+            low, high = (low, middle) if saves(middle) >= sparsity else (middle, high)
+        return ranks.kept(np.full(np.shape(fractions), high))
+
+    def _tell(
+        self, kept: np.ndarray, ranks: "_Ranks", fractions: Any, sparsity: Any, round_to: int
+    ) -> None:
+        if kept.all() and np.any(np.asarray(fractions) > 0):
+            warnings.warn(
+                f"groups.select removed nothing at a sparsity of {sparsity}: there are "
+                f"{len(self)} units in {len(self.groups)} groups, of which one each stays.",
+                stacklevel=3,
+            )
+        if round_to == 1:
+            return
+        asked = np.asarray(ranks.wanted(fractions))
+        got = np.bincount(self._group()[kept], minlength=len(self.groups))
+        changed = [
+            f"{group.members[0][0]} {int(a)} -> {int(b)}"
+            for group, a, b in zip(self.groups, asked, got, strict=True)
+            if a != b
+        ]
+        if changed:
+            more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
+            warnings.warn(
+                f"round_to={round_to} changed the units kept: {', '.join(changed[:8])}{more}.",
+                stacklevel=3,
+            )
+
+
+def _per_group(name: str, score: jax.Array, group: np.ndarray, count: int) -> jax.Array:
+    if name == "max":
+        result = jax.ops.segment_max(score, group, count)
+    else:
+        result = jax.ops.segment_sum(score, group, count)
+    if name == "mean":
+        result = result / np.bincount(group, minlength=count)
+    return jnp.where(result == 0, 1, result)
+
+
+class _Ranks:
+    """The order in which units leave; everything but the scores is static, so that it traces."""
+
+    def __init__(self, score, group, classes, groups, round_to, multiples):  # type: ignore
+        self._group, self._groups = group, groups
+        self._sizes = np.bincount(group, minlength=groups)
+        self._steps = round_to // np.gcd(round_to, multiples)
+        self._score, self._classes = score, classes
+        # Equal scores leave evenly over all groups, not from the first one on.
+        self._ties = np.random.default_rng(0).permutation(len(group))
+        self._in_group = self._rank(group)
+        last = (self._in_group == self._sizes[group] - 1) & (classes >= 0)
+        self._rank_in_class = self._rank(classes + 1, last)
+        self._counts = np.bincount(classes + 1)[1:]
+        owners = {(c, g) for c, g in zip(classes.tolist(), group.tolist(), strict=True) if c >= 0}
+        staying = np.bincount([c for c, _ in owners], minlength=len(self._counts))
+        self._most = self._counts - staying
+
+    def _rank(self, classes: np.ndarray, last: Any = 0) -> jax.Array:
+        """Ranks units in their class, from the lowest score, those that come last at the end."""
+        last = jnp.broadcast_to(jnp.asarray(last, jnp.int32), self._score.shape)
+        order = jnp.lexsort((jnp.asarray(self._ties), self._score, last, jnp.asarray(classes)))
+        starts = np.concatenate([[0], np.cumsum(np.bincount(classes))])[classes]
+        places = jnp.zeros(len(classes), jnp.int32).at[order].set(jnp.arange(len(classes)))
+        return places - starts
+
+    def _removed(self, fractions: Any) -> jax.Array:
+        count = jnp.round(jnp.asarray(fractions) * self._counts).astype(jnp.int32)
+        count = jnp.minimum(count, self._most)
+        return (self._rank_in_class < count[np.maximum(self._classes, 0)]) & (self._classes >= 0)
+
+    def wanted(self, fractions: Any) -> jax.Array:
+        """Gives the units of every group that stay before rounding."""
+        stays = (~self._removed(fractions)).astype(jnp.int32)
+        return jax.ops.segment_sum(stays, self._group, self._groups)
+
+    def kept(self, fractions: Any) -> jax.Array:
+        """Says which units stay when a fraction of every class leaves."""
+        if (self._steps == 1).all():
+            return ~self._removed(fractions)
+        wanted, size, step = self.wanted(fractions), self._sizes, self._steps
+        nearest = jnp.clip(jnp.round(wanted / step), 1, np.maximum(size // step, 1)) * step
+        stay = jnp.where((wanted == size) | (size < step), size, nearest.astype(jnp.int32))
+        return self._in_group >= (size - stay)[self._group]
+
+
+def find_groups(
+    fn: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
+    exact: bool = True,
+    has_aux: bool = False,
+    split: Mapping[str, int] | None = None,
+) -> Groups:
+    """Finds which slices of the params must leave together, from the program of ``fn``.
+
+    The function is traced, not run. What would change the result if it left, beyond what its masks
+    do (a softmax over channels, a variance of two passes), stays, unless ``exact=False``; inputs,
+    outputs, and what an operation without a rule touches stay, and the table says why.
+
+    Args:
+      fn: maps ``(params, *inputs)`` to arrays, as in evaluation.
+      params: arrays or shapes.
+      *inputs: arrays or shapes.
+      exact: whether only units leave whose masks alone give the same result.
+      has_aux: whether ``fn`` returns ``(output, aux)``, where aux (new batch statistics, a cache)
+        may be cut along with the params.
+      split: where a reshape merges two axes that could both be cut (heads and head dims), the units
+        are taken along the factor with more of them; ``split={path: factor}`` chooses another
+        for the merged axes of a leaf, 0 for the slowest.
+
+    Returns:
+      Groups, with a method ``select``.
+
+    Raises:
+      TypeError: for params or inputs that are not arrays.
+      ValueError: for a split that names no ambiguous axis.
+
+    Examples:
+      >>> params = {"in": jnp.ones((3, 4)), "bias": jnp.ones(4), "out": jnp.ones((4, 2))}
+      >>> fn = lambda p, x: jax.nn.relu(x @ p["in"] + p["bias"]) @ p["out"]
+      >>> print(find_groups(fn, params, jnp.ones((5, 3))))
+      pinned  axis  indices  why
+      ────────────────────────────────
+      in         0        3  an input
+      out        1        2  an output
+      <BLANKLINE>
+      group  units  members (path, axis, indices per unit)  params per unit
+      ─────────────────────────────────────────────────────────────────────
+      0          4  in 1                                                  6
+                    bias 0
+                    out 0
+      ─────────────────────────────────────────────────────────────────────
+      total      4
+
+    References:
+      Fang et al, `DepGraph: Towards Any Structural Pruning
+      <https://arxiv.org/abs/2301.12900>`_, 2023 (there by rules for layers)
+    """
+    _tree.check_params(params)
+    found = _analysis.analyse(fn, params, inputs, exact=exact, has_aux=has_aux, split=split)
+    return _collect(found, params, dict(split or {}))
+
+
+def _collect(found: _analysis.Structure, params: Any, split: dict[str, int]) -> Groups:
+    names, atoms = _tree.named_leaves(params), found.walk.atoms
+    roots = {
+        (names[i][0], axis): np.where(atoms.free(a), atoms.find(a), 0)
+        for i in found.order
+        for axis, a in enumerate(found.leaves[i].axes)
+    }
+    every = np.unique(np.concatenate([[0], *roots.values()]))
+    numbers = {key: np.searchsorted(every, r).astype(np.int32) for key, r in roots.items()}
+    unit = {
+        names[i][0]: tuple(numbers[names[i][0], a] for a in range(len(found.leaves[i].axes)))
+        for i in found.order
+    }
+    choices = tuple(_describe(found, names, numbers, every, choice) for choice in found.choices)
+    terms = []
+    known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for c in found.walk.contractions:
+        times, axes = c.times, []
+        for axis in c.axes:
+            if id(axis) not in known:
+                place = np.searchsorted(every, root := atoms.find(axis)).clip(max=len(every) - 1)
+                known[id(axis)] = axis, np.where(every[place] == root, place, 0)
+            if known[id(axis)][1].any():
+                axes.append(known[id(axis)][1])
+            else:
+                times *= len(axis)
+        terms.append((times, tuple(axes)))
+    return Groups(
+        like=jax.tree.map(lambda w: jax.ShapeDtypeStruct(jnp.shape(w), _tree.dtype(w)), params),
+        unit={path: axes for path, axes in unit.items() if any(a.any() for a in axes)},
+        groups=_group(numbers, len(every)),
+        pinned=tuple(
+            (path, axis, int((~free).sum()), tuple(atoms.reason(a)))
+            for (path, _), leaf in zip(names, found.leaves, strict=True)
+            for axis, a in enumerate(leaf.axes)
+            if not (free := atoms.free(a)).all()
+        ),
+        choices=choices,
+        split=split,
+        terms=tuple(terms),
+    )
+
+
+def _group(numbers: Mapping[tuple[str, int], np.ndarray], units: int) -> tuple[Group, ...]:
+    """Puts units together that have as many indices in the same axes."""
+    random = np.random.default_rng(0).integers(1 << 63, size=len(numbers), dtype=np.uint64)
+    look = np.zeros(units, np.uint64)  # a sum of random numbers, one for every index of a unit
+    for key, number in zip(random, numbers.values(), strict=True):
+        look += np.bincount(number, minlength=units).astype(np.uint64) * key
+    _, first, group = np.unique(look[1:], return_index=True, return_inverse=True)
+    holders: list[list[tuple[str, int, int]]] = [[] for _ in first]
+    for (path, axis), number in numbers.items():
+        counts = np.bincount(number, minlength=units)[first + 1]
+        for i in np.flatnonzero(counts):
+            holders[i].append((path, axis, int(counts[i])))
+    order = np.argsort(group, kind="stable")
+    parts = np.split(order + 1, np.cumsum(np.bincount(group))[:-1]) if len(first) else []
+    return tuple(Group(parts[i], tuple(holders[i])) for i in np.argsort(first))
+
+
+def _describe(
+    found: _analysis.Structure,
+    names: Sequence[tuple[str, Any]],
+    numbers: Mapping[tuple[str, int], np.ndarray],
+    every: np.ndarray,
+    choice: tuple[Any, int, list[int]],
+) -> str:
+    product, factor, units = choice
+    cut = np.searchsorted(every, found.walk.atoms.find(product.factors[factor]))
+    paths = [path for (path, _), number in numbers.items() if np.isin(number[number > 0], cut).any()]
+    other = next(i for i, n in enumerate(units) if n and i != factor)
+    sizes = "×".join(str(len(f)) for f in product.factors)
+    return (
+        f"{', '.join(dict.fromkeys(paths))}: {product.where} ({sizes}) is cut along factor {factor} "
+        f"({units[factor]} units); split={{{paths[0]!r}: {other}}} would cut it along factor {other} "
+        f"({units[other]} units)."
+        if paths
+        else f"{product.where} ({sizes}) is cut along factor {factor}."
+    )
