@@ -135,8 +135,12 @@ def _solve(
                         )
                     choices.append((product, factor % len(units), units))
                     return which, factor % len(units)
-        factor = int(np.argmax(counts[0]))
-        choices.append((products[0], factor, counts[0]))
+        product, units = products[0], counts[0]
+        before = roots(walk.atoms.cut)
+        follows = [np.isin(roots([factor]), before).any() for factor in product.factors]
+        best = [(bool(f and n), n) for f, n in zip(follows, units, strict=True)]
+        factor = best.index(max(best))  # what was cut before, then the factor with more units
+        choices.append((product, factor, units))
         return 0, factor
 
     walk.atoms.solve(walk.products, choose)

@@ -37,6 +37,7 @@ class Atoms:
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
+        self.cut: list[Axis] = []  # the factors along which merged axes were decided to be cut
         self._parent = np.arange(1 << 16, dtype=np.int32)
         self._count = _REASONS
         self._numbers: dict[str, int] = {}
@@ -130,18 +131,33 @@ class Atoms:
         return np.moveaxis(product.merged.reshape(sizes), chosen, 0).reshape(sizes[chosen], -1)
 
     def _units(self, product: Product, chosen: int) -> int:
+        """Counts what could leave along one factor; all at once is nothing, it leaves no axis."""
         factor = product.factors[chosen]
         free = self.free(factor)
         if not free.any():
             return 0
         rows = self._rows(product, chosen)
         free &= self.free(rows.reshape(-1)).reshape(rows.shape).all(1)
-        return len(np.unique(self.find(factor[free])))
+        if not free.any():
+            return 0
+        met = np.concatenate([self.find(factor)[:, None], self.find(rows)], 1)[free]
+        roots, met = np.unique(met, return_inverse=True)
+        met = met.reshape(int(free.sum()), -1)
+        labels = np.arange(len(roots))
+        while True:  # the lowest label of all that a row unites, until nothing changes
+            lowest = labels[met].min(1)
+            before = labels.copy()
+            np.minimum.at(labels, met, lowest[:, None])
+            if np.array_equal(labels, before):
+                break
+        units = len(np.unique(labels))
+        return 0 if units == 1 and free.all() else units
 
     def _settle(self, product: Product, chosen: int) -> None:
         reason = f"the other factor of {product.where} is cut"
         for i, factor in enumerate(product.factors):
             if i != chosen:
                 self.pin(factor, reason)
+        self.cut.append(product.factors[chosen])
         rows = self._rows(product, chosen)
         self.unite(rows.reshape(-1), np.repeat(product.factors[chosen], rows.shape[1]))

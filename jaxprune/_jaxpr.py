@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 
 
 # Equations that only call a program, and those that say something about how it runs.
-TRANSPARENT = frozenset(("jit", "pjit", "closed_call", "core_call"))
+TRANSPARENT = frozenset(("jit", "pjit", "closed_call", "core_call", "composite"))
 _WRAPPING = frozenset(
     ("remat2", "checkpoint", "remat", "custom_jvp_call", "custom_vjp_call", "shard_map")
 )

@@ -28,12 +28,13 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
 ELEMENTWISE = (
     "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e "
     "bitcast_convert_type cbrt ceil clamp complex conj convert_element_type copy cos cosh "
-    "digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag "
-    "integer_pow is_finite layout_constraint le le_to lgamma log log1p logistic lt lt_to max min "
-    "mul mulhi name ne neg nextafter not or polygamma population_count clz pow pvary pcast "
-    "random_gamma_grad real reduce_precision regularized_incomplete_beta rem round rsqrt select_n "
-    "sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt "
-    "square stop_gradient sub tan tanh to_edtype from_edtype xor zeta"
+    "digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac "
+    "imag integer_pow is_finite layout_constraint le le_to lgamma log log1p log2 logistic lt lt_to "
+    "max min mul mulhi name ne neg nextafter not one_minus_square or polygamma population_count "
+    "clz pow pvary random_gamma_grad real reduce_precision reduced_vary_cast relayout reshard "
+    "regularized_incomplete_beta rem round rsqrt select_n sharding_constraint shift_left "
+    "shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan "
+    "tanh to_edtype from_edtype xor zeta zeros_like"
 ).split()
 _LINEAR = frozenset("add add_any convert_element_type copy name neg sub".split())
 _AT_ZERO: dict[Any, float] = {}
@@ -110,13 +111,13 @@ def _evaluate(eqn: Any, ins: Sequence[Value]) -> float | None:
 
 
 @_rule(
-    *("optimization_barrier psum psum2 psum_invariant pmax pmin pmean ppermute pbroadcast").split()
+    *("optimization_barrier psum psum_invariant pmax pmin ppermute pbroadcast tie").split()
 )
 def _each(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
     return [Value(v.axes, v.zeros, v.known) for v in ins]
 
 
-@_rule("debug_callback", "debug_print")
+@_rule("debug_callback", "debug_print", "dce_sink")
 def _nothing(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
     return []
 
@@ -212,7 +213,11 @@ def _split(walk: Walk, eqn: Any, x: Value) -> tuple[list[Value], Run]:
 
 @_rule("concatenate")
 def _concatenate(walk: Walk, eqn: Any, *parts: Value) -> list[Value]:
-    along = eqn.params["dimension"]
+    return [_join(walk, parts, eqn.params["dimension"])]
+
+
+def _join(walk: Walk, parts: Sequence[Value], along: int | None = None) -> Value:
+    """Unites all axes but one, along which parts stand behind each other."""
     axes, zeros = [], []
     for i in range(len(parts[0].axes)):
         if i == along:
@@ -223,7 +228,23 @@ def _concatenate(walk: Walk, eqn: Any, *parts: Value) -> list[Value]:
                 walk.atoms.unite(parts[0].axes[i], other.axes[i])
             axes.append(parts[0].axes[i])
             zeros.append(_combine(np.logical_and, [p.zeros[i] for p in parts]))
+    return Value(tuple(axes), tuple(zeros))
+
+
+@_rule("stack")
+def _stack(walk: Walk, eqn: Any, *parts: Value) -> list[Value]:
+    new, reason = eqn.params["axis"], f"a position of {_jaxpr.where(eqn)}"
+    x = _join(walk, parts)
+    axis, zero = walk.atoms.pinned(len(parts), reason), walk.flags(len(parts), False)
+    axes, zeros = list(x.axes), list(x.zeros)
+    axes.insert(new, axis), zeros.insert(new, zero)
     return [Value(tuple(axes), tuple(zeros))]
+
+
+@_rule("unstack")
+def _unstack(walk: Walk, eqn: Any, x: Value) -> list[Value]:
+    walk.atoms.pin(x.axes[eqn.params["axis"]], f"a position of {_jaxpr.where(eqn)}")
+    return [_without(x, [eqn.params["axis"]])] * len(eqn.outvars)
 
 
 @_rule("tile")
@@ -349,7 +370,11 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
 
 @_rule("dot_general")
 def _dot(walk: Walk, eqn: Any, left: Value, right: Value) -> list[Value]:
-    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
+    return [_product(walk, eqn, left, right, eqn.params["dimension_numbers"])]
+
+
+def _product(walk: Walk, eqn: Any, left: Value, right: Value, numbers: Any) -> Value:
+    (lc, rc), (lb, rb) = numbers
     for i, j in zip(lc, rc, strict=True):
         zero = _combine(np.logical_or, [left.zeros[i], right.zeros[j]])
         walk.atoms.unite(left.axes[i], right.axes[j])
@@ -365,7 +390,32 @@ def _dot(walk: Walk, eqn: Any, left: Value, right: Value) -> list[Value]:
                 axes.append(value.axes[i])
                 zeros.append(value.zeros[i])
     walk.count(axes + [left.axes[i] for i in lc])
-    return [Value(tuple(axes), tuple(zeros))]
+    return Value(tuple(axes), tuple(zeros))
+
+
+@_rule("ragged_dot_general")
+def _ragged_dot(
+    walk: Walk, eqn: Any, left: Value, right: Value, sizes: Value
+) -> list[Value]:
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (lc, rc), (lb, rb) = numbers.dot_dimension_numbers
+    reason = f"grouped by {_jaxpr.where(eqn)}"
+    for value, axes in (
+        (left, numbers.lhs_ragged_dimensions),
+        (right, numbers.rhs_group_dimensions),
+        (sizes, range(len(sizes.axes))),
+    ):
+        for i in axes:
+            walk.atoms.pin(value.axes[i], reason)
+    out = _product(walk, eqn, left, right, ((lc, rc), (lb, rb)))
+    ragged = [i for i in numbers.lhs_ragged_dimensions if i in (*lc, *lb)]
+    if ragged:  # the groups are then an axis of the result
+        return [walk.pinned(eqn.outvars[0].aval.shape, reason)]
+    experts = numbers.rhs_group_dimensions
+    first = len(lb) + len(left.axes) - len(lc) - len(lb)
+    free = [j for j in range(len(right.axes)) if j not in (*rc, *rb)]
+    gone = [first + n for n, j in enumerate(free) if j in experts]
+    return [_without(out, gone)]
 
 
 @_rule("conv_general_dilated")
@@ -552,8 +602,7 @@ def _gather(walk: Walk, eqn: Any, x: Value, at: Value) -> tuple[list[Value], Run
     return [out], run
 
 
-@_rule("scatter", "scatter-add", "scatter_add", "scatter-mul", "scatter_mul")
-@_rule("scatter-min", "scatter_min", "scatter-max", "scatter_max", "scatter_sub")
+@_rule("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
 def _scatter(walk: Walk, eqn: Any, x: Value, at: Value, new: Value) -> list[Value]:
     d = eqn.params["dimension_numbers"]
     batch = [i for i in range(len(x.axes)) if i in d.operand_batching_dims]

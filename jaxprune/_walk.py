@@ -167,10 +167,8 @@ class Walk:
 
     def _literal(self, atom: Any) -> Value:
         known = None
-        if atom.aval.shape == () and np.issubdtype(atom.aval.dtype, np.number):
-            known = float(atom.val.real)
-        elif atom.aval.dtype == bool and atom.aval.shape == ():
-            known = float(atom.val)
+        if atom.aval.shape == () and not jnp.issubdtype(atom.aval.dtype, jax.dtypes.extended):
+            known = float(np.asarray(atom.val).real)
         zero = known == 0
         return self.fresh(atom.aval.shape, zero, known=known, full=True, const=True)
 

@@ -532,14 +532,15 @@ def _describe(
     choice: tuple[Any, int, list[int]],
 ) -> str:
     product, factor, units = choice
-    cut = np.searchsorted(every, found.walk.atoms.find(product.factors[factor]))
-    paths = [path for (path, _), number in numbers.items() if np.isin(number[number > 0], cut).any()]
-    other = next(i for i, n in enumerate(units) if n and i != factor)
+    own = found.walk.atoms.find(product.factors[factor][found.walk.atoms.free(product.factors[factor])])
+    cut = np.searchsorted(every, own)
+    holders = [path for (path, _), number in numbers.items() if np.isin(number, cut).any()]
     sizes = "×".join(str(len(f)) for f in product.factors)
+    what = f"{product.where} ({sizes}) is cut along factor {factor}"
+    other = next(i for i, n in enumerate(units) if n and i != factor)
+    if not holders:
+        return f"{what}."
     return (
-        f"{', '.join(dict.fromkeys(paths))}: {product.where} ({sizes}) is cut along factor {factor} "
-        f"({units[factor]} units); split={{{paths[0]!r}: {other}}} would cut it along factor {other} "
-        f"({units[other]} units)."
-        if paths
-        else f"{product.where} ({sizes}) is cut along factor {factor}."
+        f"{', '.join(dict.fromkeys(holders))}: {what} ({units[factor]} units); "
+        f"split={{{holders[0]!r}: {other}}} would cut it along factor {other} ({units[other]} units)."
     )
