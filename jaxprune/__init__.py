@@ -11,6 +11,9 @@ Verbs: :func:`select`, :func:`select_iteratively`, :func:`apply_masks`, :func:`e
 Modules: :mod:`scores`, :mod:`schedules`, :mod:`masks`, :mod:`patterns`, :mod:`metrics`.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxprune import groups, masks, metrics, patterns, schedules, scores
 from jaxprune._select import select, select_iteratively
 from jaxprune._shrink import shrink
@@ -18,6 +21,9 @@ from jaxprune.groups import find_groups
 from jaxprune.masks import apply_masks
 from jaxprune.metrics import summary
 from jaxprune.optimizer import enforce, get_masks, gradual, set_masks
+
+if TYPE_CHECKING:
+    from jaxprune import nnx
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +35,7 @@ __all__ = [
     "groups",
     "masks",
     "metrics",
+    "nnx",
     "patterns",
     "schedules",
     "scores",
@@ -38,3 +45,9 @@ __all__ = [
     "shrink",
     "summary",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "nnx":  # flax.nnx is slow to import, and needed by its users alone
+        return importlib.import_module("jaxprune.nnx")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -113,18 +113,35 @@ class Atoms:
         several are left, ``choose(products, units)`` says which one to decide, and its factor,
         knowing how many units would leave with each factor of each.
         """
-        waiting = list(products)
-        while waiting:
-            counts = [[self._units(p, i) for i in range(len(p.factors))] for p in waiting]
-            several = [sum(map(bool, units)) > 1 for units in counts]
-            if all(several):
-                which, factor = choose(waiting, counts)
-                self._settle(waiting.pop(which), factor)
-                continue
-            for product, units, ambiguous in zip(waiting, counts, several, strict=True):
-                if not ambiguous:
-                    self._settle(product, int(np.argmax(units)))
-            waiting = [p for p, ambiguous in zip(waiting, several, strict=True) if ambiguous]
+        for together in self._clusters(products):
+            waiting = [products[i] for i in together]
+            while waiting:
+                counts = [[self._units(p, i) for i in range(len(p.factors))] for p in waiting]
+                several = [sum(map(bool, units)) > 1 for units in counts]
+                if all(several):
+                    which, factor = choose(waiting, counts)
+                    self._settle(waiting.pop(which), factor)
+                    continue
+                for product, units, ambiguous in zip(waiting, counts, several, strict=True):
+                    if not ambiguous:
+                        self._settle(product, int(np.argmax(units)))
+                waiting = [p for p, ambiguous in zip(waiting, several, strict=True) if ambiguous]
+
+    def _clusters(self, products: Sequence[Product]) -> list[np.ndarray]:
+        """Groups products that share atoms: what is decided in one changes nothing in another."""
+        roots = [self.find(np.concatenate([p.merged, *p.factors])) for p in products]
+        own = [np.unique(r[r >= _REASONS]) for r in roots]
+        if not own:
+            return []
+        owner = np.repeat(np.arange(len(own)), [len(r) for r in own])
+        order = np.argsort(every := np.concatenate(own), kind="stable")
+        every, owner = every[order], owner[order]
+        shared = every[1:] == every[:-1]
+        forest = Atoms()
+        nodes = forest.fresh(len(own))
+        forest.unite(nodes[owner[:-1][shared]], nodes[owner[1:][shared]])
+        clusters = forest.find(nodes)
+        return [np.flatnonzero(clusters == c) for c in np.unique(clusters)]
 
     def _rows(self, product: Product, chosen: int) -> np.ndarray:
         sizes = [len(factor) for factor in product.factors]

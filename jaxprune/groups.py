@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _analysis, _select, _tree, metrics
+from jaxprune._atoms import Product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -477,7 +478,17 @@ def _collect(found: _analysis.Structure, params: Any, split: dict[str, int]) -> 
         names[i][0]: tuple(numbers[names[i][0], a] for a in range(len(found.leaves[i].axes)))
         for i in found.order
     }
-    choices = tuple(_describe(found, names, numbers, every, choice) for choice in found.choices)
+    groups = _group(numbers, len(every))
+    owner = np.zeros(len(every), np.int32)
+    for number, group in enumerate(groups):
+        owner[group.units] = number
+    choices = []
+    for product, factor, units in found.choices:
+        cut = product.factors[factor]
+        place = np.searchsorted(every, atoms.find(cut[atoms.free(cut)]))
+        members = [m for g in np.unique(owner[place]) for m in groups[g].members]
+        paths = list(dict.fromkeys(path for path, *_ in members))
+        choices.append(_describe(product, factor, units, paths))
     terms = []
     known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for c in found.walk.contractions:
@@ -494,14 +505,14 @@ def _collect(found: _analysis.Structure, params: Any, split: dict[str, int]) -> 
     return Groups(
         like=jax.tree.map(lambda w: jax.ShapeDtypeStruct(jnp.shape(w), _tree.dtype(w)), params),
         unit={path: axes for path, axes in unit.items() if any(a.any() for a in axes)},
-        groups=_group(numbers, len(every)),
+        groups=groups,
         pinned=tuple(
             (path, axis, int((~free).sum()), tuple(atoms.reason(a)))
             for (path, _), leaf in zip(names, found.leaves, strict=True)
             for axis, a in enumerate(leaf.axes)
             if not (free := atoms.free(a)).all()
         ),
-        choices=choices,
+        choices=tuple(choices),
         split=split,
         terms=tuple(terms),
     )
@@ -524,23 +535,13 @@ def _group(numbers: Mapping[tuple[str, int], np.ndarray], units: int) -> tuple[G
     return tuple(Group(parts[i], tuple(holders[i])) for i in np.argsort(first))
 
 
-def _describe(
-    found: _analysis.Structure,
-    names: Sequence[tuple[str, Any]],
-    numbers: Mapping[tuple[str, int], np.ndarray],
-    every: np.ndarray,
-    choice: tuple[Any, int, list[int]],
-) -> str:
-    product, factor, units = choice
-    own = found.walk.atoms.find(product.factors[factor][found.walk.atoms.free(product.factors[factor])])
-    cut = np.searchsorted(every, own)
-    holders = [path for (path, _), number in numbers.items() if np.isin(number, cut).any()]
+def _describe(product: Product, factor: int, units: Sequence[int], paths: Sequence[str]) -> str:
     sizes = "×".join(str(len(f)) for f in product.factors)
     what = f"{product.where} ({sizes}) is cut along factor {factor}"
-    other = next(i for i, n in enumerate(units) if n and i != factor)
-    if not holders:
+    if not paths:
         return f"{what}."
+    other = next(i for i, n in enumerate(units) if n and i != factor)
     return (
-        f"{', '.join(dict.fromkeys(holders))}: {what} ({units[factor]} units); "
-        f"split={{{holders[0]!r}: {other}}} would cut it along factor {other} ({units[other]} units)."
+        f"{', '.join(paths)}: {what} ({units[factor]} units); split={{{paths[0]!r}: {other}}} "
+        f"would cut it along factor {other} ({units[other]} units)."
     )

@@ -1,12 +1,14 @@
-"""What pruning saved: sparsity, compression and a table."""
+"""What pruning saved: weights, bytes, FLOPs, time."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune import _cost, _tree
 
@@ -234,3 +236,117 @@ def layers(fn: Callable[..., Any], params: Any, *inputs: Any, masks: Any = None)
         flops = 2 * sum(c.kept for c in costs)
         rows.append(Layer(path, shape, size if path else 0, flops, sum(c.outputs for c in costs)))
     return Layers(tuple(rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How long one function takes at one batch size, of a :class:`Latency`, in seconds."""
+
+    name: str
+    batch: int
+    median: float
+    quartiles: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """What :func:`latency` measured; printing it shows a table."""
+
+    rows: tuple[Timing, ...]
+
+    def speedup(self, name: str, batch: int) -> float:
+        """Gives the median time of the first function over that of another."""
+        times = {(row.name, row.batch): row.median for row in self.rows}
+        return times[self.rows[0].name, batch] / times[name, batch]
+
+    def __str__(self) -> str:
+        table = [("function", "batch", "median", "quartiles", "examples/s", "speed-up")]
+        for row in self.rows:
+            low, high = row.quartiles
+            table.append(
+                (
+                    row.name,
+                    str(row.batch),
+                    f"{row.median * 1e3:.3f} ms",
+                    f"{low * 1e3:.3f} - {high * 1e3:.3f}",
+                    f"{row.batch / row.median:,.0f}",
+                    f"{self.speedup(row.name, row.batch):.2f}x",
+                )
+            )
+        return show(table, left=(0,), total=False)
+
+
+def latency(
+    functions: Mapping[str, tuple[Callable[..., Any], Any]], *inputs: Any, rounds: int = 30
+) -> Latency:
+    """Measures functions side by side, compilation excluded, at batch 1 and at the given batch.
+
+    Every round calls each function once, so that what else the machine does falls on all alike.
+
+    Args:
+      functions: for every name ``(fn, params)``; the first is what others are compared with.
+      *inputs: arrays whose first axis is the batch.
+      rounds: how often to call each.
+
+    Raises:
+      ValueError: without inputs that have a first axis.
+
+    Examples:
+      >>> small = latency({"dense": (lambda w, x: x @ w, jnp.ones((4, 4)))}, jnp.ones((8, 4)))
+      >>> [(row.name, row.batch) for row in small.rows]
+      [('dense', 1), ('dense', 8)]
+    """
+    sizes = [jnp.shape(x)[0] for x in jax.tree.leaves(inputs) if jnp.ndim(x)]
+    if not sizes:
+        raise ValueError("latency needs inputs whose first axis is the batch, got none.")
+    batch = sizes[0]
+    first = jax.tree.map(lambda x: x[:1] if jnp.ndim(x) and len(x) == batch else x, inputs)
+    rows = []
+    for size, args in {1: first, batch: inputs}.items():
+        jitted = {name: (jax.jit(fn), params) for name, (fn, params) in functions.items()}
+        for fn, params in jitted.values():
+            jax.block_until_ready(fn(params, *args))
+        times: dict[str, list[float]] = {name: [] for name in jitted}
+        for _ in range(rounds):
+            for name, (fn, params) in jitted.items():
+                start = time.perf_counter()
+                jax.block_until_ready(fn(params, *args))
+                times[name].append(time.perf_counter() - start)
+        for name, found in times.items():
+            low, median, high = np.quantile(found, (0.25, 0.5, 0.75)).tolist()
+            rows.append(Timing(name, size, median, (low, high)))
+    return Latency(tuple(rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a function needs, in bytes.
+
+    Attributes:
+      params: the params.
+      peak: what running it takes at once: params, inputs, outputs and intermediate values.
+    """
+
+    params: int
+    peak: int
+
+
+def memory(fn: Callable[..., Any], params: Any, *inputs: Any) -> Memory:
+    """Gives the bytes of the params, and those that the compiled function needs at once.
+
+    The peak is the compiler's: arguments, results, and the temporary buffers at their fullest.
+
+    Args:
+      fn: the function to compile; nothing is computed.
+      params: arrays or shapes.
+      *inputs: arrays or shapes.
+
+    Examples:
+      >>> memory(lambda w, x: x @ w, jnp.ones((3, 2)), jnp.ones((5, 3))).params
+      24
+    """
+    leaves = jax.tree.leaves(params)
+    stored = sum(math.prod(jnp.shape(w)) * _tree.dtype(w).itemsize for w in leaves)
+    found = jax.jit(fn).lower(params, *inputs).compile().memory_analysis()
+    peak = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    return Memory(stored, peak - found.alias_size_in_bytes)
