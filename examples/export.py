@@ -24,6 +24,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 IMAGE = (8, 8, 1)
 FORMATS = {  # file suffix, and what has to be installed
@@ -75,7 +76,7 @@ def write(directory, batch):
     dense, masked = fn(params, x), fn(jp.apply_masks(params, masks), x)
     np.savez(directory / "expected.npz", x=x, dense=dense, shrunk=masked)
 
-    # Shrinking needs sizes that are numbers, here one image: `vmap` makes them any number of images.
+    # A shrunk function needs sizes that are numbers. It gets one image, and `vmap` the open batch.
     one = small_program(lambda image: small_fn(small, image[None])[0])
     networks = {"dense": lambda x: fn(params, x), "shrunk": jax.vmap(one)}
     for kind, (suffix, modules, package) in FORMATS.items():
@@ -98,8 +99,8 @@ def small_program(one):
 
 def to_jax(function):
     """Writes a function of images as StableHLO, its params included."""
-    images = jax.ShapeDtypeStruct(jax.export.symbolic_shape(("b", *IMAGE)), jnp.float32)
-    return jax.export.export(jax.jit(function))(images).serialize()
+    images = jax.ShapeDtypeStruct((*export.symbolic_shape("b"), *IMAGE), jnp.float32)
+    return export.export(jax.jit(function))(images).serialize()
 
 
 def to_onnx(function):
@@ -112,7 +113,7 @@ def to_onnx(function):
 
 def load_jax(path, x):
     """Gives a function that runs the network of a file on the images."""
-    call, x = jax.jit(jax.export.deserialize(path.read_bytes()).call), jnp.asarray(x)
+    call, x = jax.jit(export.deserialize(path.read_bytes()).call), jnp.asarray(x)
     return lambda: call(x).block_until_ready()
 
 

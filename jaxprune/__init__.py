@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxprune import groups, masks, metrics, patterns, schedules, scores
 from jaxprune._select import select, select_iteratively
-from jaxprune._shrink import shrink
+from jaxprune._shrink import Plan, shrink
 from jaxprune.groups import find_groups
 from jaxprune.masks import apply_masks
 from jaxprune.metrics import summary
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Plan",
     "apply_masks",
     "enforce",
     "find_groups",

@@ -27,16 +27,19 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
 
 ELEMENTWISE = (
     "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e "
-    "bitcast_convert_type cbrt ceil clamp complex conj convert_element_type copy cos cosh "
-    "digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac "
-    "imag integer_pow is_finite layout_constraint le le_to lgamma log log1p log2 logistic lt lt_to "
-    "max min mul mulhi name ne neg nextafter not one_minus_square or polygamma population_count "
-    "clz pow pvary random_gamma_grad real reduce_precision reduced_vary_cast relayout reshard "
-    "regularized_incomplete_beta rem round rsqrt select_n sharding_constraint shift_left "
-    "shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan "
-    "tanh to_edtype from_edtype xor zeta zeros_like"
+    "bitcast_convert_type cbrt ceil clamp clz complex conj convert_element_type cos cosh digamma "
+    "div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag "
+    "integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul mulhi ne "
+    "neg nextafter not one_minus_square or polygamma population_count pow random_gamma_grad real "
+    "regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic "
+    "shift_right_logical sign sin sinh sqrt square sub tan tanh xor zeta zeros_like"
 ).split()
-_LINEAR = frozenset("add add_any convert_element_type copy name neg sub".split())
+_UNCHANGED = (
+    "copy from_edtype layout_constraint name optimization_barrier pbroadcast pmax pmin ppermute "
+    "psum psum_invariant pvary reduce_precision reduced_vary_cast relayout reshard "
+    "sharding_constraint stop_gradient tie to_edtype"
+).split()
+_LINEAR = frozenset("add add_any convert_element_type neg sub".split())
 _AT_ZERO: dict[Any, float] = {}
 
 
@@ -110,11 +113,10 @@ def _evaluate(eqn: Any, ins: Sequence[Value]) -> float | None:
     return None if math.isnan(_AT_ZERO[key]) else _AT_ZERO[key]
 
 
-@_rule(
-    *("optimization_barrier psum psum_invariant pmax pmin ppermute pbroadcast tie").split()
-)
+@_rule(*_UNCHANGED)
 def _each(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
-    return [Value(v.axes, v.zeros, v.known) for v in ins]
+    """Gives every result the axes of its operand: they are of one shape."""
+    return [Value(v.axes, v.zeros, v.known) for v in ins[-len(eqn.outvars) :]]
 
 
 @_rule("debug_callback", "debug_print", "dce_sink")
@@ -138,8 +140,8 @@ def _draw(walk: Walk, eqn: Any, key: Value) -> tuple[list[Value], Run]:
         walk.redraws.append((axis, f"another random draw by {_jaxpr.where(eqn)}"))
     keys = len(key.axes)
 
-    def run(cut: Cut, key: Any) -> list[Any]:
-        return _jaxpr.bind(eqn, key, shape=cut.shape(out)[keys:])
+    def run(cut: Cut, eqn: Any, key: Any) -> list[Any]:
+        return _jaxpr.bind(eqn, key, shape=cut.shape(out, eqn.outvars[0])[keys:])
 
     return [out], run
 
@@ -177,7 +179,11 @@ def _broadcast(walk: Walk, eqn: Any, x: Value, *sizes: Value) -> tuple[list[Valu
         if len(x.axes[i]) == shape[position]:
             axes[position], zeros[position] = x.axes[i], x.zeros[i]
     out = Value(tuple(axes), tuple(zeros), x.known)
-    return [out], lambda cut, x: _jaxpr.bind(eqn, x, shape=cut.shape(out), sharding=None)
+
+    def run(cut: Cut, eqn: Any, x: Any) -> list[Any]:
+        return _jaxpr.bind(eqn, x, shape=cut.shape(out, eqn.outvars[0]), sharding=None)
+
+    return [out], run
 
 
 @_rule("slice")
@@ -187,12 +193,15 @@ def _slice(walk: Walk, eqn: Any, x: Value) -> tuple[list[Value], Run]:
     picks = [slice(*pick) for pick in zip(starts, limits, strides, strict=True)]
     out = _map(x, lambda i, entries: entries[picks[i]])
 
-    def run(cut: Cut, array: Any) -> list[Any]:
+    def run(cut: Cut, eqn: Any, array: Any) -> list[Any]:
+        limits = eqn.params["limit_indices"]
         for i, axis in enumerate(x.axes):
-            kept = np.arange(len(axis)) if cut.kept(axis) is None else cut.kept(axis)
-            wanted = np.isin(kept, np.arange(len(axis))[picks[i]])
-            if not wanted.all():
-                array = take(array, np.flatnonzero(wanted), i)
+            kept = cut.kept(axis)
+            if kept is None:
+                array = jax.lax.slice_in_dim(array, starts[i], limits[i], strides[i], i)
+            else:
+                wanted = np.isin(kept, np.arange(len(axis))[picks[i]])
+                array = array if wanted.all() else take(array, np.flatnonzero(wanted), i)
         return [array]
 
     return [out], run
@@ -205,7 +214,7 @@ def _split(walk: Walk, eqn: Any, x: Value) -> tuple[list[Value], Run]:
     picks = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
     outs = [_map(x, lambda i, entries: entries[p] if i == axis else entries) for p in picks]
 
-    def run(cut: Cut, x: Any) -> list[Any]:
+    def run(cut: Cut, eqn: Any, x: Any) -> list[Any]:
         return _jaxpr.bind(eqn, x, sizes=tuple(cut.size(out.axes[axis]) for out in outs))
 
     return outs, run
@@ -274,8 +283,8 @@ def _pad(walk: Walk, eqn: Any, x: Value, filling: Value) -> tuple[list[Value], R
         sources.append(source)
     out = Value(tuple(axes), tuple(zeros))
 
-    def run(cut: Cut, array: Any, filling: Any) -> list[Any]:
-        changed = list(config)
+    def run(cut: Cut, eqn: Any, array: Any, filling: Any) -> list[Any]:
+        changed = list(eqn.params["padding_config"])
         for i, source in enumerate(sources):
             if source is None or (cut.kept(x.axes[i]) is None and cut.kept(axes[i]) is None):
                 continue
@@ -337,7 +346,11 @@ def _reshape(walk: Walk, eqn: Any, x: Value) -> tuple[list[Value], Run]:
         if n == 1:
             walk.atoms.pin(x.axes[i], "of size 1")
     out = Value(tuple(axes), tuple(zeros), x.known)
-    return [out], lambda cut, x: _jaxpr.bind(eqn, x, new_sizes=cut.shape(out), sharding=None)
+
+    def run(cut: Cut, eqn: Any, x: Any) -> list[Any]:
+        return _jaxpr.bind(eqn, x, new_sizes=cut.shape(out, eqn.outvars[0]), sharding=None)
+
+    return [out], run
 
 
 def _sizes(shape: Sequence[int], axes: Sequence[int]) -> str:
@@ -453,7 +466,7 @@ def _conv(walk: Walk, eqn: Any, left: Value, right: Value) -> tuple[list[Value],
                 walk.products.append(Product(axis, (group, inside), where))
     walk.count([*axes, rows, *(right.axes[i] for i in window)], 1 / math.prod(p["lhs_dilation"]))
 
-    def run(cut: Cut, x: Any, w: Any) -> list[Any]:
+    def run(cut: Cut, eqn: Any, x: Any, w: Any) -> list[Any]:
         return _jaxpr.bind(eqn, x, w, feature_group_count=cut.size(group))
 
     return [Value(tuple(axes), tuple(zeros))], run
@@ -544,8 +557,8 @@ def _window(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
 def _dynamic_slice(walk: Walk, eqn: Any, x: Value, *starts: Value) -> tuple[list[Value], Run]:
     out = _whole_axes(walk, eqn, x, eqn.params["slice_sizes"])
 
-    def run(cut: Cut, *args: Any) -> list[Any]:
-        return _jaxpr.bind(eqn, *args, slice_sizes=cut.shape(out))
+    def run(cut: Cut, eqn: Any, *args: Any) -> list[Any]:
+        return _jaxpr.bind(eqn, *args, slice_sizes=cut.shape(out, eqn.outvars[0]))
 
     return [out], run
 
@@ -595,8 +608,10 @@ def _gather(walk: Walk, eqn: Any, x: Value, at: Value) -> tuple[list[Value], Run
     walk.atoms.pin(at.axes[-1], f"an index of {_jaxpr.where(eqn)}")
     out = Value(tuple(axes[i] for i in sorted(axes)), tuple(zeros[i] for i in sorted(axes)))
 
-    def run(cut: Cut, x: Any, at: Any) -> list[Any]:
-        new = [cut.size(read.axes[i]) if i in kept else n for i, n in enumerate(sizes)]
+    def run(cut: Cut, eqn: Any, x: Any, at: Any) -> list[Any]:
+        new = list(eqn.params["slice_sizes"])
+        for i in kept:
+            new[i] = cut.size(read.axes[i], new[i])
         return _jaxpr.bind(eqn, x, at, slice_sizes=tuple(new))
 
     return [out], run

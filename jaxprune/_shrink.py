@@ -169,7 +169,7 @@ def shrink(
       params: arrays or shapes.
       masks: masks of the params; `None` keeps a leaf whole.
       *inputs: examples, arrays or shapes.
-      groups: those that the masks were selected with, if they were split by hand.
+      groups: if given, masks must remove every unit of them whole, or not at all.
       verify: whether to compare both functions on the example inputs.
       has_aux: whether ``fn`` returns ``(output, aux)``, where aux (new batch statistics, a cache)
         is cut along with the params.
@@ -202,15 +202,14 @@ def shrink(
     _tree.check_params(params)
     _analysis.check_inputs(inputs)
     like = jax.tree.map(lambda w: jax.ShapeDtypeStruct(jnp.shape(w), _tree.dtype(w)), params)
-    split = None if groups is None else groups.split
-    if groups is not None:
-        _tree.align(like, groups.like, "groups")
     masked = _masked_slices(params, masks)
+    if groups is not None:
+        _check_follows(groups, like, masked)
     _check_not_empty(like, masked)
 
     def structure(*inputs: Any) -> tuple[_analysis.Structure, Cut, Removed]:
         found = _analysis.analyse(
-            fn, like, inputs, exact=False, has_aux=has_aux, split=split, removed=masked
+            fn, like, inputs, exact=False, has_aux=has_aux, removed=masked
         )
         return found, *_leaving(found, like)
 
@@ -302,6 +301,25 @@ def _check_not_empty(like: Any, masked: Removed) -> None:
                 f"{_tree.show(path)}: the masks remove all {len(gone)} slices of axis {axis}, "
                 "which would leave an empty layer. Keep at least one, as `groups.select` does."
             )
+
+
+def _check_follows(groups: Groups, like: Any, masked: Removed) -> None:
+    """Raises unless masks remove all members of a unit, or none."""
+    _tree.align(like, groups.like, "groups")
+    removing: dict[int, str] = {}
+    keeping: dict[int, str] = {}
+    for path, axes in groups.unit.items():
+        for axis, unit in enumerate(axes):
+            gone = np.zeros(len(unit), bool)
+            gone[masked.get((path, axis), [])] = True
+            member = f"{_tree.show(path)} axis {axis}"
+            removing |= dict.fromkeys(unit[gone & (unit > 0)].tolist(), member)
+            keeping |= dict.fromkeys(unit[~gone & (unit > 0)].tolist(), member)
+    for number in sorted(removing.keys() & keeping.keys()):
+        raise ValueError(
+            f"masks do not follow the groups: they remove unit {number} from {removing[number]}, "
+            f"and keep it in {keeping[number]}. Take them from `groups.select`."
+        )
 
 
 def _leaving(found: _analysis.Structure, like: Any) -> tuple[Cut, Removed]:

@@ -235,7 +235,7 @@ def prefixes(paths: Iterable[str]) -> list[str]:
 def children(tree: Tree) -> tuple[list[tuple[str, Any]], Callable[[Sequence[Any]], Tree]] | None:
     """Lists the parts right below a node, by name, and how to rebuild it; `None` for a leaf."""
     parts, treedef = tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
-    if jax.tree_util.treedef_is_leaf(treedef):
+    if len(parts) == 1 and parts[0][1] is tree:
         return None
     return [(_name(path), part) for path, part in parts], functools.partial(
         jax.tree.unflatten, treedef

@@ -66,6 +66,24 @@ class Program:
     steps: list[Step]
 
 
+    def on(self, jaxpr: Any, consts: Sequence[Any]) -> "Program":
+        """Gives the notes to the same program, traced for inputs of other sizes.
+
+        Raises:
+          ValueError: if it is another program.
+        """
+        if [s.eqn.primitive for s in self.steps] != [eqn.primitive for eqn in jaxpr.eqns]:
+            raise ValueError("another program")
+        steps = []
+        for step, eqn in zip(self.steps, jaxpr.eqns, strict=True):
+            inner = [(p.jaxpr, p.consts) for p in _jaxpr.inner(eqn)] if step.programs else []
+            if len(step.programs) > len(inner):
+                inner += [(rule.jaxpr, rule.consts) for rule in _jaxpr.rules(eqn)]
+            programs = [p.on(*pair) for p, pair in zip(step.programs, inner, strict=True)]
+            steps.append(dataclasses.replace(step, eqn=eqn, programs=programs))
+        return dataclasses.replace(self, jaxpr=jaxpr, consts=consts, steps=steps)
+
+
 @dataclasses.dataclass(frozen=True)
 class Contraction:
     """Multiply-adds of one equation: ``times`` the product over axes of the entries kept."""
@@ -337,14 +355,14 @@ class Cut:
             self._kept[id(axis)] = axis, np.flatnonzero(~gone) if gone.any() else None
         return self._kept[id(axis)][1]
 
-    def size(self, axis: Axis) -> int:
-        """Gives the size of a cut axis."""
+    def size(self, axis: Axis, dense: Any = None) -> Any:
+        """Gives the size of a cut axis; of another, the size that it has in the program at hand."""
         kept = self.kept(axis)
-        return len(axis) if kept is None else len(kept)
+        return (len(axis) if dense is None else dense) if kept is None else len(kept)
 
-    def shape(self, value: Value) -> tuple[int, ...]:
+    def shape(self, value: Value, variable: Any) -> tuple[Any, ...]:
         """Gives the shape of a cut value."""
-        return tuple(map(self.size, value.axes))
+        return tuple(map(self.size, value.axes, variable.aval.shape))
 
     def cuts(self, value: Value) -> bool:
         """Says whether a value loses anything."""
@@ -396,14 +414,14 @@ class Cut:
                     bodies = [self._body(p) for p in step.programs]
                     outs = _jaxpr.rebuild(eqn, bodies, args)
                 elif step.run is not None:
-                    outs = step.run(self, *args)
+                    outs = step.run(self, eqn, *args)
                 else:
                     outs = _jaxpr.bind(eqn, *args)
-            for x, v in zip(outs, step.outs, strict=True):
-                if not v.full and jnp.shape(x) != self.shape(v):
+            for x, v, variable in zip(outs, step.outs, eqn.outvars, strict=True):
+                if not v.full and x.shape != self.shape(v, variable):
                     raise AssertionError(
-                        f"{_jaxpr.where(eqn)} gave shape {jnp.shape(x)} where the structure says "
-                        f"{self.shape(v)}. This is a bug in jaxprune; please report the program."
+                        f"{_jaxpr.where(eqn)} gave shape {x.shape} where the structure says "
+                        f"{self.shape(v, variable)}. This is a bug in jaxprune; please report the program."
                     )
             env.update(zip(eqn.outvars, outs, strict=True))
         if whole:

@@ -93,7 +93,7 @@ class Groups:
         leaves: list[Any] = []
         for path, leaf in _tree.named_leaves(self.like):
             mask = None
-            for axis, unit in enumerate(self.unit.get(path, ())):
+            for axis, unit in enumerate(self.unit[path]):
                 if unit.any():
                     shape = [1] * len(leaf.shape)
                     shape[axis] = -1
@@ -245,7 +245,7 @@ class Groups:
         kept = jnp.zeros(len(self) + 1, bool)
         aligned = _tree.align_masks(self.like, masks)
         for (path, _), mask in zip(_tree.named_leaves(self.like), aligned, strict=True):
-            for axis, unit in enumerate(self.unit.get(path, ())):
+            for axis, unit in enumerate(self.unit[path]):
                 others = [i for i in range(len(self.unit[path])) if i != axis]
                 any_left = jnp.ones(len(unit), bool) if mask is None else jnp.any(mask, others)
                 kept = kept.at[unit].max(any_left)
@@ -265,7 +265,7 @@ class Groups:
                 ]
                 if not owners:
                     raise ValueError(
-                        f"scope: {path!r} is in no group; groups have {sorted(self.unit)}."
+                        f"scope: {path!r} is in no group; print(groups) lists their members."
                     )
                 for i in owners:
                     wanted[i] = max(wanted[i] or 0.0, _select.check_sparsity(fraction))
@@ -467,16 +467,17 @@ def find_groups(
 
 def _collect(found: _analysis.Structure, params: Any, split: dict[str, int]) -> Groups:
     names, atoms = _tree.named_leaves(params), found.walk.atoms
+    order = [*found.order, *(i for i in range(len(names)) if i not in set(found.order))]
     roots = {
         (names[i][0], axis): np.where(atoms.free(a), atoms.find(a), 0)
-        for i in found.order
+        for i in order
         for axis, a in enumerate(found.leaves[i].axes)
     }
-    every = np.unique(np.concatenate([[0], *roots.values()]))
+    every = np.unique(np.concatenate([np.zeros(1, np.int32), *roots.values()]))
     numbers = {key: np.searchsorted(every, r).astype(np.int32) for key, r in roots.items()}
     unit = {
         names[i][0]: tuple(numbers[names[i][0], a] for a in range(len(found.leaves[i].axes)))
-        for i in found.order
+        for i in order
     }
     groups = _group(numbers, len(every))
     owner = np.zeros(len(every), np.int32)
@@ -504,7 +505,7 @@ def _collect(found: _analysis.Structure, params: Any, split: dict[str, int]) -> 
         terms.append((times, tuple(axes)))
     return Groups(
         like=jax.tree.map(lambda w: jax.ShapeDtypeStruct(jnp.shape(w), _tree.dtype(w)), params),
-        unit={path: axes for path, axes in unit.items() if any(a.any() for a in axes)},
+        unit=unit,
         groups=groups,
         pinned=tuple(
             (path, axis, int((~free).sum()), tuple(atoms.reason(a)))
