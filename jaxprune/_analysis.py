@@ -58,18 +58,7 @@ def analyse(
       removed: for ``(path, axis)``, the indices that are to leave; all others are pinned.
     """
     check_inputs(inputs)
-    shapes: list[Any] = []
-
-    def traced(params: Any, *inputs: Any) -> Any:
-        out = fn(params, *inputs)
-        if has_aux and not (isinstance(out, (tuple, list)) and len(out) == 2):
-            raise ValueError(f"has_aux=True needs fn to return a pair, got {type(out).__name__}.")
-        shapes.append(out)
-        return out
-
-    closed = _jaxpr.trace(traced, params, *inputs)
-    out_tree = jax.tree.structure(shapes[0])
-    outputs = len(jax.tree.leaves(shapes[0][0] if has_aux else shapes[0]))
+    closed, out_tree, outputs = trace(fn, params, inputs, has_aux)
     walk = Walk(exact, derivatives=removed is not None)
     names = _tree.named_leaves(params)
     order = [i for i in _jaxpr.order_of_use(closed.jaxpr) if i < len(names)]
@@ -95,6 +84,24 @@ def analyse(
         walk.pin(value, "an output")
     choices = _solve(walk, dict(zip((n for n, _ in names), ins, strict=False)), split or {})
     return Structure(walk, program, ins[: len(names)], order, choices, out_tree)
+
+
+def trace(
+    fn: Callable[..., Any], params: Any, inputs: Sequence[Any], has_aux: bool
+) -> tuple[Any, Any, int]:
+    """Traces a function: the program, the structure of its result, and the leaves without aux."""
+    found: list[Any] = []
+
+    def traced(params: Any, *inputs: Any) -> Any:
+        out = fn(params, *inputs)
+        if has_aux and not (isinstance(out, (tuple, list)) and len(out) == 2):
+            raise ValueError(f"has_aux=True needs fn to return a pair, got {type(out).__name__}.")
+        count = len(jax.tree.leaves(out[0] if has_aux else out))
+        found.extend((jax.tree.structure(out), count))
+        return out
+
+    closed = _jaxpr.trace(traced, params, *inputs)
+    return closed, *found
 
 
 def check_inputs(inputs: Sequence[Any]) -> None:

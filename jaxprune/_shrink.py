@@ -234,17 +234,19 @@ def shrink(
                     f"{jnp.shape(leaf)}, needed {small_shapes.get(path)}. Cut dense params with "
                     "`plan.take(params)`."
                 )
-        again, cut, leaves = structure(*jax.tree.map(_shape, inputs))
-        if {key: gone.tolist() for key, gone in leaves.items()} != {
-            key: gone.tolist() for key, gone in removed.items()
-        }:
-            shapes = jax.tree.map(jnp.shape, inputs)
-            raise ValueError(
-                f"On inputs of shapes {shapes} the function has another structure than on the "
-                "examples: it branches on them. Call `shrink` again with examples of these shapes."
-            )
+        program, out_tree, cut_here = found.program, found.out_tree, cut
+        if any(_symbolic(x) for x in jax.tree.leaves(inputs)):
+            try:
+                program = found.program.on(_analysis.trace(fn, like, inputs, has_aux)[0])
+            except ValueError:
+                raise ValueError(_BRANCHES.format(jax.tree.map(jnp.shape, inputs))) from None
+        else:
+            again, cut_here, leaves = structure(*jax.tree.map(_shape, inputs))
+            program, out_tree = again.program, again.out_tree
+            if _listed(leaves) != _listed(removed):
+                raise ValueError(_BRANCHES.format(jax.tree.map(jnp.shape, inputs)))
         args = [*jax.tree.leaves(small_params), *jax.tree.leaves(inputs)]
-        return jax.tree.unflatten(again.out_tree, cut.run(again.program, *args))
+        return jax.tree.unflatten(out_tree, cut_here.run(program, *args))
 
     small_params = plan.take(apply_masks(params, masks)) if not _abstract(params) else None
     if small_params is None:
@@ -261,6 +263,20 @@ def shrink(
         differs = _differences(expected, small_fn(small_params, *inputs))
         plan = dataclasses.replace(plan, inexact=plan.inexact + differs)
     return small_fn, small_params, plan
+
+
+_BRANCHES = (
+    "On inputs of shapes {} the function has another structure than on the examples: it branches "
+    "on them. Call `shrink` again with examples of these shapes."
+)
+
+
+def _symbolic(x: Any) -> bool:
+    return not all(isinstance(n, int) for n in jnp.shape(x))
+
+
+def _listed(removed: Removed) -> dict[tuple[str, int], list[int]]:
+    return {key: gone.tolist() for key, gone in removed.items()}
 
 
 def _shapes(like: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:

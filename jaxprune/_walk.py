@@ -66,20 +66,20 @@ class Program:
     steps: list[Step]
 
 
-    def on(self, jaxpr: Any, consts: Sequence[Any]) -> "Program":
+    def on(self, closed: Any) -> "Program":
         """Gives the notes to the same program, traced for inputs of other sizes.
 
         Raises:
           ValueError: if it is another program.
         """
+        jaxpr, consts = closed.jaxpr, closed.consts
         if [s.eqn.primitive for s in self.steps] != [eqn.primitive for eqn in jaxpr.eqns]:
             raise ValueError("another program")
         steps = []
         for step, eqn in zip(self.steps, jaxpr.eqns, strict=True):
-            inner = [(p.jaxpr, p.consts) for p in _jaxpr.inner(eqn)] if step.programs else []
-            if len(step.programs) > len(inner):
-                inner += [(rule.jaxpr, rule.consts) for rule in _jaxpr.rules(eqn)]
-            programs = [p.on(*pair) for p, pair in zip(step.programs, inner, strict=True)]
+            inner: list[Any] = list(_jaxpr.inner(eqn)) if step.programs else []
+            inner += _jaxpr.rules(eqn) if len(step.programs) > len(inner) else []
+            programs = [p.on(other) for p, other in zip(step.programs, inner, strict=True)]
             steps.append(dataclasses.replace(step, eqn=eqn, programs=programs))
         return dataclasses.replace(self, jaxpr=jaxpr, consts=consts, steps=steps)
 

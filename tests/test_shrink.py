@@ -54,7 +54,7 @@ class ConvNet(nn.Module):
         x = nn.relu(norm()(nn.Conv(8, (3, 3))(x)))
         x = nn.relu(x + norm()(nn.Conv(8, (3, 3))(x)))
         x = nn.Dropout(0.2, deterministic=not train)(x)
-        return nn.Dense(3)(x.reshape(len(x), -1))
+        return nn.Dense(3)(x.reshape(x.shape[0], -1))
 
 
 def conv_net():
@@ -94,6 +94,17 @@ def test_it_exports():
     shape = jax.ShapeDtypeStruct((5, 6), x.dtype)
     exported = jax.export.export(small_fn)(jax.eval_shape(lambda: small), shape)
     close(exported.call(small, x), fn(masked, x))
+
+
+def test_it_exports_with_an_open_batch():
+    model, variables, x = conv_net()
+    fn = lambda v, x: jax.nn.softmax(model.apply(v, x) @ jnp.ones((3, 5)), -1)
+    small_fn, small, _, masked = halve(fn, variables, x)
+    shape = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), 6, 6, 2), x.dtype)
+    exported = jax.export.export(small_fn)(jax.eval_shape(lambda: small), shape)
+    for batch in (1, 4, 7):
+        x = jax.random.normal(jax.random.key(batch), (batch, 6, 6, 2))
+        close(exported.call(small, x), fn(masked, x))
 
 
 def test_batch_statistics_and_flatten():
