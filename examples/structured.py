@@ -3,8 +3,8 @@
 Trains both on scikit-learn's digits, removes units by three criteria until --ratios of the FLOPs
 are gone, shrinks the networks, fine-tunes the small ones, and measures how much faster they run.
 All layers lose the same fraction, so that the criteria are compared at equal widths. Prints what
-the units are and a table, and draws accuracy against speed-up. One seed and 360 test images:
-differences below a point are noise, and so are differences of a tenth in speed.
+the units are and a table, and draws accuracy against speed-up. FLOPs are not time: some widths suit
+XLA's kernels better than others. One seed and 360 test images: differences of a point are noise.
 
     python examples/structured.py
     python examples/structured.py --data fashion/ --epochs 2    # Fashion-MNIST files
@@ -157,7 +157,8 @@ def compare(name, model, data, args):
         after = accuracy(small_fn, small, x_test, y_test)
         rows.append((criterion, ratio, before, after, *size(small_fn, small)))
         functions[f"{criterion} {ratio:g}"] = small_fn, small
-    timings = jp.metrics.latency(functions, batch, rounds=20).rows[-len(rows) :]  # those of the whole batch
+    found = jp.metrics.latency(functions, batch, rounds=20)
+    timings = [timing for timing in found.rows if timing.batch == len(batch)]
     return [(name, *row, timing.median) for row, timing in zip(rows, timings, strict=True)]
 
 

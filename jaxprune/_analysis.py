@@ -111,7 +111,8 @@ def check_inputs(inputs: Sequence[Any]) -> None:
         if not isinstance(leaf, arrays):
             raise TypeError(
                 f"inputs[{path}]: needed an array or its shape, got {type(leaf).__name__} "
-                f"({leaf!r:.60}). Close over what is no array: `lambda p, x: fn(p, x, {leaf!r:.20})`."
+                f"({leaf!r:.60}). Close over what is no array, in "
+                "`lambda params, x: fn(params, x, option)`."
             )
 
 

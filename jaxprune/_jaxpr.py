@@ -11,7 +11,6 @@ from typing import Any
 import jax
 from jax.custom_derivatives import SymbolicZero
 
-
 # Equations that only call a program, and those that say something about how it runs.
 TRANSPARENT = frozenset(("jit", "pjit", "closed_call", "core_call", "composite"))
 _WRAPPING = frozenset(
@@ -74,7 +73,7 @@ def is_var(atom: Any) -> bool:
 
 
 def where(eqn: Any) -> str:
-    """Names an equation for a report: its primitive, and the module it is in where that is known."""
+    """Names an equation for a report: its primitive, and the module it is in if known."""
     stack = str(eqn.source_info.name_stack)
     return f"`{eqn.primitive.name}`" + (f" in {stack}" if stack else "")
 
@@ -139,7 +138,9 @@ def rules(eqn: Any) -> list[Any]:
             tangents = [next(found) if is_floating(a) else _no_tangent(a) for a in avals]
             results = rule.call_wrapped(*args[: len(avals)], *tangents)
             return [
-                _instantiate(x, a) for x, a in zip(results, outputs * 2, strict=True) if is_floating(a)
+                _instantiate(x, a)
+                for x, a in zip(results, outputs * 2, strict=True)
+                if is_floating(a)
             ]
 
         return [trace(jvp, *avals, *filter(is_floating, avals))]
@@ -162,9 +163,7 @@ def rules(eqn: Any) -> list[Any]:
     return [first, trace(bwd, *residuals, *outputs)]
 
 
-def rebuild(
-    eqn: Any, bodies: Sequence[Callable[..., list[Any]]], args: Sequence[Any]
-) -> list[Any]:
+def rebuild(eqn: Any, bodies: Sequence[Callable[..., list[Any]]], args: Sequence[Any]) -> list[Any]:
     """Runs an equation that holds programs, each replaced by a function of lists of arrays.
 
     Args:
@@ -215,8 +214,8 @@ def _custom_jvp(body: Callable[..., list[Any]], rule: Callable[..., list[Any]]) 
 
     def jvp(primals: Any, tangents: Any) -> Any:
         some = [t for x, t in zip(primals, tangents, strict=True) if is_floating(x)]
-        outputs, derived = fn(*primals), rule(*primals, *some)
-        derived = iter(derived[sum(map(is_floating, outputs)) :])
+        outputs = fn(*primals)
+        derived = iter(rule(*primals, *some)[sum(map(is_floating, outputs)) :])
         changes = [next(derived) if is_floating(x) else _float0(x) for x in outputs]
         return outputs, changes
 

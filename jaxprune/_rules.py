@@ -211,8 +211,12 @@ def _slice(walk: Walk, eqn: Any, x: Value) -> tuple[list[Value], Run]:
 def _split(walk: Walk, eqn: Any, x: Value) -> tuple[list[Value], Run]:
     axis, sizes = eqn.params["axis"], eqn.params["sizes"]
     ends = np.cumsum(sizes)
-    picks = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-    outs = [_map(x, lambda i, entries: entries[p] if i == axis else entries) for p in picks]
+
+    def part(end: int, size: int) -> Value:
+        pick = slice(end - size, end)
+        return _map(x, lambda i, entries: entries[pick] if i == axis else entries)
+
+    outs = [part(end, size) for end, size in zip(ends, sizes, strict=True)]
 
     def run(cut: Cut, eqn: Any, x: Any) -> list[Any]:
         return _jaxpr.bind(eqn, x, sizes=tuple(cut.size(out.axes[axis]) for out in outs))
@@ -245,9 +249,8 @@ def _stack(walk: Walk, eqn: Any, *parts: Value) -> list[Value]:
     new, reason = eqn.params["axis"], f"a position of {_jaxpr.where(eqn)}"
     x = _join(walk, parts)
     axis, zero = walk.atoms.pinned(len(parts), reason), walk.flags(len(parts), False)
-    axes, zeros = list(x.axes), list(x.zeros)
-    axes.insert(new, axis), zeros.insert(new, zero)
-    return [Value(tuple(axes), tuple(zeros))]
+    axes = (*x.axes[:new], axis, *x.axes[new:])
+    return [Value(axes, (*x.zeros[:new], zero, *x.zeros[new:]))]
 
 
 @_rule("unstack")
@@ -269,7 +272,9 @@ def _pad(walk: Walk, eqn: Any, x: Value, filling: Value) -> tuple[list[Value], R
     sources: list[np.ndarray | None] = []
     for axis, zero, (low, high, between) in zip(x.axes, x.zeros, config, strict=True):
         if low == high == between == 0:
-            axes.append(axis), zeros.append(zero), sources.append(None)
+            axes.append(axis)
+            zeros.append(zero)
+            sources.append(None)
             continue
         inner = np.full(max(len(axis) + (len(axis) - 1) * between, 0), -1)
         inner[:: between + 1] = np.arange(len(axis))
@@ -295,7 +300,9 @@ def _pad(walk: Walk, eqn: Any, x: Value, filling: Value) -> tuple[list[Value], R
             left = np.arange(len(x.axes[i])) if left is None else left
             if not len(inside) or not np.isin(left, source).all():  # padded by less than nothing
                 used = np.flatnonzero(np.isin(left, source))
-                array = take(array, used, i) if len(used) else jax.lax.slice_in_dim(array, 0, 0, 1, i)
+                array = (
+                    take(array, used, i) if len(used) else jax.lax.slice_in_dim(array, 0, 0, 1, i)
+                )
             low = inside[0] if len(inside) else len(source)
             changed[i] = (int(low), int(len(source) - low - len(inside)), 0)
         return _jaxpr.bind(eqn, array, filling, padding_config=tuple(changed))
@@ -312,7 +319,7 @@ def _map(x: Value, change: Callable[[int, np.ndarray], np.ndarray]) -> Value:
 def _reshape(walk: Walk, eqn: Any, x: Value) -> tuple[list[Value], Run]:
     shape = eqn.outvars[0].aval.shape
     axes: list[Axis] = [walk.atoms.pinned(n, "of size 1") for n in shape]
-    zeros = [walk.flags(n, False) for n in shape]
+    zeros: list[Any] = [walk.flags(n, False) for n in shape]
     for before, after in _blocks(x.shape, shape):
         if len(before) == len(after) == 1:
             axes[after[0]], zeros[after[0]] = x.axes[before[0]], x.zeros[before[0]]
@@ -324,15 +331,13 @@ def _reshape(walk: Walk, eqn: Any, x: Value) -> tuple[list[Value], Run]:
             for i in after:
                 axes[i] = walk.atoms.pinned(shape[i], reason)
             continue
-        zero = [
-            x.zeros[i] if i in free else walk.flags(len(x.axes[i]), True) for i in before
-        ]
+        zero = [x.zeros[i] if i in free else walk.flags(len(x.axes[i]), True) for i in before]
         merged, flag = old[0], zero[0]
         where = f"{_jaxpr.where(eqn)} {_sizes(x.shape, before)} to {_sizes(shape, after)}"
         if len(old) > 1:
             merged = walk.atoms.fresh(math.prod(map(len, old)))
             walk.products.append(Product(merged, tuple(old), where))
-            flag = np.stack(np.meshgrid(*zero, indexing="ij")).all(0).reshape(-1)
+            flag = np.asarray(np.stack(np.meshgrid(*zero, indexing="ij")).all(0)).reshape(-1)
         if len(after) == 1:
             axes[after[0]], zeros[after[0]] = merged, flag
             continue
@@ -407,9 +412,7 @@ def _product(walk: Walk, eqn: Any, left: Value, right: Value, numbers: Any) -> V
 
 
 @_rule("ragged_dot_general")
-def _ragged_dot(
-    walk: Walk, eqn: Any, left: Value, right: Value, sizes: Value
-) -> list[Value]:
+def _ragged_dot(walk: Walk, eqn: Any, left: Value, right: Value, sizes: Value) -> list[Value]:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (lc, rc), (lb, rb) = numbers.dot_dimension_numbers
     reason = f"grouped by {_jaxpr.where(eqn)}"
@@ -508,7 +511,7 @@ def _search(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
 def _along(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
     p, rank = eqn.params, len(ins[0].axes)
     if eqn.primitive.name == "fft":
-        along = range(rank - len(p["fft_lengths"]), rank)
+        along = list(range(rank - len(p["fft_lengths"]), rank))
     else:
         keys = ("axis", "dimension", "operand_dimension", "reduction_dimension")
         along = [next((p[key] for key in keys if key in p), -1) % rank]
@@ -582,11 +585,13 @@ def _whole_axes(walk: Walk, eqn: Any, x: Value, sizes: Sequence[int]) -> Value:
     axes, zeros = [], []
     for axis, zero, size in zip(x.axes, x.zeros, sizes, strict=True):
         if size == len(axis):
-            axes.append(axis), zeros.append(zero)
+            axes.append(axis)
+            zeros.append(zero)
         else:
             reason = f"a position of {_jaxpr.where(eqn)}"
             walk.atoms.pin(axis, reason)
-            axes.append(walk.atoms.pinned(size, reason)), zeros.append(walk.flags(size, False))
+            axes.append(walk.atoms.pinned(size, reason))
+            zeros.append(walk.flags(size, False))
     return Value(tuple(axes), tuple(zeros))
 
 

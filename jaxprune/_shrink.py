@@ -34,7 +34,7 @@ class Plan:
 
     def __str__(self) -> str:
         small = self._small()
-        table = [("path", "dense", "shrunk", "params", "")]
+        table: list[tuple[str, ...]] = [("path", "dense", "shrunk", "params", "")]
         for path, shape in self.shapes:
             before, after = int(np.prod(shape)), int(np.prod(small[path]))
             sizes = ["×".join(map(str, s)) or "scalar" for s in (shape, small[path])]
@@ -129,7 +129,8 @@ class Plan:
             for prefix in _tree.prefixes(shapes):
                 inside = [prefix + p if p else prefix.rstrip("/") for p, _ in leaves]
                 fits = all(
-                    shapes.get(p) == jnp.shape(leaf) for p, (_, leaf) in zip(inside, leaves, strict=True)
+                    shapes.get(p) == jnp.shape(leaf)
+                    for p, (_, leaf) in zip(inside, leaves, strict=True)
                 )
                 if fits and leaves and (not prefix or len(leaves) > 1 or path.endswith(inside[0])):
                     return change_part(part, prefix)
@@ -208,9 +209,7 @@ def shrink(
     _check_not_empty(like, masked)
 
     def structure(*inputs: Any) -> tuple[_analysis.Structure, Cut, Removed]:
-        found = _analysis.analyse(
-            fn, like, inputs, exact=False, has_aux=has_aux, removed=masked
-        )
+        found = _analysis.analyse(fn, like, inputs, exact=False, has_aux=has_aux, removed=masked)
         return found, *_leaving(found, like)
 
     found, cut, removed = structure(*jax.tree.map(_shape, inputs))
@@ -341,9 +340,7 @@ def _check_follows(groups: Groups, like: Any, masked: Removed) -> None:
 def _leaving(found: _analysis.Structure, like: Any) -> tuple[Cut, Removed]:
     """Gives the atoms that leave, and what that makes of every axis of the params."""
     atoms = found.walk.atoms
-    roots = [
-        atoms.find(axis)[atoms.free(axis)] for leaf in found.leaves for axis in leaf.axes
-    ]
+    roots = [atoms.find(axis)[atoms.free(axis)] for leaf in found.leaves for axis in leaf.axes]
     cut = Cut(np.isin(atoms.all_roots(), np.unique(np.concatenate(roots))))
     removed = {}
     for (path, _), leaf in zip(_tree.named_leaves(like), found.leaves, strict=True):

@@ -65,7 +65,6 @@ class Program:
     outs: list[Value]
     steps: list[Step]
 
-
     def on(self, closed: Any) -> "Program":
         """Gives the notes to the same program, traced for inputs of other sizes.
 
@@ -226,10 +225,9 @@ class Walk:
         by_operand = {id(atom): v for atom, v in zip(eqn.invars, cut, strict=True)}
         fed = [[by_operand[id(atom)] for atom in program.operands] for program in inner]
         if name == "scan":
-            (program,) = inner
-            for v in fed[0][len(fed[0]) - program.stacked :]:
+            first = len(fed[0]) - inner[0].stacked
+            for v in fed[0][first:]:
                 self.atoms.pin(v.axes[0], "the layers of a scan")
-            first = len(fed[0]) - program.stacked
             fed[0][first:] = [Value(v.axes[1:], v.zeros[1:]) for v in fed[0][first:]]
         if name == "shard_map":
             fed = [self._shards(eqn, cut, eqn.params["in_specs"], inner[0].jaxpr.invars)]
@@ -243,9 +241,7 @@ class Walk:
             carry = len(inner[0].carried)
             length = self.atoms.pinned(eqn.params["length"], "the layers of a scan")
             flag = self.flags(len(length), False)
-            outs = outs[:carry] + [
-                Value((length, *v.axes), (flag, *v.zeros)) for v in outs[carry:]
-            ]
+            outs = outs[:carry] + [Value((length, *v.axes), (flag, *v.zeros)) for v in outs[carry:]]
         elif name == "cond":
             for other in programs[:-1]:
                 outs = [self._both(a, b) for a, b in zip(outs, other.outs, strict=True)]
@@ -309,12 +305,8 @@ class Walk:
                     self.change(axis, self.flags(len(axis), False), lost)
             return []
         flow = [self.value(v.axes, zero=True) for v in ins]
-        floating = [
-            v for v, a in zip(flow, eqn.invars, strict=True) if _jaxpr.is_floating(a.aval)
-        ]
-        results = [
-            v for v, a in zip(outs, eqn.outvars, strict=True) if _jaxpr.is_floating(a.aval)
-        ]
+        floating = [v for v, a in zip(flow, eqn.invars, strict=True) if _jaxpr.is_floating(a.aval)]
+        results = [v for v, a in zip(outs, eqn.outvars, strict=True) if _jaxpr.is_floating(a.aval)]
         if len(traces) == 1:
             (jvp,) = traces
             program = self.program(jvp.jaxpr, jvp.consts, ins + floating)
@@ -409,19 +401,19 @@ class Cut:
             elif eqn.primitive.name in _jaxpr.TRANSPARENT:
                 outs = self.run(step.programs[0], *given, whole=True)
             else:
-                args = [cut(atom, v) for atom, v in zip(eqn.invars, step.ins, strict=True)]
+                operands = [cut(atom, v) for atom, v in zip(eqn.invars, step.ins, strict=True)]
                 if step.programs:
                     bodies = [self._body(p) for p in step.programs]
-                    outs = _jaxpr.rebuild(eqn, bodies, args)
+                    outs = _jaxpr.rebuild(eqn, bodies, operands)
                 elif step.run is not None:
-                    outs = step.run(self, eqn, *args)
+                    outs = step.run(self, eqn, *operands)
                 else:
-                    outs = _jaxpr.bind(eqn, *args)
+                    outs = _jaxpr.bind(eqn, *operands)
             for x, v, variable in zip(outs, step.outs, eqn.outvars, strict=True):
                 if not v.full and x.shape != self.shape(v, variable):
                     raise AssertionError(
                         f"{_jaxpr.where(eqn)} gave shape {x.shape} where the structure says "
-                        f"{self.shape(v, variable)}. This is a bug in jaxprune; please report the program."
+                        f"{self.shape(v, variable)}. This is a bug in jaxprune; please report it."
                     )
             env.update(zip(eqn.outvars, outs, strict=True))
         if whole:

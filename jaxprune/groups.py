@@ -1,16 +1,16 @@
 """Units: slices of param axes that must leave together, read from the traced program.
 
-  >>> import jax, jax.numpy as jnp
-  >>> import jaxprune as jp
-  >>> params = {"in": jnp.ones((3, 4)), "out": jnp.arange(8.0).reshape(4, 2)}
-  >>> fn = lambda p, x: jax.nn.relu(x @ p["in"]) @ p["out"]
-  >>> groups = find_groups(fn, params, jnp.ones((5, 3)))
-  >>> masks = groups.select(jp.scores.magnitude(params), 0.5)
-  >>> print(masks["out"])
-  [[False False]
-   [False False]
-   [ True  True]
-   [ True  True]]
+>>> import jax, jax.numpy as jnp
+>>> import jaxprune as jp
+>>> params = {"in": jnp.ones((3, 4)), "out": jnp.arange(8.0).reshape(4, 2)}
+>>> fn = lambda p, x: jax.nn.relu(x @ p["in"]) @ p["out"]
+>>> groups = find_groups(fn, params, jnp.ones((5, 3)))
+>>> masks = groups.select(jp.scores.magnitude(params), 0.5)
+>>> print(masks["out"])
+[[False False]
+[False False]
+[ True  True]
+[ True  True]]
 """
 
 import dataclasses
@@ -198,31 +198,28 @@ class Groups:
         names = [path for path, _ in _tree.named_leaves(self.like)]
         aligned = dict(zip(names, _tree.align(self.like, scores, "scores"), strict=True))
         found = {p: s for p, s in aligned.items() if s is not None and where(p, s)}
-        used, sums, units, members = [], [], [], []
-        positions = {m: i for i, m in enumerate(self._members())}
-        for (path, axis), member in positions.items():
-            if path in found:
-                others = [i for i in range(jnp.ndim(found[path])) if i != axis]
-                sums.append(jnp.sum(found[path], others, dtype=jnp.float32))
-                used.append((path, axis))
-                units.append(self.unit[path][axis])
-                members.append(np.full(len(units[-1]), member))
-        if not sums:
+        members = self._members()
+        used = [i for i, (path, _) in enumerate(members) if path in found]
+        sums, units = [], []
+        for path, axis in (members[i] for i in used):
+            others = [i for i in range(jnp.ndim(found[path])) if i != axis]
+            sums.append(jnp.sum(found[path], others, dtype=jnp.float32))
+            units.append(self.unit[path][axis])
+        if not used:
             raise ValueError(
                 f"No scored leaf is in any group: scores are given for {sorted(found)}. "
                 "Score the leaves listed by print(groups), or choose others with where=."
             )
-        for (path, _), total in zip(used, sums, strict=True):
+        for i, total in zip(used, sums, strict=True):
             if not _tree.is_traced(total) and not np.isfinite(np.asarray(total)).all():
                 raise ValueError(
-                    f"{_tree.show(path)}: scores are NaN or infinite. Check the loss and the "
-                    "params, or leave this leaf out with `where=lambda path, s: ...`."
+                    f"{_tree.show(members[i][0])}: scores are NaN or infinite. Check the "
+                    "loss and the params, or leave this leaf out with `where=lambda path, s: ...`."
                 )
-        unit, member = np.concatenate(units), np.concatenate(members)
-        keys, slices = np.unique(
-            unit.astype(np.int64) * len(positions) + member, return_inverse=True
-        )
-        owner = keys // len(positions)  # sorted by unit, then in the order of use
+        member = np.repeat(used, [len(unit) for unit in units])
+        every = np.concatenate(units).astype(np.int64)
+        keys, slices = np.unique(every * len(members) + member, return_inverse=True)
+        owner = keys // len(members)  # sorted by unit, then in the order of use
         values = jax.ops.segment_sum(jnp.concatenate(sums), slices, len(keys))
         count = np.bincount(owner, minlength=len(self) + 1)[1:]
         first = np.searchsorted(owner, np.arange(1, len(self) + 1)).clip(max=len(keys) - 1)
@@ -236,9 +233,9 @@ class Groups:
         return score, count > 0
 
     def _members(self) -> list[tuple[str, int]]:
-        members = [(path, axis) for group in self.groups for path, axis, _ in group.members]
+        found = [(path, axis) for group in self.groups for path, axis, _ in group.members]
         order = {path: i for i, path in enumerate(self.unit)}
-        return sorted(set(members), key=lambda m: (order[m[0]], m[1]))
+        return sorted(set(found), key=lambda m: (order[m[0]], m[1]))
 
     def _kept(self, masks: Any) -> jax.Array:
         """Says which units some masks keep: those that have any entry left."""
@@ -276,7 +273,7 @@ class Groups:
         if not _tree.is_traced(sparsity):
             sparsity = _select.check_sparsity(sparsity)
         if scope == "global":
-            kinds = np.zeros(len(self.groups), np.int32)
+            kinds = np.zeros(len(self.groups), int)
         elif scope == "layer":
             kinds = np.arange(len(self.groups))
         elif scope == "isomorphic":

@@ -347,6 +347,6 @@ def memory(fn: Callable[..., Any], params: Any, *inputs: Any) -> Memory:
     """
     leaves = jax.tree.leaves(params)
     stored = sum(math.prod(jnp.shape(w)) * _tree.dtype(w).itemsize for w in leaves)
-    found = jax.jit(fn).lower(params, *inputs).compile().memory_analysis()
+    found: Any = jax.jit(fn).lower(params, *inputs).compile().memory_analysis()
     peak = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
     return Memory(stored, peak - found.alias_size_in_bytes)

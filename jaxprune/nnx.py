@@ -1,17 +1,17 @@
 """Flax nnx: a module as a function of its state, and back.
 
-  >>> from flax import nnx
-  >>> import jax.numpy as jnp, jaxprune as jp
-  >>> model = nnx.Sequential(
-  ...     nnx.Linear(3, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(1))
-  ... )
-  >>> x = jnp.ones((5, 3))
-  >>> fn, state = jp.nnx.split(model)
-  >>> masks = jp.find_groups(fn, state, x).select(jp.scores.magnitude(state), 0.5)
-  >>> small_fn, small_state, plan = jp.shrink(fn, state, masks, x)
-  >>> small_model = jp.nnx.merge(model, small_fn, small_state, x)
-  >>> small_model.layers[0].kernel.shape
-  (3, 4)
+>>> from flax import nnx
+>>> import jax.numpy as jnp, jaxprune as jp
+>>> model = nnx.Sequential(
+...     nnx.Linear(3, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(1))
+... )
+>>> x = jnp.ones((5, 3))
+>>> fn, state = jp.nnx.split(model)
+>>> masks = jp.find_groups(fn, state, x).select(jp.scores.magnitude(state), 0.5)
+>>> small_fn, small_state, plan = jp.shrink(fn, state, masks, x)
+>>> small_model = jp.nnx.merge(model, small_fn, small_state, x)
+>>> small_model.layers[0].kernel.shape
+(3, 4)
 """
 
 from collections.abc import Callable

@@ -13,7 +13,10 @@ def mlp(widths=(6, 8, 12, 4), seed=0):
     """A plain network and its params, with an input."""
     rng = np.random.default_rng(seed)
     params = {
-        f"layer{i}": {"w": rng.normal(size=(a, b)).astype("f4"), "b": rng.normal(size=b).astype("f4")}
+        f"layer{i}": {
+            "w": rng.normal(size=(a, b)).astype("f4"),
+            "b": rng.normal(size=b).astype("f4"),
+        }
         for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True))
     }
 
@@ -154,7 +157,9 @@ def test_select_jits_and_takes_within():
     scores = jp.scores.magnitude(params)
     jitted = jax.jit(lambda scores, s: groups.select(scores, s))
     half = jitted(scores, 0.5)
-    assert all(map(np.array_equal, jax.tree.leaves(half), jax.tree.leaves(groups.select(scores, 0.5))))
+    assert all(
+        map(np.array_equal, jax.tree.leaves(half), jax.tree.leaves(groups.select(scores, 0.5)))
+    )
     further = groups.select(scores, 0.75, within=half)
     assert not (kept(further) & ~kept(half)).any()
     assert sum(kept(further, f"layer{i}/b").sum() for i in (0, 1)) == 5
@@ -180,7 +185,9 @@ def test_units_leave_gradually_inside_an_optimizer():
         params, state = step(params, state)
     masks = jp.get_masks(state)
     small_fn, small, plan = jp.shrink(fn, params, masks, x)
-    assert sum(w.size for w in jax.tree.leaves(small)) < sum(w.size for w in jax.tree.leaves(params))
+    assert sum(w.size for w in jax.tree.leaves(small)) < sum(
+        w.size for w in jax.tree.leaves(params)
+    )
     np.testing.assert_allclose(small_fn(small, x), fn(params, x), rtol=1e-4, atol=1e-5)
 
 
@@ -238,7 +245,9 @@ def test_bad_split(split, message):
 
 
 def test_an_unknown_primitive_pins_and_is_reported():
-    fn = lambda p, x: jnp.linalg.svd(x @ p["a"], compute_uv=False) @ p["b"]
+    def fn(p, x):
+        return jnp.linalg.svd(x @ p["a"], compute_uv=False) @ p["b"]
+
     params = {"a": jnp.ones((4, 6)), "b": jnp.ones((4, 3))}
     groups = jp.find_groups(fn, params, jnp.ones((4, 4)))
     assert len(groups) == 0 and "no rule for `svd`" in str(groups)

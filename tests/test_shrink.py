@@ -50,7 +50,9 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        norm = lambda: nn.BatchNorm(use_running_average=not train)
+        def norm():
+            return nn.BatchNorm(use_running_average=not train)
+
         x = nn.relu(norm()(nn.Conv(8, (3, 3))(x)))
         x = nn.relu(x + norm()(nn.Conv(8, (3, 3))(x)))
         x = nn.Dropout(0.2, deterministic=not train)(x)
@@ -71,11 +73,15 @@ def test_an_ordinary_function():
         close(small_fn(small, other), fn(masked, other))
     many = jnp.stack([x, 2 * x])
     close(jax.vmap(small_fn, (None, 0))(small, many), jax.vmap(fn, (None, 0))(masked, many))
-    loss = lambda f: lambda p: jnp.sum(jnp.sin(f(p, x)))
+
+    def loss(f):
+        return lambda p: jnp.sum(jnp.sin(f(p, x)))
+
     close(jax.grad(loss(small_fn))(small), plan.take(jax.grad(loss(fn))(masked)))
-    hessian = lambda f, p: jax.jacfwd(jax.grad(lambda b: loss(f)({**p, "c": {**p["c"], "b": b}})))(
-        p["c"]["b"]
-    )
+
+    def hessian(f, p):
+        return jax.jacfwd(jax.grad(lambda b: loss(f)({**p, "c": {**p["c"], "b": b}})))(p["c"]["b"])
+
     close(hessian(small_fn, small), hessian(fn, masked))
 
 
@@ -98,7 +104,10 @@ def test_it_exports():
 
 def test_it_exports_with_an_open_batch():
     model, variables, x = conv_net()
-    fn = lambda v, x: jax.nn.softmax(model.apply(v, x) @ jnp.ones((3, 5)), -1)
+
+    def fn(v, x):
+        return jax.nn.softmax(model.apply(v, x) @ jnp.ones((3, 5)), -1)
+
     small_fn, small, _, masked = halve(fn, variables, x)
     shape = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), 6, 6, 2), x.dtype)
     exported = jax.export.export(small_fn)(jax.eval_shape(lambda: small), shape)
@@ -121,9 +130,10 @@ def test_batch_statistics_and_flatten():
 def test_training_the_shrunk_network():
     model, variables, x = conv_net()
     y = jnp.arange(4) % 3
-    apply = lambda variables, x, key: model.apply(
-        variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key}
-    )
+
+    def apply(variables, x, key):
+        return model.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key})
+
     key = jax.random.key(3)
     groups = jp.find_groups(model.apply, variables, x)
     masks = groups.select(jp.scores.magnitude(variables), 0.5, scope="layer")
@@ -169,7 +179,10 @@ def test_train_mode_statistics_are_those_of_the_masked_network():
 
     model = Plain()
     variables = randomize(jax.eval_shape(model.init, jax.random.key(0), x))
-    fn = lambda variables, x: model.apply(variables, x, mutable=["batch_stats"])
+
+    def fn(variables, x):
+        return model.apply(variables, x, mutable=["batch_stats"])
+
     assert len(jp.find_groups(fn, variables, x)) == 0  # the new statistics are an output
     small_fn, small, plan, masked = halve(fn, variables, x, has_aux=True)
     assert plan.inexact == ()
@@ -256,12 +269,21 @@ def test_a_custom_gradient_survives():
         return jnp.round(x)
 
     straight_through.defvjp(lambda x: (jnp.round(x), x.shape), lambda shape, g: (2 * g,))
-    fn = lambda p, x: straight_through(x @ p["a"]["w"]) @ p["c"]["w"]
+
+    def fn(p, x):
+        return straight_through(x @ p["a"]["w"]) @ p["c"]["w"]
+
     _, params, x = mlp()
     small_fn, small, plan, masked = halve(fn, params, x)
-    loss = lambda f: lambda p: jnp.sum(jnp.sin(f(p, x)))
+
+    def loss(f):
+        return lambda p: jnp.sum(jnp.sin(f(p, x)))
+
     close(jax.grad(loss(small_fn))(small), plan.take(jax.grad(loss(fn))(masked)))
-    relu = lambda p, x: jax.nn.relu(0.0 * (x @ p["a"]["w"])) @ p["c"]["w"]  # gradient 0 at 0
+
+    def relu(p, x):
+        return jax.nn.relu(0.0 * (x @ p["a"]["w"])) @ p["c"]["w"]  # gradient 0 at 0
+
     small_fn, small, plan, masked = halve(relu, params, x)
     assert not jax.grad(lambda p: small_fn(p, x).sum())(small)["c"]["w"].any()
 
@@ -275,7 +297,10 @@ def test_frozen_low_precision_integer_and_tied_params():
     params = {name: jnp.ones(shape, jnp.bfloat16) for name, shape in shapes.items()}
     params = {**randomize(params), "step": jnp.array(2, jnp.int32)}
     x = jnp.ones((3, 6))
-    out = lambda p, x: fn(p, x) @ jnp.ones((8, 2), jnp.bfloat16)
+
+    def out(p, x):
+        return fn(p, x) @ jnp.ones((8, 2), jnp.bfloat16)
+
     small_fn, small, plan, masked = halve(out, params, x)
     assert small["tied"].shape == (4, 2) and small["b"].dtype == jnp.bfloat16
     assert small["step"].dtype == jnp.int32
@@ -285,7 +310,10 @@ def test_frozen_low_precision_integer_and_tied_params():
 def test_sharded_functions(shards=8):
     mesh = jax.make_mesh((shards,), ("data",), axis_types=(AxisType.Auto,))
     _, params, _ = mlp()
-    fn = lambda p, x: jnp.tanh(x @ p["a"]["w"] + p["a"]["b"][None]) @ p["c"]["w"]
+
+    def fn(p, x):
+        return jnp.tanh(x @ p["a"]["w"] + p["a"]["b"][None]) @ p["c"]["w"]
+
     sharded = jax.shard_map(fn, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
     x = jax.random.normal(jax.random.key(0), (16, 6))
     small_fn, small, plan, masked = halve(sharded, params, x)
@@ -339,10 +367,10 @@ def test_bad_masks():
     fn, params, x = mlp()
     groups = jp.find_groups(fn, params, x)
     masks = groups.select(jp.scores.magnitude(params), 0.5)
-    with pytest.raises(ValueError, match="a/b: index . of axis 0 is masked whole, but cannot leave"):
+    with pytest.raises(ValueError, match="a/b: index . of axis 0 is masked whole"):
         whole = {**masks, "a": {**masks["a"], "w": jnp.ones((6, 8), bool)}}
         jp.shrink(fn, params, whole, x)
-    with pytest.raises(ValueError, match="masks do not follow the groups: .* keep it in a/w axis 1"):
+    with pytest.raises(ValueError, match="do not follow the groups: .* keep it in a/w axis 1"):
         jp.shrink(fn, params, whole, x, groups=groups)
     with pytest.raises(ValueError, match="c/w: the masks remove all 8 slices of axis 0"):
         jp.shrink(fn, params, {**masks, "c": {**masks["c"], "w": jnp.zeros((8, 3), bool)}}, x)
