@@ -10,6 +10,8 @@ TINY = {  # settings that run in seconds; an example that is not named here runs
     "prune_retrain.py": ["--epochs", "1", "--rounds", "2"],
     "custom_train_step.py": ["--steps", "20"],
     "benchmarks.py": ["--tiny"],
+    "benchmark_structure.py": ["--tiny"],
+    "structured.py": ["--epochs", "1", "--tuning-epochs", "1", "--ratios", "0.5"],
 }
 
 
@@ -35,7 +37,7 @@ def test_example_runs(name, tmp_path):
     if name == "lenet_mnist.py":
         write_mnist(tmp_path)
         options = ["--data", str(tmp_path), "--seeds", "2", "--epochs", "1"]
-    if name in ("quickstart.py", "prune_retrain.py"):
+    if name in ("quickstart.py", "prune_retrain.py", "structured.py", "export.py"):
         options = [*options, "--out", str(tmp_path)]
     command = [sys.executable, "-W", "error", str(EXAMPLES / name), *options]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
