@@ -1,4 +1,4 @@
-"""Pruning for JAX: pure functions over pytrees that make trained networks smaller.
+"""Pruning for JAX: pure functions over pytrees that make networks smaller and faster.
 
 ``params -> scores -> masks``, then an optax link that keeps pruned weights at zero::
 
@@ -6,9 +6,17 @@
     params = jp.apply_masks(params, masks)
     tx = jp.enforce(optax.adamw(1e-3), masks)
 
+or units that leave together, and the network without them::
+
+    groups = jp.find_groups(apply_fn, params, *inputs)
+    masks = groups.select(jp.scores.magnitude(params), 0.5)
+    small_fn, small_params, plan = jp.shrink(apply_fn, params, masks, *inputs)
+
 Verbs: :func:`select`, :func:`select_iteratively`, :func:`apply_masks`, :func:`enforce`,
-:func:`gradual`, :func:`get_masks`, :func:`set_masks`, :func:`summary`.
-Modules: :mod:`scores`, :mod:`schedules`, :mod:`masks`, :mod:`patterns`, :mod:`metrics`.
+:func:`gradual`, :func:`get_masks`, :func:`set_masks`, :func:`find_groups`, :func:`shrink`,
+:func:`summary`.
+Modules: :mod:`scores`, :mod:`schedules`, :mod:`masks`, :mod:`patterns`, :mod:`groups`,
+:mod:`metrics`, :mod:`nnx`.
 """
 
 import importlib

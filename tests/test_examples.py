@@ -37,7 +37,7 @@ def test_example_runs(name, tmp_path):
     if name == "lenet_mnist.py":
         write_mnist(tmp_path)
         options = ["--data", str(tmp_path), "--seeds", "2", "--epochs", "1"]
-    if name in ("quickstart.py", "prune_retrain.py", "structured.py", "export.py"):
+    if name in ("quickstart.py", "prune_retrain.py", "structured.py", "export.py", "layers.py"):
         options = [*options, "--out", str(tmp_path)]
     command = [sys.executable, "-W", "error", str(EXAMPLES / name), *options]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
