@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxprune import _jaxpr, _tree
 from jaxprune._atoms import Product
+from jaxprune._rules import RULES
 from jaxprune._walk import Program, Value, Walk
 
 Split = Mapping[str, int]
@@ -59,7 +60,7 @@ def analyse(
     """
     check_inputs(inputs)
     closed, out_tree, outputs = trace(fn, params, inputs, has_aux)
-    walk = Walk(exact, derivatives=removed is not None)
+    walk = Walk(RULES, exact, derivatives=removed is not None)
     names = _tree.named_leaves(params)
     order = [i for i in _jaxpr.order_of_use(closed.jaxpr) if i < len(names)]
     leaves: dict[int, Value] = {}

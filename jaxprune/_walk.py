@@ -6,7 +6,7 @@ a program without the atoms that left.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -103,7 +103,10 @@ class Walk:
       contractions: what costs multiply-adds.
     """
 
-    def __init__(self, exact: bool, derivatives: bool = False) -> None:
+    def __init__(
+        self, rules: Mapping[str, Callable[..., Any]], exact: bool, derivatives: bool
+    ) -> None:
+        self._rules = rules
         self.atoms = Atoms()
         self.products: list[Product] = []
         self.inexact: list[tuple[Axis, str]] = []
@@ -165,8 +168,6 @@ class Walk:
 
     def program(self, jaxpr: Any, consts: Sequence[Any], ins: Sequence[Value]) -> Program:
         """Walks a program whose inputs are these values."""
-        from jaxprune import _rules
-
         const_values = [self.fresh(v.aval.shape, full=True, const=True) for v in jaxpr.constvars]
         env = dict(zip(jaxpr.constvars, const_values, strict=True))
         env.update(zip(jaxpr.invars, ins, strict=True))
@@ -176,7 +177,7 @@ class Walk:
 
         steps = []
         for eqn in jaxpr.eqns:
-            step = self._step(eqn, [read(atom) for atom in eqn.invars], _rules.RULES)
+            step = self._step(eqn, [read(atom) for atom in eqn.invars])
             env.update(zip(eqn.outvars, step.outs, strict=True))
             steps.append(step)
         outs = [read(atom) for atom in jaxpr.outvars]
@@ -189,13 +190,13 @@ class Walk:
         zero = known == 0
         return self.fresh(atom.aval.shape, zero, known=known, full=True, const=True)
 
-    def _step(self, eqn: Any, ins: list[Value], rules: dict[str, Any]) -> Step:
+    def _step(self, eqn: Any, ins: list[Value]) -> Step:
         full = all(v.full for v in ins) and eqn.primitive.name != "random_bits"
         const = full and all(v.const for v in ins)
         inner = _jaxpr.inner(eqn)
         programs: list[Program] = []
         run = None
-        rule = rules.get(eqn.primitive.name)
+        rule = self._rules.get(eqn.primitive.name)
         if const and not (rule and any(v.known is not None for v in ins)):
             outs = [self.fresh(v.aval.shape) for v in eqn.outvars]
         elif inner:
@@ -250,7 +251,7 @@ class Walk:
         outs = [dataclasses.replace(v, full=False, const=False, known=None) for v in outs]
         if self._derivatives and name in ("custom_jvp_call", "custom_vjp_call"):
             self._derivatives = False  # a rule may call its function again
-            programs += self._rules(eqn, cut, outs)
+            programs += self._derive(eqn, cut, outs)
             self._derivatives = True
         return outs, programs
 
@@ -294,7 +295,7 @@ class Walk:
             shards.append(Value(tuple(axes), tuple(zeros)))
         return shards
 
-    def _rules(self, eqn: Any, ins: list[Value], outs: list[Value]) -> list[Program]:
+    def _derive(self, eqn: Any, ins: list[Value], outs: list[Value]) -> list[Program]:
         """Walks the derivative rules of an equation: what flows back is cut as what flowed in."""
         try:
             traces = _jaxpr.rules(eqn)

@@ -50,7 +50,6 @@ class Groups:
       groups: units that are alike, in the order in which the program uses them.
       pinned: ``(path, axis, indices, reasons)`` of what cannot leave.
       choices: what could be cut along several factors, and how to choose another.
-      split: the choices that were asked for.
       terms: what the program costs: ``(multiply-adds, units by axis)``.
     """
 
@@ -59,7 +58,6 @@ class Groups:
     groups: tuple[Group, ...]
     pinned: tuple[tuple[str, int, int, tuple[str, ...]], ...]
     choices: tuple[str, ...]
-    split: dict[str, int]
     terms: tuple[tuple[float, tuple[np.ndarray, ...]], ...] = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
@@ -459,10 +457,10 @@ def find_groups(
     """
     _tree.check_params(params)
     found = _analysis.analyse(fn, params, inputs, exact=exact, has_aux=has_aux, split=split)
-    return _collect(found, params, dict(split or {}))
+    return _collect(found, params)
 
 
-def _collect(found: _analysis.Structure, params: Any, split: dict[str, int]) -> Groups:
+def _collect(found: _analysis.Structure, params: Any) -> Groups:
     names, atoms = _tree.named_leaves(params), found.walk.atoms
     order = [*found.order, *(i for i in range(len(names)) if i not in set(found.order))]
     roots = {
@@ -511,7 +509,6 @@ def _collect(found: _analysis.Structure, params: Any, split: dict[str, int]) -> 
             if not (free := atoms.free(a)).all()
         ),
         choices=tuple(choices),
-        split=split,
         terms=tuple(terms),
     )
 
