@@ -168,21 +168,51 @@ def test_training_the_shrunk_network():
     assert jax.tree.map(jnp.shape, trained) == jax.tree.map(jnp.shape, small)
 
 
-def test_train_mode_statistics_are_those_of_the_masked_network():
-    model, variables, x = conv_net()
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=False)(nn.Conv(8, (3, 3))(x))
+        return nn.Dense(3)(nn.relu(x).mean((1, 2)))
 
-    class Plain(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = nn.BatchNorm(use_running_average=False)(nn.Conv(8, (3, 3))(x))
-            return nn.Dense(3)(nn.relu(x).mean((1, 2)))
 
-    model = Plain()
+def plain_net():
+    """A network in train mode, which gives its output and new batch statistics."""
+    model, x = Plain(), jax.random.normal(jax.random.key(0), (4, 6, 6, 2))
     variables = randomize(jax.eval_shape(model.init, jax.random.key(0), x))
+    return lambda v, x: model.apply(v, x, mutable=["batch_stats"]), variables, x
 
-    def fn(variables, x):
-        return model.apply(variables, x, mutable=["batch_stats"])
 
+def test_fine_tuning_shrunk_is_fine_tuning_masked():
+    fn, variables, x = plain_net()
+    groups = jp.find_groups(fn, variables, x, has_aux=True)
+    masks = groups.select(jp.scores.magnitude(variables), 0.5)
+    small_fn, small, plan = jp.shrink(fn, variables, masks, x, has_aux=True)
+
+    def train(fn, variables, tx):
+        @jax.jit
+        def step(variables, state):
+            def loss(params):
+                out, aux = fn({**variables, "params": params}, x)
+                return jnp.mean((out - 1) ** 2), aux
+
+            params = variables["params"]
+            grads, aux = jax.grad(loss, has_aux=True)(params)
+            updates, state = tx.update(grads, state, params)
+            return {"params": optax.apply_updates(params, updates), **aux}, state
+
+        state = tx.init(variables["params"])
+        for _ in range(10):
+            variables, state = step(variables, state)
+        return variables
+
+    adam = optax.adamw(1e-2, eps=1e-3)
+    masked = jp.apply_masks(variables, masks)
+    expected = train(fn, masked, jp.enforce(adam, masks["params"]))
+    close(train(small_fn, small, adam), plan.take(expected), 1e-3)
+
+
+def test_train_mode_statistics_are_those_of_the_masked_network():
+    fn, variables, x = plain_net()
     assert len(jp.find_groups(fn, variables, x)) == 0  # the new statistics are an output
     small_fn, small, plan, masked = halve(fn, variables, x, has_aux=True)
     assert plan.inexact == ()
