@@ -76,15 +76,15 @@ def write(directory, batch):
     dense, masked = fn(params, x), fn(jp.apply_masks(params, masks), x)
     np.savez(directory / "expected.npz", x=x, dense=dense, shrunk=masked)
 
-    # A shrunk function needs sizes that are numbers. It gets one image, and `vmap` the open batch.
+    # jax2onnx cannot trace the shrunk function itself: it gets its program for one image.
     one = small_program(lambda image: small_fn(small, image[None])[0])
-    networks = {"dense": lambda x: fn(params, x), "shrunk": jax.vmap(one)}
+    shrunk = {"jax.export": lambda x: small_fn(small, x), "ONNX": jax.vmap(one)}
     for kind, (suffix, modules, package) in FORMATS.items():
         if not all(map(importlib.util.find_spec, modules)):
             print(f"{kind}: skipped, needs pip install {package}")
             continue
         to_bytes = {"jax.export": to_jax, "ONNX": to_onnx}[kind]
-        for name, function in networks.items():
+        for name, function in (("dense", lambda x: fn(params, x)), ("shrunk", shrunk[kind])):
             (directory / name).with_suffix(suffix).write_bytes(to_bytes(function))
 
 

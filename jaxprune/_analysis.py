@@ -107,9 +107,8 @@ def trace(
 
 def check_inputs(inputs: Sequence[Any]) -> None:
     """Raises a `TypeError` for an input that is no array."""
-    arrays = (jax.Array, np.ndarray, np.generic, int, float, complex, bool, jax.ShapeDtypeStruct)
     for path, leaf in _tree.named_leaves(tuple(inputs)):
-        if not isinstance(leaf, arrays):
+        if not isinstance(leaf, _tree.ARRAYS):
             raise TypeError(
                 f"inputs[{path}]: needed an array or its shape, got {type(leaf).__name__} "
                 f"({leaf!r:.60}). Close over what is no array, in "

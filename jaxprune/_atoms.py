@@ -59,8 +59,10 @@ class Atoms:
             else:
                 self._numbers[reason] = len(self.reasons)
                 self.reasons.append(reason)
-        number = self._numbers[reason]
-        return self._pinned.setdefault((size, number), np.full(size, number, np.int32))
+        key = size, self._numbers[reason]
+        if key not in self._pinned:
+            self._pinned[key] = np.full(*key, np.int32)
+        return self._pinned[key]
 
     def pin(self, axis: Axis, reason: str) -> None:
         """Keeps all indices of an axis from leaving."""

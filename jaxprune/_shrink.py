@@ -115,7 +115,7 @@ class Plan:
         change: Callable[[str, Any], Any],
         kind: str,
     ) -> Any:
-        cuts = {path for path, *_ in self.kept}
+        parts = _tree.prefixes(shapes)
 
         def change_part(part: Any, prefix: str) -> Any:
             leaves = [
@@ -126,7 +126,7 @@ class Plan:
 
         def visit(part: Any, path: str) -> Any:
             leaves = _tree.named_leaves(part)
-            for prefix in _tree.prefixes(shapes):
+            for prefix in parts:
                 inside = [prefix + p if p else prefix.rstrip("/") for p, _ in leaves]
                 fits = all(
                     shapes.get(p) == jnp.shape(leaf)
@@ -138,7 +138,7 @@ class Plan:
             if children is not None:
                 named, rebuild = children
                 return rebuild([visit(c, f"{path}/{n}" if path else n) for n, c in named])
-            if jnp.ndim(part) == 0 or not cuts:
+            if jnp.ndim(part) == 0 or not self.kept:
                 return part
             raise ValueError(
                 f"{_tree.show(path)}: an array of shape {jnp.shape(part)} that is not shaped as "
@@ -217,8 +217,9 @@ def shrink(
         warnings.warn("shrink: the masks remove no whole slice, so nothing shrinks.", stacklevel=2)
     elif not removed:
         raise ValueError(_disagreement(found, like, masked))
+    shapes = dict(_shapes(like))
     kept = tuple(
-        (path, axis, tuple(np.delete(np.arange(dict(_shapes(like))[path][axis]), gone).tolist()))
+        (path, axis, tuple(np.delete(np.arange(shapes[path][axis]), gone).tolist()))
         for (path, axis), gone in removed.items()
     )
     plan = Plan(_shapes(like), kept, _inexact(found, cut))
@@ -259,7 +260,7 @@ def shrink(
                 strict=True,
             )
         ]
-        differs = _differences(expected, small_fn(small_params, *inputs))
+        differs = differences(expected, small_fn(small_params, *inputs))
         plan = dataclasses.replace(plan, inexact=plan.inexact + differs)
     return small_fn, small_params, plan
 
@@ -374,7 +375,8 @@ def _inexact(found: _analysis.Structure, cut: Cut) -> tuple[str, ...]:
     return tuple(dict.fromkeys(why for axis, why in noted if cut.kept(axis) is not None))
 
 
-def _differences(expected: Sequence[Any], shrunk: Any) -> tuple[str, ...]:
+def differences(expected: Sequence[Any], shrunk: Any) -> tuple[str, ...]:
+    """Says which floating outputs differ, relative to their largest entry."""
     found = []
     for (path, small), dense in zip(_tree.named_leaves(shrunk), expected, strict=True):
         if not _tree.is_floating(dense) or not dense.size:

@@ -15,6 +15,7 @@ import optax
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
 Tree = Any
+ARRAYS = (jax.Array, np.ndarray, np.generic, int, float, complex, jax.ShapeDtypeStruct)
 
 
 def _is_hole(x: Any) -> bool:
@@ -65,9 +66,8 @@ def is_traced(*trees: Tree) -> bool:
 
 def check_params(params: Tree) -> None:
     """Raises a `TypeError` for a leaf that is no array, a `ValueError` without floating leaves."""
-    arrays = (jax.Array, np.ndarray, np.generic, int, float, complex, jax.ShapeDtypeStruct)
     for path, leaf in named_leaves(params):
-        if not isinstance(leaf, arrays):
+        if not isinstance(leaf, ARRAYS):
             raise TypeError(
                 f"{show(path)}: params must hold arrays, got {type(leaf).__name__} ({leaf!r:.60}). "
                 "Split other things off first, e.g. with `eqx.partition(model, eqx.is_array)`."

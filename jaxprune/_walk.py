@@ -60,7 +60,6 @@ class Program:
 
     jaxpr: Any
     consts: Sequence[Any]
-    const_values: list[Value]
     ins: list[Value]
     outs: list[Value]
     steps: list[Step]
@@ -99,7 +98,6 @@ class Walk:
       products: merged axes, for :meth:`Atoms.solve`.
       inexact: atoms with the reason why a result changes if they leave (empty if ``exact``).
       redraws: atoms of random numbers, which are others if some leave.
-      unknown: equations without a rule; what they touch is pinned.
       contractions: what costs multiply-adds.
     """
 
@@ -110,7 +108,6 @@ class Walk:
         self.atoms = Atoms()
         self.products: list[Product] = []
         self.inexact: list[tuple[Axis, str]] = []
-        self.unknown: list[str] = []
         self.redraws: list[tuple[Axis, str]] = []
         self.contractions: list[Contraction] = []
         self.times = 1
@@ -122,7 +119,9 @@ class Walk:
 
     def flags(self, size: int, flag: bool) -> np.ndarray:
         """Gives the one array of a size that is all true, or all false."""
-        return self._flags.setdefault((size, flag), np.full(size, flag))
+        if (size, flag) not in self._flags:
+            self._flags[size, flag] = np.full(size, flag)
+        return self._flags[size, flag]
 
     def value(self, axes: Sequence[Axis], zero: bool = False, **more: Any) -> Value:
         """Makes a value whose slices are all zero once masked, or may all be nonzero."""
@@ -168,8 +167,7 @@ class Walk:
 
     def program(self, jaxpr: Any, consts: Sequence[Any], ins: Sequence[Value]) -> Program:
         """Walks a program whose inputs are these values."""
-        const_values = [self.fresh(v.aval.shape, full=True, const=True) for v in jaxpr.constvars]
-        env = dict(zip(jaxpr.constvars, const_values, strict=True))
+        env = {v: self.fresh(v.aval.shape, full=True, const=True) for v in jaxpr.constvars}
         env.update(zip(jaxpr.invars, ins, strict=True))
 
         def read(atom: Any) -> Value:
@@ -181,7 +179,7 @@ class Walk:
             env.update(zip(eqn.outvars, step.outs, strict=True))
             steps.append(step)
         outs = [read(atom) for atom in jaxpr.outvars]
-        return Program(jaxpr, consts, const_values, list(ins), outs, steps)
+        return Program(jaxpr, consts, list(ins), outs, steps)
 
     def _literal(self, atom: Any) -> Value:
         known = None
@@ -207,7 +205,6 @@ class Walk:
         else:
             reason = f"no rule for {_jaxpr.where(eqn)}"
             if not full:
-                self.unknown.append(reason)
                 for v in ins:
                     self.pin(v, reason)
             outs = [self.pinned(getattr(v.aval, "shape", ()), reason) for v in eqn.outvars]
@@ -262,7 +259,7 @@ class Walk:
     def _rounds(self, inner: _jaxpr.Inner, ins: list[Value]) -> Program:
         """Walks a program until what it hands to its next round is what it was given."""
         self.times, times = self.times * inner.times, self.times
-        lists = self.inexact, self.unknown, self.contractions
+        lists = self.inexact, self.contractions
         before = [len(found) for found in lists]
         while True:
             for found, size in zip(lists, before, strict=True):
