@@ -16,13 +16,13 @@ Verbs: :func:`select`, :func:`select_iteratively`, :func:`apply_masks`, :func:`e
 :func:`gradual`, :func:`get_masks`, :func:`set_masks`, :func:`find_groups`, :func:`shrink`,
 :func:`summary`.
 Modules: :mod:`scores`, :mod:`schedules`, :mod:`masks`, :mod:`patterns`, :mod:`groups`,
-:mod:`metrics`, :mod:`nnx`.
+:mod:`metrics`, :mod:`curves`, :mod:`nnx`.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxprune import groups, masks, metrics, patterns, schedules, scores
+from jaxprune import curves, groups, masks, metrics, patterns, schedules, scores
 from jaxprune._select import select, select_iteratively
 from jaxprune._shrink import Plan, shrink
 from jaxprune.groups import find_groups
@@ -37,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Plan",
     "apply_masks",
+    "curves",
     "enforce",
     "find_groups",
     "get_masks",

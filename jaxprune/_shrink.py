@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _analysis, _tree, metrics
+from jaxprune import _analysis, _tree
+from jaxprune._table import Shown, Table, spell
 from jaxprune._walk import Cut, take
 from jaxprune.groups import Groups
 from jaxprune.masks import apply_masks
@@ -18,9 +19,9 @@ from jaxprune.masks import apply_masks
 Removed = Mapping[tuple[str, int], np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What :func:`shrink` cut; printing it shows the old and new shapes.
+@dataclasses.dataclass(frozen=True, repr=False)
+class Plan(Shown):
+    """What :func:`shrink` cut; shows the old and new shapes as a table.
 
     Attributes:
       shapes: ``(path, shape)`` of every leaf of the dense params.
@@ -32,19 +33,21 @@ class Plan:
     kept: tuple[tuple[str, int, tuple[int, ...]], ...]
     inexact: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    def _show(self) -> list[Table | str]:
         small = self._small()
-        table: list[tuple[str, ...]] = [("path", "dense", "shrunk", "params", "")]
+        rows: list[tuple[str, ...]] = []
         for path, shape in self.shapes:
             before, after = int(np.prod(shape)), int(np.prod(small[path]))
-            sizes = ["×".join(map(str, s)) or "scalar" for s in (shape, small[path])]
             share = f"{after / max(before, 1):.1%}" if before != after else ""
-            table.append((_tree.show(path), *sizes, f"{after:,}", share))
+            sizes = spell(shape), spell(small[path])
+            rows.append((_tree.show(path), *sizes, f"{after:,}", share))
         total = sum(int(np.prod(shape)) for _, shape in self.shapes)
         left = sum(int(np.prod(shape)) for shape in small.values())
-        table.append(("total", f"{total:,}", "", f"{left:,}", f"{left / max(total, 1):.1%}"))
-        lines = [f"inexact: {reason}" for reason in self.inexact]
-        return "\n".join([metrics.show(table, left=(0, 1, 2)), *lines])
+        rows.append(("total", f"{total:,}", "", f"{left:,}", f"{left / max(total, 1):.1%}"))
+        header = ("path", "dense", "shrunk", "params", "")
+        table = Table(header, rows, left=(0, 1, 2), total=True)
+        reasons = "\n".join(f"inexact: {reason}" for reason in self.inexact)
+        return [table, reasons] if reasons else [table]
 
     def to_json(self) -> str:
         """Writes the plan as text."""

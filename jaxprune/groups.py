@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _analysis, _select, _tree, metrics
+from jaxprune import _analysis, _select, _tree
 from jaxprune._atoms import Product
+from jaxprune._table import Shown, Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Group:
     members: tuple[tuple[str, int, int], ...]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Groups:
-    """What :func:`find_groups` found; printing it shows a table.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Groups(Shown):
+    """What :func:`find_groups` found; shows as tables.
 
     Attributes:
       like: the params, as shapes.
@@ -63,24 +64,27 @@ class Groups:
     def __len__(self) -> int:
         return sum(len(group.units) for group in self.groups)
 
-    def __str__(self) -> str:
-        lines = []
+    def _show(self) -> list[Table | str]:
+        shown: list[Table | str] = []
         if self.pinned:
-            table = [("pinned", "axis", "indices", "why")]
-            for path, axis, indices, reasons in self.pinned:
-                table.append((_tree.show(path), str(axis), str(indices), "; ".join(reasons[:2])))
-            lines += [metrics.show(table, left=(0, 3), total=False), ""]
-        lines += [*self.choices, ""] if self.choices else []
-        table = [("group", "units", "members (path, axis, indices per unit)", "params per unit")]
+            pinned = [
+                (_tree.show(path), str(axis), str(indices), "; ".join(reasons[:2]))
+                for path, axis, indices, reasons in self.pinned
+            ]
+            shown.append(Table(("pinned", "axis", "indices", "why"), pinned, left=(0, 3)))
+        if self.choices:
+            shown.append("\n".join(self.choices))
+        rows = []
         sizes = {path: leaf.shape for path, leaf in _tree.named_leaves(self.like)}
         for number, group in enumerate(self.groups):
             each = sum(math.prod(sizes[p]) // sizes[p][axis] * n for p, axis, n in group.members)
             for row, (path, axis, n) in enumerate(group.members):
                 member = f"{_tree.show(path)} {axis}" + (f" ×{n}" if n > 1 else "")
                 head = (str(number), str(len(group.units))) if row == 0 else ("", "")
-                table.append((*head, member, f"{each:,}" if row == 0 else ""))
-        table.append(("total", f"{len(self)}", "", ""))
-        return "\n".join([*lines, metrics.show(table, left=(0, 2))])
+                rows.append((*head, member, f"{each:,}" if row == 0 else ""))
+        rows.append(("total", f"{len(self)}", "", ""))
+        header = ("group", "units", "members (path, axis, indices per unit)", "params per unit")
+        return [*shown, Table(header, rows, left=(0, 2), total=True)]
 
     def masks(self, kept: Any) -> Any:
         """Gives the masks that keep some units: for each of ``len(self)``, whether it is kept.

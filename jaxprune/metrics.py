@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _cost, _tree
+from jaxprune._table import Shown, Table, spell
 
 
 def sparsity(masks: Any) -> float:
@@ -40,7 +41,30 @@ def compression(params: Any, masks: Any) -> float:
       2.0
     """
     table = summary(params, masks)
-    return sum(row.size for row in table.rows) / max(sum(row.kept for row in table.rows), 1)
+    return table.size / max(table.kept, 1)
+
+
+def stored_bytes(params: Any, masks: Any) -> int:
+    r"""Counts the bytes that a file of the kept weights needs.
+
+    A leaf with a mask takes its kept weights and one bit for each weight,
+    :math:`b k + \lceil n / 8 \rceil`, where that is less than the :math:`b n` of the whole leaf.
+
+    Raises:
+      ValueError: for masks of other paths or shapes.
+      TypeError: for masks that are not bool.
+
+    Examples:
+      >>> stored_bytes({"w": jnp.ones(16), "b": jnp.ones(2)}, {"w": jnp.arange(16) < 4, "b": None})
+      26
+    """
+    total = 0
+    leaves = jax.tree.leaves(params)
+    for leaf, mask in zip(leaves, _tree.align_masks(params, masks), strict=True):
+        size, itemsize = math.prod(jnp.shape(leaf)), _tree.dtype(leaf).itemsize
+        kept = size if mask is None else int(jnp.count_nonzero(mask))
+        total += min(size * itemsize, kept * itemsize + -(-size // 8))
+    return total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,49 +80,40 @@ class Row:
     note: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """What :func:`summary` found; printing it shows a table."""
+@dataclasses.dataclass(frozen=True, repr=False)
+class Summary(Shown):
+    """What :func:`summary` found; shows as a table."""
 
     rows: tuple[Row, ...]
 
-    def __str__(self) -> str:
-        size, kept = sum(r.size for r in self.rows), sum(r.kept for r in self.rows)
-        table = [("path", "shape", "kept", "sparsity", "bytes", "")]
+    @property
+    def size(self) -> int:
+        """All weights."""
+        return sum(row.size for row in self.rows)
+
+    @property
+    def kept(self) -> int:
+        """All weights that are kept."""
+        return sum(row.kept for row in self.rows)
+
+    def _show(self) -> list[Table]:
+        rows = []
         for r in self.rows:
-            shape = "×".join(map(str, r.shape)) or "scalar"
             removed = f"{1 - r.kept / max(r.size, 1):.2%}" if r.masked else "-"
-            table.append(
-                (r.path, shape, f"{r.kept:,} of {r.size:,}", removed, f"{r.bytes:,}", r.note)
-            )
-        stored = sum(r.bytes for r in self.rows)
-        share = f"{1 - kept / max(size, 1):.2%}"
-        table.append(("total", "", f"{kept:,} of {size:,}", share, f"{stored:,}", ""))
-        return show(table, left=(0, 1, 5))
+            counts = f"{r.kept:,} of {r.size:,}", removed
+            rows.append((r.path, spell(r.shape), *counts, f"{r.bytes:,}", r.note))
+        counts = f"{self.kept:,} of {self.size:,}", f"{1 - self.kept / max(self.size, 1):.2%}"
+        rows.append(("total", "", *counts, f"{sum(r.bytes for r in self.rows):,}", ""))
+        header = ("path", "shape", "kept", "sparsity", "bytes", "")
+        return [Table(header, rows, left=(0, 1, 5), total=True)]
 
 
-def show(table: Sequence[Sequence[str]], left: Sequence[int], total: bool = True) -> str:
-    """Lays out a header, rows and a last line of totals; columns in ``left`` align left."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i in left else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in table
-    ]
-    rule = "─" * max(map(len, lines))
-    if not total:
-        return "\n".join([lines[0], rule, *lines[1:]])
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
-
-
-def summary(params: Any, masks: Any) -> Summary:
+def summary(params: Any, masks: Any = None) -> Summary:
     """Tabulates shape, kept weights, sparsity and bytes of every leaf, with totals.
 
-    Bytes are those of the arrays as they are stored, zeros included: masks alone save none. A 2-D
-    leaf that is named bias or scale and masked is flagged: it looks like a stack of layers, and
-    ``select`` wants to know with ``stacked=``.
+    Bytes are those of the arrays as they are, zeros included: masks alone save none. A 2-D leaf
+    that is named bias or scale and masked is flagged: it looks like a stack of layers, and
+    ``select`` wants to know with ``stacked=``. ``summary(masks)`` tabulates masks without params.
 
     Raises:
       ValueError: for masks of other paths or shapes.
@@ -112,6 +127,7 @@ def summary(params: Any, masks: Any) -> Summary:
       ─────────────────────────────────────
       total         2 of 4    50.00%     16
     """
+    masks = params if masks is None else masks
     rows = []
     aligned = zip(_tree.named_leaves(params), _tree.align_masks(params, masks), strict=True)
     for (path, leaf), mask in aligned:
@@ -172,22 +188,22 @@ class Layer:
     activations: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Layers:
-    """What :func:`layers` found; printing it shows a table."""
+@dataclasses.dataclass(frozen=True, repr=False)
+class Layers(Shown):
+    """What :func:`layers` found; shows as a table."""
 
     rows: tuple[Layer, ...]
 
-    def __str__(self) -> str:
+    def _show(self) -> list[Table]:
         params = sum(r.params for r in self.rows)
         flops = sum(r.flops for r in self.rows)
         activations = sum(r.activations for r in self.rows)
-        table = [("path", "shape", "params", "", "FLOPs", "", "activations")]
+        rows = []
         for r in self.rows:
-            table.append(
+            rows.append(
                 (
                     r.path or "(no params)",
-                    "×".join(map(str, r.shape)),
+                    spell(r.shape) if r.path else "",
                     f"{r.params:,}",
                     f"{r.params / max(params, 1):.1%}",
                     f"{r.flops:,.0f}",
@@ -195,8 +211,9 @@ class Layers:
                     f"{r.activations:,}",
                 )
             )
-        table.append(("total", "", f"{params:,}", "", f"{flops:,.0f}", "", f"{activations:,}"))
-        return show(table, left=(0, 1))
+        rows.append(("total", "", f"{params:,}", "", f"{flops:,.0f}", "", f"{activations:,}"))
+        header = ("path", "shape", "params", "", "FLOPs", "", "activations")
+        return [Table(header, rows, left=(0, 1), total=True)]
 
 
 def layers(fn: Callable[..., Any], params: Any, *inputs: Any, masks: Any = None) -> Layers:
@@ -248,9 +265,9 @@ class Timing:
     quartiles: tuple[float, float]
 
 
-@dataclasses.dataclass(frozen=True)
-class Latency:
-    """What :func:`latency` measured; printing it shows a table."""
+@dataclasses.dataclass(frozen=True, repr=False)
+class Latency(Shown):
+    """What :func:`latency` measured; shows as a table."""
 
     rows: tuple[Timing, ...]
 
@@ -259,11 +276,11 @@ class Latency:
         times = {(row.name, row.batch): row.median for row in self.rows}
         return times[self.rows[0].name, batch] / times[name, batch]
 
-    def __str__(self) -> str:
-        table = [("function", "batch", "median", "quartiles", "examples/s", "speed-up")]
+    def _show(self) -> list[Table]:
+        rows = []
         for row in self.rows:
             low, high = row.quartiles
-            table.append(
+            rows.append(
                 (
                     row.name,
                     str(row.batch),
@@ -273,7 +290,7 @@ class Latency:
                     f"{self.speedup(row.name, row.batch):.2f}x",
                 )
             )
-        return show(table, left=(0,), total=False)
+        return [Table(("function", "batch", "median", "quartiles", "examples/s", "speed-up"), rows)]
 
 
 def latency(
@@ -301,21 +318,27 @@ def latency(
         raise ValueError("latency needs inputs whose first axis is the batch, got none.")
     batch = sizes[0]
     first = jax.tree.map(lambda x: x[:1] if jnp.ndim(x) and len(x) == batch else x, inputs)
+    jitted = {name: (jax.jit(fn), params) for name, (fn, params) in functions.items()}
     rows = []
     for size, args in {1: first, batch: inputs}.items():
-        jitted = {name: (jax.jit(fn), params) for name, (fn, params) in functions.items()}
-        for fn, params in jitted.values():
-            jax.block_until_ready(fn(params, *args))
-        times: dict[str, list[float]] = {name: [] for name in jitted}
-        for _ in range(rounds):
-            for name, (fn, params) in jitted.items():
-                start = time.perf_counter()
-                jax.block_until_ready(fn(params, *args))
-                times[name].append(time.perf_counter() - start)
-        for name, found in times.items():
-            low, median, high = np.quantile(found, (0.25, 0.5, 0.75)).tolist()
+        for name, times in interleave(jitted, args, rounds).items():
+            low, median, high = np.quantile(times, (0.25, 0.5, 0.75)).tolist()
             rows.append(Timing(name, size, median, (low, high)))
     return Latency(tuple(rows))
+
+
+def interleave(
+    functions: Mapping[str, tuple[Callable[..., Any], Any]], args: Any, rounds: int
+) -> dict[str, list[float]]:
+    """Times functions in turn, after one call of each; gives their seconds by name."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(rounds + 1):
+        for name, (fn, params) in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(fn(params, *args))
+            if i:
+                times[name].append(time.perf_counter() - start)
+    return times
 
 
 @dataclasses.dataclass(frozen=True)

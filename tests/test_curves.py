@@ -1,0 +1,216 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+from jaxprune import curves
+
+SPARSITIES = [0.5, 0.75]
+
+
+def init(key):
+    first, second = jax.random.split(key)
+    return {"in": jax.random.normal(first, (6, 16)), "out": jax.random.normal(second, (16, 3))}
+
+
+def apply_fn(params, x):
+    return jnp.tanh(x @ params["in"]) @ params["out"]
+
+
+X = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
+Y = apply_fn(init(jax.random.key(99)), X)
+
+
+def loss(params, x, y):
+    return jnp.mean((apply_fn(params, x) - y) ** 2)
+
+
+@jax.jit
+def train(params, masks, key):
+    tx = jp.enforce(optax.adam(1e-2), masks)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params, X, Y), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, tx.init(params)), length=20)[0][0]
+
+
+def evaluate(params):
+    return -loss(params, X, Y)
+
+
+sweep = functools.partial(curves.sweep, evaluate=evaluate, init=init, apply_fn=apply_fn, inputs=[X])
+
+
+def neurons(params, sparsity, key, train):
+    params = train(params)
+    groups = jp.find_groups(apply_fn, params, X)
+    return params, groups.select(jp.scores.magnitude(params), sparsity)
+
+
+def rewound(params, sparsity, key, train):
+    trained = train(params)
+    return params, jp.select(jp.scores.magnitude(trained), sparsity)
+
+
+METHODS = {
+    "SNIP": curves.method(jp.scores.snip(loss), X, Y, trained=False),
+    "neurons": neurons,
+    "rewound": rewound,
+}
+
+
+def test_every_point_is_measured():
+    table = sweep(METHODS, SPARSITIES, range(2), train=train)
+    assert {len(column) for column in table.values()} == {2 * (1 + 5 * 2)}
+    assert not table["error"].any()
+    assert all(np.isfinite(v).all() for v in table.values() if v.dtype == float)
+    dense = table["method"] == "dense"
+    assert (table["compression"][dense] == 1).all() and (table["before"][dense] < 0).all()
+    for name in ("random", "magnitude", "SNIP", "rewound"):
+        rows = table["method"] == name
+        np.testing.assert_allclose(table["compression"][rows], [2, 4, 2, 4])
+        np.testing.assert_allclose(table["theoretical_speedup"][rows], [2, 4, 2, 4])
+        # kept weights, and a bit for each of 144; fewer where a neuron happens to be masked whole
+        kept = np.array([72, 36, 72, 36]) * 4
+        assert (table["stored_bytes"][rows] > kept).all()
+        assert (table["stored_bytes"][rows] <= kept + 18).all()
+    rows = table["method"] == "neurons"
+    assert table["stored_bytes"][rows].tolist() == [72 * 4, 36 * 4] * 2  # really smaller
+    assert (table["trainings"] == 2).all()
+
+
+def test_points_of_a_seed_share_what_is_random():
+    one, two = (sweep({"again": curves._magnitude}, [0.5], [3], train=train) for _ in range(2))
+    for name in ("before", "after"):
+        assert one[name].tolist() == two[name].tolist()
+        assert one[name][2] == one[name][3]  # magnitude and the same under another name
+
+
+def test_control_is_the_dense_network_trained_as_long():
+    table = sweep({}, [0.5], [0], train=train)
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = init(keys[0])
+    full = jp.select(jp.scores.magnitude(params), 0.0)
+    once = train(params, full, keys[1])
+    assert table["before"][0] == float(evaluate(once))
+    assert table["after"][0] == float(evaluate(train(once, full, keys[3])))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+def test_a_finished_point_is_not_run_again(tmp_path, suffix):
+    store = tmp_path / "new" / f"points{suffix}"
+    ran = []
+
+    def logged(params, sparsity, key, train):
+        ran.append(sparsity)
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        return rewound(params, sparsity, key, train)
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep({"logged": logged}, SPARSITIES, [0], train=train, store=store)
+    assert len(curves.load(store)["method"]) == 6
+    resumed = sweep({"logged": logged}, SPARSITIES, [0], train=train, store=store)
+    assert ran == [0.5, 0.75, 0.75]
+    whole = sweep({"logged": rewound}, SPARSITIES, [0], train=train)
+    for name in ("method", "sparsity", "before", "after", "compression", "flops"):
+        assert resumed[name].tolist() == whole[name].tolist()
+    assert [p.name for p in store.parent.iterdir()] == [store.name]
+
+
+def test_a_failed_point_is_marked_and_run_again(tmp_path, capsys):
+    store = tmp_path / "points.csv"
+    malformed = {
+        "malformed": lambda params, sparsity, key, train: (params, {"in": None, "or": None}),
+        "numbers": lambda p, s, key, train: (p, jax.tree.map(jnp.ones_like, p)),
+        "nothing": lambda params, sparsity, key, train: None,
+        "magnitude": lambda params, s, key, train: (
+            1 / 0 if s == 0.5 else rewound(params, s, key, train)
+        ),
+    }
+    table = sweep(malformed, SPARSITIES, [0], train=train, store=store)
+    failed = table["error"] != ""
+    assert failed.sum() == 7
+    assert np.isnan(table["after"][failed]).all()
+    assert np.isfinite(table["after"][~failed]).all()
+    assert "malformed at sparsity 0.75, seed 0: out: masks have no entry" in capsys.readouterr().err
+    assert table["error"][table["method"] == "numbers"][0].startswith("TypeError: in: masks must")
+    assert "failed" in str(curves.summary(table))
+    again = sweep(dict.fromkeys(malformed, rewound), SPARSITIES, [0], train=train, store=store)
+    assert not again["error"].any()
+
+
+def test_training_that_lets_pruned_weights_come_back_is_an_error():
+    def forgetful(params, masks, key):
+        return train(params, jax.tree.map(jnp.ones_like, masks), key)
+
+    table = sweep({}, [0.5], [0], train=forgetful)
+    assert table["error"][1].startswith("ValueError: in: after `train`")
+
+
+def test_the_control_must_not_fail():
+    def broken(params, masks, key):
+        raise RuntimeError("no data")
+
+    with pytest.raises(RuntimeError, match="no data"):
+        sweep({}, [0.5], [0], train=broken)
+
+
+@pytest.mark.parametrize(
+    "methods, sparsities, seeds, match",
+    [
+        ({"dense": neurons}, [0.5], [0], "cannot be named 'dense'"),
+        ({"a": 3}, [0.5], [0], "method 'a' must be callable"),
+        ({}, [1.0], [0], r"sparsity must be in \[0, 1\)"),
+        ({}, [0.5], [], "needs seeds"),
+        ({}, [0.5], [1, 1], "needs seeds, each once"),
+    ],
+)
+def test_bad_arguments(methods, sparsities, seeds, match):
+    with pytest.raises((ValueError, TypeError), match=match):
+        sweep(methods, sparsities, seeds, train=train)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+def test_corrupt_and_foreign_files(tmp_path, suffix):
+    path = tmp_path / f"points{suffix}"
+    table = sweep({}, [0.5], [0], train=train, store=path)
+    loaded = curves.load(path)
+    assert all(loaded[name].tolist() == table[name].tolist() for name in table)
+    text = path.read_text()
+    for wrong in (text[: len(text) // 2], "a,b\n1,2\n", "", "{}", "[1", text.replace("0.5", "x")):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match="points.*not a table of curves, or cut short"):
+            sweep({}, [0.5], [0], train=train, store=path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not a table of curves"):
+        curves.load(path)
+    with pytest.raises(ValueError, match=r"\.csv or \.json"):
+        curves.load(tmp_path / "points.txt")
+
+
+def test_a_store_of_another_network(tmp_path):
+    path = tmp_path / "points.csv"
+    sweep({}, [0.5], [0], train=train, store=path)
+    wider = functools.partial(sweep, init=lambda key: init(key) | {"more": jnp.ones((2, 2))})
+    with pytest.raises(ValueError, match="another network"):
+        wider({}, [0.5, 0.6], [0], train=train, store=path)
+
+
+def test_over_seeds():
+    table = sweep({}, [0.5], range(3), train=train)
+    mean = curves.over_seeds(table)
+    after = table["after"][table["method"] == "random"]
+    dense = table["after"][table["method"] == "dense"]
+    row = mean["method"].tolist().index("random")
+    np.testing.assert_allclose(mean["after"][row], after.mean())
+    np.testing.assert_allclose(mean["after_std"][row], after.std(ddof=1))
+    np.testing.assert_allclose(mean["change"][row], (after - dense).mean())
+    assert mean["seeds"].tolist() == [3, 3, 3]
