@@ -16,13 +16,13 @@ Verbs: :func:`select`, :func:`select_iteratively`, :func:`apply_masks`, :func:`e
 :func:`gradual`, :func:`get_masks`, :func:`set_masks`, :func:`find_groups`, :func:`shrink`,
 :func:`summary`.
 Modules: :mod:`scores`, :mod:`schedules`, :mod:`masks`, :mod:`patterns`, :mod:`groups`,
-:mod:`metrics`, :mod:`curves`, :mod:`nnx`.
+:mod:`metrics`, :mod:`curves`, :mod:`plot`, :mod:`nnx`.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxprune import curves, groups, masks, metrics, patterns, schedules, scores
+from jaxprune import curves, groups, masks, metrics, patterns, plot, schedules, scores
 from jaxprune._select import select, select_iteratively
 from jaxprune._shrink import Plan, shrink
 from jaxprune.groups import find_groups
@@ -47,6 +47,7 @@ __all__ = [
     "metrics",
     "nnx",
     "patterns",
+    "plot",
     "schedules",
     "scores",
     "select",

@@ -46,11 +46,11 @@ from jaxprune._table import Table
 from jaxprune.masks import apply_masks
 
 Method = Callable[..., tuple[Any, Any]]
-Curves = dict[str, np.ndarray]
+Curves = Mapping[str, np.ndarray]
 
-_DENSE = "dense"
+DENSE = "dense"
 _KEY = {"method": str, "sparsity": float, "seed": int}
-_MEASURES = {
+MEASURES = {
     "before": float,
     "after": float,
     "compression": float,
@@ -62,7 +62,7 @@ _MEASURES = {
     "trainings": float,
     "seconds": float,
 }
-_COLUMNS = _KEY | _MEASURES | {"error": str}
+_COLUMNS = _KEY | MEASURES | {"error": str}
 
 
 def method(
@@ -162,7 +162,7 @@ def sweep(
     methods = {"random": _random, "magnitude": _magnitude} | dict(methods)
     _check(methods, sparsities, seeds)
     rows = _done(store)
-    points = [(_DENSE, 0.0)] + [(name, float(s)) for name in methods for s in sparsities]
+    points = [(DENSE, 0.0)] + [(name, float(s)) for name in methods for s in sparsities]
     wanted = [(name, s, seed) for seed in seeds for name, s in points]
     network = jax.jit(apply_fn)
     bar = tqdm([key for key in wanted if key not in rows], disable=None)
@@ -171,7 +171,7 @@ def sweep(
     )
     for name, sparsity, seed in bar:
         bar.set_description(f"{name} {sparsity:.4g}, seed {seed}")
-        if name == _DENSE:
+        if name == DENSE:
             row = run(seed)(_magnitude, 0.0)
         else:
             try:
@@ -268,8 +268,8 @@ def _smaller(network: Any, params: Any, masks: Any, inputs: Any) -> tuple[Any, A
 def _check(
     methods: Mapping[str, Method], sparsities: Sequence[float], seeds: Sequence[int]
 ) -> None:
-    if _DENSE in methods:
-        raise ValueError(f"a method cannot be named {_DENSE!r}: that is the unpruned control.")
+    if DENSE in methods:
+        raise ValueError(f"a method cannot be named {DENSE!r}: that is the unpruned control.")
     for name, prune in methods.items():
         if not callable(prune):
             raise TypeError(f"method {name!r} must be callable, got {type(prune).__name__}.")
@@ -381,10 +381,10 @@ def over_seeds(table: Curves) -> Curves:
     dense = {
         seed: after
         for name, seed, after in zip(table["method"], table["seed"], table["after"], strict=True)
-        if name == _DENSE
+        if name == DENSE
     }
     change = table["after"] - np.array([dense.get(seed, np.nan) for seed in table["seed"]])
-    measures = {name: table[name] for name in _MEASURES} | {"change": change}
+    measures = {name: table[name] for name in MEASURES} | {"change": change}
     keys = list(
         dict.fromkeys(zip(table["method"].tolist(), table["sparsity"].tolist(), strict=True))
     )
