@@ -14,7 +14,7 @@ or units that leave together, and the network without them::
 
 Verbs: :func:`select`, :func:`select_iteratively`, :func:`apply_masks`, :func:`enforce`,
 :func:`gradual`, :func:`get_masks`, :func:`set_masks`, :func:`find_groups`, :func:`shrink`,
-:func:`summary`.
+:func:`summary`, :func:`report`.
 Modules: :mod:`scores`, :mod:`schedules`, :mod:`masks`, :mod:`patterns`, :mod:`groups`,
 :mod:`metrics`, :mod:`curves`, :mod:`plot`, :mod:`nnx`.
 """
@@ -23,6 +23,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxprune import curves, groups, masks, metrics, patterns, plot, schedules, scores
+from jaxprune._report import report
 from jaxprune._select import select, select_iteratively
 from jaxprune._shrink import Plan, shrink
 from jaxprune.groups import find_groups
@@ -48,6 +49,7 @@ __all__ = [
     "nnx",
     "patterns",
     "plot",
+    "report",
     "schedules",
     "scores",
     "select",

@@ -21,9 +21,9 @@ from jaxprune.groups import Groups
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 _GRAY = "#808080"
 _LABELS = {
-    "compression": "compression (all params / kept params)",
-    "theoretical_speedup": "theoretical speed-up (dense FLOPs / FLOPs of kept weights)",
-    "measured_speedup": "measured speed-up (dense time / pruned time)",
+    "compression": "compression\n(all params / kept params)",
+    "theoretical_speedup": "theoretical speed-up\n(dense FLOPs / FLOPs of kept weights)",
+    "measured_speedup": "measured speed-up\n(dense time / pruned time)",
     "stored_bytes": "stored size (bytes)",
     "params": "kept params",
     "flops": "FLOPs of kept weights",
@@ -71,7 +71,7 @@ def _tidy(axes: Any) -> Any:
 def curves(
     table: Mapping[str, np.ndarray], x: str = "compression", y: str = "after", *, axes: Any = None
 ) -> Any:
-    """Draws quality against efficiency: for each method the mean, and the spread over seeds.
+    r"""Draws quality against efficiency: for each method the mean, and the spread over seeds.
 
     The band is one standard deviation. With fewer than five points or three seeds the picture says
     so: they are too few to compare methods by.
@@ -89,7 +89,7 @@ def curves(
       >>> table = {"method": ["dense", "magnitude"], "sparsity": [0, 0.5], "seed": [0, 0]}
       >>> table |= dict.fromkeys(_curves.MEASURES, [1.0, 2.0]) | {"error": ["", ""]}
       >>> curves({name: np.array(column) for name, column in table.items()}).get_xlabel()
-      'compression (all params / kept params)'
+      'compression\n(all params / kept params)'
     """
     mean = _curves.over_seeds(table)
     for name in (x, y):

@@ -1,0 +1,211 @@
+"""One HTML file that says what was pruned, how, and what came of it."""
+
+import contextlib
+import hashlib
+import html
+import io
+import os
+import pathlib
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxprune import _tree, plot
+from jaxprune import curves as _curves
+from jaxprune._shrink import Plan
+from jaxprune._table import Shown, Table
+from jaxprune.groups import Groups
+from jaxprune.metrics import Layers, Summary
+
+_INK = "#010203"  # stands in pictures for the colour of the page's text
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 84rem; padding: 0 1rem; }
+h1, h2 { line-height: 1.2; } h2 { margin: 2.5rem 0 0.75rem; }
+table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.2rem 0.75rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+tfoot td, th { font-weight: 600; }
+section > div { margin-bottom: 1.5rem; }
+.grid { display: grid; gap: 1.5rem; grid-template-columns:
+  repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
+figure { margin: 0; overflow: auto; } .grid svg { width: 100%; max-width: 38rem; height: auto; }
+svg text { font-family: system-ui, sans-serif !important; }
+.wrap :is(td, th) { white-space: normal; overflow-wrap: anywhere; }
+@media print {
+  body { font-size: 11px; margin: 0; max-width: none; } table { font-size: 8px; }
+  section > div, figure { max-height: none !important; overflow: visible !important; }
+  .grid { grid-template-columns: 1fr 1fr; } svg { max-width: 100%; height: auto; }
+  figure, tr { break-inside: avoid; } h2 { break-after: avoid; }
+}
+"""
+
+
+def report(
+    path: str | os.PathLike[str],
+    *,
+    title: str = "What pruning did",
+    summary: Summary | None = None,
+    curves: _curves.Curves | None = None,
+    layers: Layers | None = None,
+    groups: Groups | None = None,
+    plan: Plan | None = None,
+    settings: Mapping[str, Any] | None = None,
+    data: Any = None,
+) -> pathlib.Path:
+    """Writes one HTML file, to be sent to a colleague: nothing in it refers to the network.
+
+    It also names the versions of what it was made with. Pictures need matplotlib.
+
+    Args:
+      path: the file to write, whole or not at all.
+      title: its heading.
+      summary: what :func:`jaxprune.summary` gave.
+      curves: what :func:`jaxprune.curves.sweep` gave.
+      layers: what :func:`jaxprune.metrics.layers` gave.
+      groups: what :func:`jaxprune.find_groups` gave.
+      plan: what :func:`jaxprune.shrink` gave.
+      settings: names and values of what was chosen.
+      data: arrays that the figures rest on; the report holds their shapes and SHA-256.
+
+    Returns:
+      The path.
+
+    Raises:
+      TypeError: for a part that is of another kind.
+
+    Examples:
+      >>> import tempfile
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params, masks = {"w": jnp.ones((2, 2))}, {"w": jnp.eye(2, dtype=bool)}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = jp.report(folder + "/report.html", summary=jp.summary(params, masks))
+      ...     "2 of 4" in path.read_text()
+      True
+    """
+    sections: dict[str, str] = {}
+    for name, part, kind in (
+        ("Summary", summary, Summary),
+        ("Layers", layers, Layers),
+        ("Groups", groups, Groups),
+        ("Shrunk", plan, Plan),
+    ):
+        if part is None:
+            continue
+        if not isinstance(part, kind):
+            raise TypeError(
+                f"report: {name.lower()} must be a {kind.__name__}, got {type(part).__name__}."
+            )
+        sections[name] = part._repr_html_()
+    if curves is not None:
+        sections = {"Curves": _curve_section(curves)} | sections
+    if groups is not None:
+        with _ink():
+            sections["Groups"] = (
+                f"<figure>{_svg(plot.groups(groups))}</figure>" + sections["Groups"]
+            )
+    facts = {
+        "Settings": _pairs(settings or {}),
+        "Data": _data(data),
+        "Versions": _pairs(_versions()),
+    }
+    sections |= {name: table._repr_html_() for name, table in facts.items() if table.rows}
+    body = "".join(
+        f'<section class="{"wrap" if name in facts else ""}"><h2>{name}</h2>{part}</section>'
+        for name, part in sections.items()
+    )
+    heading = html.escape(title)
+    page = (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>{heading}</title><style>{_STYLE}</style></head>'
+        f"<body><h1>{heading}</h1>{body}</body></html>\n"
+    )
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text(page, encoding="utf-8")
+    os.replace(new, path)
+    return path
+
+
+def _curve_section(table: _curves.Curves) -> str:
+    columns = ("compression", "theoretical_speedup", "measured_speedup", "stored_bytes")
+    with _ink():
+        pictures = []
+        for x in columns:
+            axes = plot.curves(table, x)
+            axes.figure.set_size_inches(4.6, 4.6)
+            axes.legend(
+                frameon=False,
+                fontsize="small",
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.2),
+                ncols=3,
+            )
+            pictures.append(f"<figure>{_svg(axes)}</figure>")
+    failed = [
+        (str(name), f"{sparsity:.4g}", str(seed), str(error))
+        for name, sparsity, seed, error in zip(
+            *(table[c] for c in ("method", "sparsity", "seed", "error")), strict=True
+        )
+        if error
+    ]
+    parts: list[Shown] = [_curves.summary(table)]
+    if failed:
+        parts.append(Table(("failed", "sparsity", "seed", "why"), failed, left=(0, 3)))
+    return f'<div class="grid">{"".join(pictures)}</div>' + "".join(p._repr_html_() for p in parts)
+
+
+@contextlib.contextmanager
+def _ink() -> Iterator[None]:
+    import matplotlib
+
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    settings: Any = dict.fromkeys(names, _INK) | {"svg.fonttype": "none"}
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def _svg(axes: Any) -> str:
+    """Gives a picture as part of a page: in the page's colours, and with ids of its own."""
+    from matplotlib import pyplot
+
+    text = io.StringIO()
+    axes.figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    pyplot.close(axes.figure)
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    own = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    return re.sub(r'(?<=\bid=")|(?<=url\(#)|(?<=href="#)', f"i{own}-", svg)
+
+
+def _pairs(facts: Mapping[str, Any]) -> Table:
+    return Table(("name", "value"), [(str(k), str(v)) for k, v in facts.items()], left=(0, 1))
+
+
+def _data(data: Any) -> Table:
+    rows = []
+    for path, leaf in _tree.named_leaves(data):
+        array = np.ascontiguousarray(leaf)
+        digest = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
+        digest.update(array.view(np.uint8).data if array.size else b"")
+        shape = "×".join(map(str, array.shape)) or "scalar"
+        rows.append((_tree.show(path), shape, str(array.dtype), digest.hexdigest()))
+    return Table(
+        ("path", "shape", "dtype", "SHA-256 of dtype, shape and bytes"), rows, left=(0, 1, 2, 3)
+    )
+
+
+def _versions() -> dict[str, str]:
+    names = ("jaxprune", "jax", "jaxlib", "flax", "optax", "numpy")
+    device = jax.devices()[0]
+    return {
+        **{name: metadata.version(name) for name in names},
+        "Python": platform.python_version(),
+        "device": f"{jax.device_count()} × {device.device_kind} ({device.platform})",
+    }
