@@ -113,7 +113,7 @@ def summary(params: Any, masks: Any = None) -> Summary:
 
     Bytes are those of the arrays as they are, zeros included: masks alone save none. A 2-D leaf
     that is named bias or scale and masked is flagged: it looks like a stack of layers, and
-    ``select`` wants to know with ``stacked=``. ``summary(masks)`` tabulates masks without params.
+    ``select`` wants to know with ``stacked=``. Masks also show alone: ``summary(masks)``.
 
     Raises:
       ValueError: for masks of other paths or shapes.
@@ -127,7 +127,8 @@ def summary(params: Any, masks: Any = None) -> Summary:
       ─────────────────────────────────────
       total         2 of 4    50.00%     16
     """
-    masks = params if masks is None else masks
+    if masks is None:
+        masks = jax.tree.map(lambda x: x if _tree.dtype(x) == jnp.bool_ else None, params)
     rows = []
     aligned = zip(_tree.named_leaves(params), _tree.align_masks(params, masks), strict=True)
     for (path, leaf), mask in aligned:

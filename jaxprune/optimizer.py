@@ -227,8 +227,8 @@ def _fit(params: Any, masks: Any) -> Any:
 def _place(mask: jax.Array, like: Any) -> jax.Array:
     if not isinstance(like, jax.Array):
         return mask
-    if not _tree.is_traced(like, mask):
-        return jax.device_put(mask, like.sharding)
+    if not _tree.is_traced(like, mask):  # to commit one mask alone would compile a step twice
+        return jax.device_put(mask, like.sharding) if like.committed else mask
     sharding = jax.typeof(like).sharding
     return mask if sharding.mesh.empty else jax.sharding.reshard(mask, sharding)
 
