@@ -15,6 +15,7 @@ Finished points are kept in OUT/curves.csv and not run again: delete it to begin
 import argparse
 import functools
 import pathlib
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,8 @@ def compare(args):
 
     method, scores, sample = jp.curves.method, jp.scores, (x[:512], y[:512])
     by_layer = functools.partial(jp.select, scope="layer")
-    filters = functools.partial(groups.select, cost="params")
+    # Kernels are made for round widths: 11 and 22 filters in place of 16 and 32 run slower here.
+    filters = functools.partial(groups.select, cost="params", round_to=4)
     methods = {
         "magnitude": method(scores.magnitude),
         "magnitude by layer": method(scores.magnitude, select=by_layer),
@@ -171,6 +173,7 @@ def main():
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--out", type=pathlib.Path, default=pathlib.Path("outputs"))
     args = options.parse_args()
+    warnings.filterwarnings("ignore", "round_to")  # says which widths were rounded: many
     table, parts = compare(args)
     draw(table, args.out)
     jp.report(args.out / "curves.html", title="Pruning a CNN on digits", curves=table, **parts)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxprune import _threshold, _tree, patterns
 from jaxprune import masks as _masks
 
-_SCOPES = ("global", "layer", "erk")
+SCOPES = ("global", "layer", "erk")
 
 
 def select(
@@ -32,7 +32,8 @@ def select(
 
     Args:
       scores: a pytree, higher is kept; `None` leaves are never pruned.
-      sparsity: the fraction to remove, in [0, 1).
+      sparsity: the fraction to remove, in [0, 1). A pattern such as n:m has one of its own: there
+        it may be left out, and less than that makes no difference.
       scope: ``"global"`` compares all weights; ``"layer"`` removes the same fraction of every leaf;
         ``"erk"`` keeps leaf densities proportional to :math:`\sum_d n_d / \prod_d n_d`; a mapping
         from path to sparsity sets leaves one by one, and ``sparsity`` (else 0) the others.
@@ -49,7 +50,8 @@ def select(
 
     Raises:
       ValueError: for a sparsity outside [0, 1), an unknown scope or path, no leaf to prune, other
-        paths or shapes in ``within``, and (outside jit) scores that are not finite.
+        paths or shapes in ``within``, a leaf that the pattern does not fit, and (outside jit)
+        scores that are not finite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -78,14 +80,17 @@ def select(
     for i in chosen:
         if not hasattr(names[i][1], "dtype"):
             raise TypeError(f"{_tree.show(names[i][0])}: scores must be arrays.")
+    if sparsity is None and pattern.limit is not None:
+        sparsity = 0.0
     sparsity = _check_scope(scope, sparsity, paths)
     with jax.enable_x64(True):
-        units = [pattern.pool(jnp.asarray(names[i][1])) for i in chosen]
+        units = [_pool(pattern, *names[i]) for i in chosen]
         held = [None if (m := inside[i]) is None else pattern.pool(m).astype(bool) for i in chosen]
         shapes = [u.shape[1:] if stacked(p) else u.shape for u, p in zip(units, paths, strict=True)]
-        keep = _budget(scope, sparsity, paths, [math.prod(u.shape) for u in units], shapes)
+        sizes = [math.prod(u.shape) for u in units]
+        keep = budget(scope, sparsity, paths, sizes, shapes, pattern.share)
         group = (0,) * len(units) if scope == "global" else tuple(range(len(units)))
-        kept, bad = _largest(units, held, keep, group)
+        kept, bad = _largest(units, held, keep, group, pattern.limit)
     if not _tree.is_traced(bad):
         for count, path in zip(np.asarray(bad), paths, strict=True):
             if count:
@@ -101,10 +106,25 @@ def select(
     return _tree.rebuild(scores, leaves)
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _largest(scores, within, keep, group):
+def _pool(pattern: patterns.Pattern, path: str, scores: Any) -> jax.Array:
+    try:
+        return pattern.pool(jnp.asarray(scores))
+    except ValueError as error:
+        raise ValueError(
+            f"{_tree.show(path)}: {error} Leave this array out with `where=lambda path, s: ...`."
+        ) from error
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _largest(scores, within, keep, group, limit):
     scores = [s.astype(jnp.float32) for s in scores]
-    return _threshold.largest(scores, within, keep, group)
+    if limit is None:
+        return _threshold.largest(scores, within, keep, group)
+    allowed = [limit(s, m) for s, m in zip(scores, within, strict=True)]
+    kept, bad = _threshold.largest(scores, allowed, keep, group)
+    lost = [~a if m is None else m & ~a for a, m in zip(allowed, within, strict=True)]
+    pairs = zip(scores, lost, strict=True)
+    return kept, bad + jnp.stack([jnp.sum(m & ~jnp.isfinite(s)) for s, m in pairs])
 
 
 def check_sparsity(sparsity: Any, name: str = "sparsity") -> Any:
@@ -130,15 +150,18 @@ def _check_scope(scope: Any, sparsity: Any, paths: Sequence[str]) -> Any:
                 raise ValueError(f"{path}: this scope path matches no prunable leaf of {paths}.")
             check_sparsity(value, f"the sparsity of {path}")
         sparsity = 0.0 if sparsity is None else sparsity
-    elif scope not in _SCOPES:
-        raise ValueError(f"unknown scope {scope!r}; needed one of {_SCOPES} or {{path: sparsity}}.")
+    elif scope not in SCOPES:
+        raise ValueError(f"unknown scope {scope!r}; needed one of {SCOPES} or {{path: sparsity}}.")
     if sparsity is None:
         raise ValueError("select needs a sparsity in [0, 1), such as `select(scores, 0.9)`.")
     return check_sparsity(sparsity)
 
 
-def _budget(scope, sparsity, paths, sizes, shapes) -> Any:
-    """Counts what each group keeps: on the host for a Python sparsity, so that it is exact."""
+def budget(scope, sparsity, paths, sizes, shapes, share=1.0) -> Any:
+    """Counts what each group keeps: on the host for a Python sparsity, so that it is exact.
+
+    Of no leaf more than a ``share`` can stay; where ERK would keep more, other leaves keep it.
+    """
     xp: Any = jnp if _tree.is_traced(sparsity) else np
     total = np.array(sizes, np.int64)
 
@@ -151,7 +174,10 @@ def _budget(scope, sparsity, paths, sizes, shapes) -> Any:
     if scope == "layer":
         return keep(sparsity, total)
     kept = keep(sparsity, np.array([total.sum()]))
-    return kept if scope == "global" else _erk(xp, kept[0], total, shapes)
+    if scope == "global":
+        return kept
+    room = np.round(total * share).astype(np.int64)
+    return _erk(xp, xp.minimum(kept[0], room.sum()), room, shapes)
 
 
 def _erk(xp: Any, kept: Any, sizes: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> Any:

@@ -73,14 +73,14 @@ def largest(
         return threshold, count
 
     def above(i, thresholds, never):
-        key = _key(jnp.where(never, 0, scores[i]), within[i])
+        key = ordered(jnp.where(never, 0, scores[i]), within[i])
         return [key >= t for t in thresholds]
 
     def kept(i, ranks, never):
-        key = _key(jnp.where(never, 0, scores[i]), within[i])
-        hashed = _hash(scores[i].shape, index_dtype(offsets[i]) + never)
+        key = ordered(jnp.where(never, 0, scores[i]), within[i])
+        order = hashed(scores[i].shape, index_dtype(offsets[i]) + never)
         tie, more = key == thresholds[group[i]], key > thresholds[group[i]]
-        return [more | (tie & (hashed >= rank)) for rank in ranks]
+        return [more | (tie & (order >= rank)) for rank in ranks]
 
     def competing(i):
         (valid,) = above(i, jnp.ones(1, jnp.uint32), False)
@@ -96,7 +96,7 @@ def largest(
     return masks, jnp.stack(firsts)[:, 1]
 
 
-def _key(scores: jax.Array, within: jax.Array | None) -> jax.Array:
+def ordered(scores: jax.Array, within: jax.Array | None) -> jax.Array:
     """Maps float32 to uint32 in order: 0 for what does not compete, then NaN, -inf, …, inf."""
     bits = lax.bitcast_convert_type(scores, jnp.uint32)
     key = jnp.where(bits >> 31 == 1, -bits, bits | 0x80000000)  # -0.0 and 0.0 both give 0x80000000
@@ -104,7 +104,7 @@ def _key(scores: jax.Array, within: jax.Array | None) -> jax.Array:
     return key if within is None else jnp.where(within, key, jnp.uint32(0))
 
 
-def _hash(shape: tuple[int, ...], offset: jax.Array) -> jax.Array:
+def hashed(shape: tuple[int, ...], offset: jax.Array) -> jax.Array:
     """Hashes the global flat index of every entry, one to one, to the dtype of ``offset``."""
     dtype = offset.dtype.type
     index = offset

@@ -40,7 +40,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxprune import _select, _tree, metrics, scores
+from jaxprune import _files, _select, _tree, metrics, scores
 from jaxprune._shrink import shrink
 from jaxprune._table import Table
 from jaxprune.masks import apply_masks
@@ -330,9 +330,8 @@ def save(table: Curves, path: str | os.PathLike[str]) -> None:
     else:
         finite = {k: [None if x != x else x for x in cells] for k, cells in columns.items()}
         json.dump({"jaxprune": "curves", "columns": finite}, text, indent=1)
-    new = path.with_name(path.name + ".new")
-    new.write_text(text.getvalue(), encoding="utf-8", newline="")
-    os.replace(new, path)
+    with _files.replacing(path) as new:
+        new.write_text(text.getvalue(), encoding="utf-8", newline="")
 
 
 def load(path: str | os.PathLike[str]) -> Curves:

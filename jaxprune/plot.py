@@ -97,7 +97,9 @@ def curves(
             raise ValueError(f"no column {name!r} to draw; choose among {', '.join(_LABELS)}.")
     axes = _new(axes, (7.5, 4.5))
     ticker = _matplotlib().ticker
-    styles = itertools.product(("-", "--", ":"), zip(_COLORS, "osD^vP", strict=True))
+    styles = zip(
+        itertools.cycle(_COLORS), itertools.cycle("osD^vPX<>"), np.repeat(("-", "--", ":"), 6)
+    )
     for name in dict.fromkeys(mean["method"].tolist()):
         rows = (mean["method"] == name) & (mean["seeds"] > 0)
         rows = np.flatnonzero(rows)[np.argsort(mean["sparsity"][rows])]
@@ -112,7 +114,7 @@ def curves(
         if name == "random":
             line, color, marker = "-", _ink(), "x"
         else:
-            line, (color, marker) = next(styles)
+            color, marker, line = next(styles)
         axes.plot(at, quality, line, color=color, marker=marker, markersize=5, label=name)
         if (np.diff(at) > 0).all() or (np.diff(at) < 0).all():
             axes.fill_between(at, quality - spread, quality + spread, color=color, alpha=0.15, lw=0)

@@ -255,7 +255,116 @@ def test_bad_input_is_named(arguments, words):
 @pytest.mark.parametrize("dtype", [jnp.uint32, jnp.uint64])
 def test_hash_of_the_index_is_one_to_one_and_spreads(dtype):
     with jax.enable_x64(True):
-        hashed = np.asarray(_threshold._hash((64, 32, 32), jnp.asarray(7, dtype)))
+        hashed = np.asarray(_threshold.hashed((64, 32, 32), jnp.asarray(7, dtype)))
     assert hashed.dtype == dtype and len(np.unique(hashed)) == hashed.size
     share = (hashed < np.iinfo(hashed.dtype).max // 2).mean((1, 2))
     assert abs(share - 0.5).max() < 0.08
+
+
+def best_of(scores, n, m, axis):
+    """Gives the n:m mask in plain NumPy: a sort of every m, ties by the hash."""
+    with jax.enable_x64(True):
+        tie = np.asarray(_threshold.hashed(scores.shape, jnp.uint32(0))).astype(np.float64)
+    rows = lambda a: np.moveaxis(a, axis, -1).reshape(-1, m)  # noqa: E731
+    order = np.lexsort((-rows(tie), -rows(np.asarray(scores, np.float32))))
+    kept = np.zeros(order.shape, bool)
+    np.put_along_axis(kept, order[:, :n], True, 1)
+    moved = np.moveaxis(scores, axis, -1).shape
+    return np.moveaxis(kept.reshape(moved), -1, axis)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("n, m, axis", [(2, 4, -2), (1, 4, -1), (4, 8, 0), (3, 3, 2), (5, 8, -2)])
+def test_n_of_m_matches_a_sort(n, m, axis, dtype):
+    shape = [6, 8, 4] if axis == -1 else [8, 16, 6]
+    scores = jnp.round(jax.random.normal(jax.random.key(0), shape) * 4).astype(dtype)
+    pattern = jp.patterns.n_of_m(n, m, axis)
+    assert jp.patterns.n_of_m(n, m, axis) is pattern and hash(pattern) == hash(pattern)
+    mask = jp.select(scores, pattern=pattern)
+    np.testing.assert_array_equal(mask, best_of(scores, n, m, axis))
+
+
+def test_n_of_m_keeps_groups_of_every_layer_of_a_stack():
+    scores = jax.random.normal(jax.random.key(0), (3, 8, 5))
+    pattern = jp.patterns.n_of_m(2, 4)
+    masks = jp.select(scores, pattern=pattern, stacked=lambda path: True)
+    assert (masks.reshape(3, 2, 4, 5).sum(2) == 2).all()
+    hwio = jp.select(jax.random.normal(jax.random.key(0), (3, 3, 8, 2)), pattern=pattern)
+    assert (hwio.reshape(3, 3, 2, 4, 2).sum(3) == 2).all()
+
+
+def problem():
+    keys = jax.random.split(jax.random.key(0), 2)
+    quantized = lambda k, s: jnp.round(jax.random.normal(k, s) * 8)  # noqa: E731
+    return {"d": quantized(keys[0], (32, 12)), "w": quantized(keys[1], (8, 96))}
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "erk", {"d": 0.6}], ids=str)
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.55, 0.8])
+def test_n_of_m_with_a_sparsity_prunes_further(scope, sparsity):
+    scores, pattern = problem(), jp.patterns.n_of_m(2, 4)
+    only = jp.select(scores, pattern=pattern)
+    masks = jp.select(scores, sparsity, scope=scope, pattern=pattern)
+    assert jax.tree.all(jax.tree.map(lambda a, b: jnp.all(a | ~b), only, masks))
+    share = max(sparsity, 0.5)
+    if isinstance(scope, dict):
+        assert removed(masks) == {"d": round(0.6 * 384), "w": round(share * 768)}
+    elif scope == "layer":
+        assert removed(masks) == {"d": round(share * 384), "w": round(share * 768)}
+    else:
+        assert sum(removed(masks).values()) == round(share * (384 + 768))
+    if scope == "global":  # as where the others had been gone before
+        within = jp.select(scores, sparsity, within=only)
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, masks, within))
+
+
+def test_n_of_m_chooses_among_what_is_within():
+    scores = jnp.array([[8.0, 7.0, 6.0, 5.0], [1.0, 2.0, 3.0, 4.0]])
+    within = jnp.array([[False, True, True, True], [False, False, False, True]])
+    masks = jp.select(scores, pattern=jp.patterns.n_of_m(2, 4, -1), within=within)
+    assert masks.astype(int).tolist() == [[0, 1, 1, 0], [0, 0, 0, 1]]
+
+
+def test_n_of_m_reports_what_is_not_finite_and_keeps_it_last_under_jit():
+    scores = jnp.array([[jnp.nan, 1.0, 2.0, 3.0]])
+    pattern = jp.patterns.n_of_m(3, 4, -1)
+    with pytest.raises(ValueError, match="1 scores are NaN"):
+        jp.select({"w": scores}, pattern=pattern)
+    mask = jax.jit(lambda s: jp.select(s, pattern=pattern))(scores)
+    assert mask.tolist() == [[False, True, True, True]]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_n_of_m_is_the_same_on_every_mesh(kind):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    scores = problem()
+    run = jax.jit(lambda s: jp.select(s, 0.6, pattern=jp.patterns.n_of_m(2, 4)))
+    specs = {"d": P("x", "y"), "w": P(None, "x")}
+    sharded = jax.tree.map(lambda s, p: jax.device_put(s, NamedSharding(mesh, p)), scores, specs)
+    masks = run(sharded)
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: bool((jax.device_get(a) == b).all()), masks, run(scores))
+    )
+    for name, mask in masks.items():
+        assert mask.sharding.is_equivalent_to(NamedSharding(mesh, specs[name]), 2)
+    text = run.lower(sharded).compile().as_text()
+    assert "all-gather" not in text and "all-to-all" not in text
+
+
+@pytest.mark.parametrize(
+    "shape, axis, words",
+    [
+        ((6, 8), -2, r"^w: 2:4 sparsity needs axis -2 divisible by 4, got shape \(6, 8\). Leave"),
+        ((8, 6), -1, r"axis -1 divisible by 4.*where="),
+        ((8, 8), 2, r"axis 2 divisible"),
+    ],
+)
+def test_n_of_m_that_does_not_fit_is_named(shape, axis, words):
+    with pytest.raises(ValueError, match=words):
+        jp.select({"w": jnp.ones(shape)}, pattern=jp.patterns.n_of_m(2, 4, axis))
+
+
+@pytest.mark.parametrize("n, m", [(0, 4), (5, 4), (-1, 4)])
+def test_n_of_m_needs_n_up_to_m(n, m):
+    with pytest.raises(ValueError, match="0 < n <= m"):
+        jp.patterns.n_of_m(n, m)
