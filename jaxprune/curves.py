@@ -37,13 +37,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from tqdm import tqdm
 
 from jaxprune import _files, _select, _tree, metrics, scores
 from jaxprune._shrink import shrink
 from jaxprune._table import Table
 from jaxprune.masks import apply_masks
+from jaxprune.optimizer import enforce
 
 Method = Callable[..., tuple[Any, Any]]
 Curves = Mapping[str, np.ndarray]
@@ -81,7 +84,6 @@ def method(
       trained: whether the trained network is pruned; else the initial one is, and then trained.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> prune = method(scores.magnitude, trained=False)
       >>> params = jnp.array([[1.0, 4.0], [3.0, 2.0]])
       >>> params, masks = prune(params, 0.5, jax.random.key(0), lambda params, masks: params)
@@ -103,6 +105,59 @@ def _random(params: Any, sparsity: float, key: jax.Array, train: Any) -> tuple[A
 
 
 _magnitude = method(scores.magnitude)
+
+
+def trainer(
+    loss: Callable[..., jax.Array],
+    optimizer: optax.GradientTransformation,
+    *data: Any,
+    steps: int,
+    batch_size: int = 64,
+) -> Callable[[Any, Any, jax.Array], Any]:
+    """Makes a train function for :func:`sweep`: some steps on random batches, under ``enforce``.
+
+    Params whose loss is not all that training changes (batch statistics, random counts) need a
+    train function of their own.
+
+    Args:
+      loss: maps ``(params, *batch)`` to a scalar.
+      optimizer: any optimizer; its state starts anew.
+      *data: arrays whose first axis is that of the examples.
+      steps: how many.
+      batch_size: examples in a batch, drawn with replacement.
+
+    Raises:
+      ValueError: for data of different lengths.
+
+    Examples:
+      >>> data = jnp.ones((8, 1))
+      >>> train = trainer(lambda w, x: jnp.mean((w - x) ** 2), optax.sgd(0.5), data, steps=20)
+      >>> mask = jnp.array([[True, False]])
+      >>> print(train(jnp.zeros((1, 2)), mask, jax.random.key(0)).round(2))
+      [[1. 0.]]
+    """
+    sizes = {len(array) for array in data}
+    if len(sizes) != 1:
+        raise ValueError(f"trainer needs data of one length, got {[len(array) for array in data]}.")
+    (size,) = sizes
+
+    @jax.jit
+    def step(
+        params: Any, state: Any, masks: Any, key: jax.Array, data: tuple[Any, ...]
+    ) -> tuple[Any, Any]:
+        index = jax.random.randint(key, (batch_size,), 0, size)
+        grads = jax.grad(loss)(params, *(array[index] for array in data))
+        updates, state = enforce(optimizer, masks).update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def train(params: Any, masks: Any, key: jax.Array) -> Any:
+        state = enforce(optimizer, masks).init(params)
+        arrays = jax.tree.map(jnp.asarray, data)
+        for step_key in jax.random.split(key, steps):  # XLA on CPU convolves slowly in a scan
+            params, state = step(params, state, masks, step_key, arrays)
+        return params
+
+    return train
 
 
 def sweep(
@@ -131,7 +186,8 @@ def sweep(
       methods: for every name a function ``(params, sparsity, key, train) -> (params, masks)``.
       sparsities: fractions removed, in [0, 1): 1 - 1 / c for a compression of about c.
       seeds: integers.
-      train: maps ``(params, masks, key)`` to trained params whose masked weights are zero.
+      train: maps ``(params, masks, key)`` to trained params whose masked weights are zero, such as
+        :func:`trainer` makes.
       evaluate: maps params to their quality, a number; higher is better.
       init: maps a key to the params to begin with: random ones, or those of a checkpoint.
       apply_fn: the network, ``apply_fn(params, *inputs)``, whose FLOPs and time are measured.

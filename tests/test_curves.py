@@ -155,6 +155,25 @@ def test_training_that_lets_pruned_weights_come_back_is_an_error():
     assert table["error"][1].startswith("ValueError: in: after `train`")
 
 
+def test_trainer_trains_under_masks_and_compiles_once():
+    traces = []
+
+    def traced(params, x, y):
+        traces.append(0)
+        return loss(params, x, y)
+
+    train = curves.trainer(traced, optax.adam(1e-2), X, Y, steps=30, batch_size=8)
+    params = init(jax.random.key(0))
+    masks = jp.select(jp.scores.magnitude(params), 0.5)
+    for i in range(2):
+        tuned = train(jp.apply_masks(params, masks), masks, jax.random.key(i))
+    assert len(traces) == 1
+    assert loss(tuned, X, Y) < loss(jp.apply_masks(params, masks), X, Y)
+    assert jax.tree.all(jax.tree.map(lambda w, m: not (w[~m] != 0).any(), tuned, masks))
+    with pytest.raises(ValueError, match="one length"):
+        curves.trainer(loss, optax.adam(1e-2), X, Y[:3], steps=1)
+
+
 def test_the_control_must_not_fail():
     def broken(params, masks, key):
         raise RuntimeError("no data")
