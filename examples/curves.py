@@ -138,7 +138,7 @@ def compare(args):
         evaluate,
         init=init,
         apply_fn=apply_fn,
-        inputs=[x[:64]],
+        inputs=[x[:256]],
         store=args.out / "curves.csv",
     )
     params = init(jax.random.key(0))

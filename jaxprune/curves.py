@@ -116,8 +116,7 @@ def trainer(
 ) -> Callable[[Any, Any, jax.Array], Any]:
     """Makes a train function for :func:`sweep`: some steps on random batches, under ``enforce``.
 
-    Params whose loss is not all that training changes (batch statistics, random counts) need a
-    train function of their own.
+    Batch statistics stay as they are: a network that has some needs a train function of its own.
 
     Args:
       loss: maps ``(params, *batch)`` to a scalar.
@@ -142,20 +141,19 @@ def trainer(
     (size,) = sizes
 
     @jax.jit
-    def step(
-        params: Any, state: Any, masks: Any, key: jax.Array, data: tuple[Any, ...]
-    ) -> tuple[Any, Any]:
+    def step(floats: Any, state: Any, params: Any, masks: Any, key: jax.Array, data: Any) -> Any:
         index = jax.random.randint(key, (batch_size,), 0, size)
-        grads = jax.grad(loss)(params, *(array[index] for array in data))
-        updates, state = enforce(optimizer, masks).update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        grads = _tree.grad(loss, _tree.merge(floats, params), *(array[index] for array in data))
+        updates, state = enforce(optimizer, masks).update(grads, state, floats)
+        return optax.apply_updates(floats, updates), state
 
     def train(params: Any, masks: Any, key: jax.Array) -> Any:
-        state = enforce(optimizer, masks).init(params)
+        floats = _tree.floating(params)  # counts and random keys are not trained
+        state = enforce(optimizer, masks).init(floats)
         arrays = jax.tree.map(jnp.asarray, data)
         for step_key in jax.random.split(key, steps):  # XLA on CPU convolves slowly in a scan
-            params, state = step(params, state, masks, step_key, arrays)
-        return params
+            floats, state = step(floats, state, params, masks, step_key, arrays)
+        return _tree.merge(floats, params)
 
     return train
 
