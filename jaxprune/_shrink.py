@@ -27,6 +27,15 @@ class Plan(Shown):
       shapes: ``(path, shape)`` of every leaf of the dense params.
       kept: ``(path, axis, indices)`` of every axis that lost some.
       inexact: why, and where, the shrunk function differs from the masked one.
+
+    Examples:
+      >>> plan = Plan(shapes=(("w", (3, 2)),), kept=(("w", 0, (0, 2)),))
+      >>> plan.take({"w": jnp.arange(6).reshape(3, 2)})["w"].tolist()
+      [[0, 1], [4, 5]]
+      >>> plan.put({"w": jnp.ones((2, 2))})["w"].tolist()
+      [[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]
+      >>> Plan.from_json(plan.to_json()).kept
+      (('w', 0, (0, 2)),)
     """
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]

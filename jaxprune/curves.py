@@ -210,6 +210,23 @@ def sweep(
       ValueError: for a sparsity outside [0, 1), no or repeated seeds, a method named "dense", a
         store that holds something else, or one of another network.
 
+    Examples:
+      >>> x = jax.random.normal(jax.random.key(0), (64, 4))
+      >>> loss = lambda w, x: jnp.mean((x @ w - x) ** 2)
+      >>> table = sweep(
+      ...     {"SNIP": method(scores.snip(loss), x, trained=False)},
+      ...     sparsities=[0.5, 0.75],
+      ...     seeds=range(2),
+      ...     train=trainer(loss, optax.adam(1e-2), x, steps=20),
+      ...     evaluate=lambda w: -loss(w, x),
+      ...     init=lambda key: jax.random.normal(key, (4, 4)),
+      ...     apply_fn=lambda w, x: x @ w,
+      ...     inputs=[x],
+      ... )
+      >>> mean = over_seeds(table)
+      >>> list(zip(mean["method"].tolist(), mean["compression"].tolist()))[-2:]
+      [('SNIP', 2.0), ('SNIP', 4.0)]
+
     References:
       Blalock et al, `What is the State of Neural Network Pruning?
       <https://arxiv.org/abs/2003.03033>`_, 2020
@@ -391,6 +408,14 @@ def save(table: Curves, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str]) -> Curves:
     """Reads a table that :func:`save` or :func:`sweep` wrote.
 
+    Examples:
+      >>> import tempfile
+      >>> table = {name: np.zeros(2).astype(kind) for name, kind in _COLUMNS.items()}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(table, folder + "/points.json")
+      ...     sorted(load(folder + "/points.json")) == sorted(table)
+      True
+
     Raises:
       ValueError: for a file that is cut short or holds something else.
     """
@@ -430,6 +455,12 @@ def over_seeds(table: Curves) -> Curves:
       A dict of arrays: ``method``, ``sparsity``, ``seeds`` (how many finished), and for every
       measure its mean, and with the suffix ``_std`` the standard deviation of the sample (0 for
       one seed). ``change`` is ``after`` less that of the dense network of the same seed.
+
+    Examples:
+      >>> table = {name: np.zeros(2).astype(kind) for name, kind in _COLUMNS.items()}
+      >>> table |= {"error": np.array(["", ""]), "after": np.array([0.7, 0.9])}
+      >>> over_seeds(table)["after"].round(3).tolist(), over_seeds(table)["seeds"].tolist()
+      ([0.8], [2])
     """
     ok = table["error"] == ""
     dense = {
@@ -457,7 +488,14 @@ def over_seeds(table: Curves) -> Curves:
 
 
 def summary(table: Curves) -> Table:
-    """Tabulates curves: quality, mean ± standard deviation over seeds, beside the savings."""
+    """Tabulates curves: quality, mean ± standard deviation over seeds, beside the savings.
+
+    Examples:
+      >>> table = {name: np.ones(2).astype(kind) for name, kind in _COLUMNS.items()}
+      >>> table |= {"method": np.array(["dense", "SNIP"]), "error": np.array(["", ""])}
+      >>> [row[0] for row in summary(table).rows]
+      ['dense', 'SNIP']
+    """
     mean = over_seeds(table)
     rows = []
     for i, (name, seeds) in enumerate(zip(mean["method"], mean["seeds"], strict=True)):

@@ -35,6 +35,12 @@ class Group:
     Attributes:
       units: their numbers.
       members: ``(path, axis, indices per unit)``, in the order in which the program uses them.
+
+    Examples:
+      >>> params = {"in": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}
+      >>> found = find_groups(lambda p, x: x @ p["in"] @ p["out"], params, jnp.ones((5, 3)))
+      >>> found.groups[0].members
+      (('in', 1, 1), ('out', 0, 1))
     """
 
     units: np.ndarray
@@ -52,6 +58,14 @@ class Groups(Shown):
       pinned: ``(path, axis, indices, reasons)`` of what cannot leave.
       choices: what could be cut along several factors, and how to choose another.
       terms: what the program costs: ``(multiply-adds, units by axis)``.
+
+    Examples:
+      >>> params = {"in": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}
+      >>> found = find_groups(lambda p, x: x @ p["in"] @ p["out"], params, jnp.ones((5, 3)))
+      >>> len(found), found.unit["out"][0].tolist()
+      (4, [1, 2, 3, 4])
+      >>> print(found.masks(np.arange(4) != 2)["out"][:, 0])
+      [ True  True False  True]
     """
 
     like: Any

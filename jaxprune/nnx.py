@@ -35,6 +35,11 @@ def split(
       method: what to call.
       has_aux: whether ``fn`` returns ``(output, new state)``, with new batch statistics and random
         counts, to shrink a training step with ``has_aux=True``.
+
+    Examples:
+      >>> fn, state = split(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+      >>> fn(state, jax.numpy.ones((5, 3))).shape
+      (5, 2)
     """
     graph, state = nnx.split(model)
 
@@ -62,6 +67,12 @@ def merge(
 
     Raises:
       ValueError: if the module cannot run with these arrays, or gives another result.
+
+    Examples:
+      >>> model, x = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jax.numpy.ones((5, 3))
+      >>> fn, state = split(model)  # then `shrink`, which gives a smaller function and state
+      >>> merge(model, fn, state, x).kernel.shape
+      (3, 2)
     """
     small = nnx.merge(nnx.graphdef(model), small_state)
     expected = small_fn(small_state, *inputs)

@@ -33,6 +33,14 @@ class Pattern:
       limit: maps the scores of the units, and which of them compete or `None` for all, to those
         that may be kept at all; `None` if that is any of them.
       share: the fraction of the units that ``limit`` lets through.
+
+    Examples:
+      >>> import jaxprune as jp
+      >>> def spread(kept, shape):
+      ...     return jnp.broadcast_to(kept[:, None], shape)
+      >>> rows = Pattern(pool=lambda scores: scores.sum(axis=1), spread=spread)
+      >>> print(jp.select(jnp.arange(8.0).reshape(4, 2), 0.5, pattern=rows)[:, 0])
+      [False False  True  True]
     """
 
     pool: Callable[[jax.Array], jax.Array]
