@@ -93,7 +93,7 @@ def test_inner_programs_are_counted_and_weights_followed():
     rows = {r.path: r for r in jp.metrics.layers(stack, params, x).rows}
     assert rows["w"].flops == 2 * 5 * 3 * 8 * 8 and rows["w"].activations == 5 * 3 * 8
     assert rows["v"].flops == 2 * 2 * 3 * 8 * 8
-    assert rows[""].flops == 2 * 3 * 3 * 8
+    assert rows[None].flops == 2 * 3 * 3 * 8
     saved = jp.metrics.flops(stack, params, x) - jp.metrics.flops(stack, params, x, masks=masks)
     assert saved == pytest.approx(0.6 * rows["w"].flops)
     assert "(no params)" in str(jp.metrics.layers(stack, params, x))
