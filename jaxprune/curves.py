@@ -42,7 +42,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from jaxprune import _files, _select, _tree, metrics, scores
+from jaxprune import _files, _select, _timing, _tree, metrics, scores
 from jaxprune._shrink import shrink
 from jaxprune._table import Table
 from jaxprune.masks import apply_masks
@@ -311,7 +311,7 @@ def _efficiency(network: Any, dense: Any, params: Any, masks: Any, inputs: Any) 
     """Measures the pruned network beside the dense one."""
     small, small_params, small_masks = _smaller(network, params, masks, inputs)
     functions = {"dense": (network, dense), "pruned": (small, small_params)}
-    times = metrics.interleave(functions, inputs, rounds=30)
+    times = _timing.interleave(functions, inputs, rounds=30)
     flops = metrics.flops(network, dense, *inputs, masks=masks)
     table = metrics.summary(params, masks)
     return {

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _cost, _tree
+from jaxprune import _cost, _timing, _tree
 from jaxprune._table import Shown, Table, spell
 
 
@@ -367,24 +366,10 @@ def latency(
     jitted = {name: (jax.jit(fn), params) for name, (fn, params) in functions.items()}
     rows = []
     for size, args in {1: first, batch: inputs}.items():
-        for name, times in interleave(jitted, args, rounds).items():
+        for name, times in _timing.interleave(jitted, args, rounds).items():
             low, median, high = np.quantile(times, (0.25, 0.5, 0.75)).tolist()
             rows.append(Timing(name, size, median, (low, high)))
     return Latency(tuple(rows))
-
-
-def interleave(
-    functions: Mapping[str, tuple[Callable[..., Any], Any]], args: Any, rounds: int
-) -> dict[str, list[float]]:
-    """Times functions in turn, after one call of each; gives their seconds by name."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(rounds + 1):
-        for name, (fn, params) in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(fn(params, *args))
-            if i:
-                times[name].append(time.perf_counter() - start)
-    return times
 
 
 @dataclasses.dataclass(frozen=True)

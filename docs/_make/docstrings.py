@@ -1,0 +1,57 @@
+"""Docstrings to Markdown: roles, equations and links of reStructuredText, Google's sections."""
+
+import re
+import textwrap
+
+import griffe
+
+import jaxprune
+
+
+def _reference(name, owner):
+    """Links a name to its place in the API: a part of its class or module, or a public verb."""
+    name = name.removeprefix("jaxprune.")
+    if name.split(".")[0] in jaxprune.__all__:
+        return f"[`{name}`][jaxprune.{name}]"
+    while owner is not None:
+        if name in owner.members:
+            return f"[`{name}`][{owner.path}.{name}]"
+        owner = owner.parent
+    return f"`{name}`"
+
+
+def _markdown(text, owner):
+    def equation(match):
+        body, indent = match["body"] or match["line"], match["indent"]
+        body = " ".join(textwrap.dedent(body).split())
+        return f"{indent}$$\n{indent}{body}\n{indent}$$\n"
+
+    text = re.sub(
+        r"(?m)^(?P<indent> *)\.\. math::[ ]*(?:(?P<line>\S.*)\n?|\n\n?(?P<body>(?:\1 +.*\n?)+))",
+        equation,
+        text,
+    )
+    text = re.sub(r":math:`([^`]*)`", r"$\1$", text)
+    text = re.sub(r":(?:func|class|mod|meth):`([^`]*)`", lambda m: _reference(m[1], owner), text)
+    text = re.sub(r"`([^`<]+?)\s+<(https?://[^>]+)>`_", lambda m: f"[{m[1]}]({m[2]})", text)
+    text = re.sub(r"``([^`]+)``", r"`\1`", text)
+    text = re.sub(r"(?m)(?<=[^:]):: *$", ":", text)
+    # Words before a colon would be read as a type.
+    text = re.sub(r"(Returns:\n +[^\n:`]+ [^\n:`]+):", r"\1&#58;", text)
+    text = re.sub(r"(?m)^>>> .*\n?(?:.+\n?)*", lambda m: f"```pycon\n{m[0].strip()}\n```\n", text)
+    text, found, works = text.partition("References:\n")
+    works = ["- " + " ".join(work.split()) for work in works.split("\n\n")]
+    return text + ("**References:**\n\n" + "\n".join(works) if found else "")
+
+
+class Docstrings(griffe.Extension):
+    """Rewrites docstrings before they are read."""
+
+    def on_package(self, *, pkg, **_):
+        """Visits all objects of a package."""
+        objects = [pkg]
+        while objects:
+            obj = objects.pop()
+            if obj.docstring:
+                obj.docstring.value = _markdown(obj.docstring.value, obj)
+            objects += [member for member in obj.members.values() if not member.is_alias]

@@ -1,0 +1,163 @@
+"""The documentation: its code runs, its site builds, and nothing public is left out of it."""
+
+import contextlib
+import doctest
+import importlib
+import importlib.util
+import io
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import types
+
+import jax
+import pytest
+
+import jaxprune as jp
+
+matplotlib = pytest.importorskip("matplotlib")
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(p for p in DOCS.rglob("*.md") if not p.name.startswith("_"))
+FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+INCLUDE = re.compile(r'^--8<-- "(.+)"$', re.MULTILINE)
+FENCE = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MODULES = ("scores", "masks", "patterns", "schedules", "groups", "metrics", "curves", "plot", "nnx")
+
+
+def blocks(page):
+    """Gives the language, first line and text of every block that runs, includes in place."""
+    text = INCLUDE.sub(lambda m: (DOCS / m[1]).read_text(), page.read_text())
+    for match in FENCE.finditer(text):
+        yield match[1], text.count("\n", 0, match.start()) + 2, match[2]
+
+
+def run_python(text, namespace, where, line):
+    """Runs a block, and if it is a session, compares what it prints."""
+    if text.startswith(">>>"):
+        test = doctest.DocTestParser().get_doctest(text, namespace, where, where, line - 1)
+        said = io.StringIO()
+        doctest.DocTestRunner(optionflags=FLAGS).run(test, out=said.write, clear_globs=False)
+        assert not said.getvalue(), said.getvalue()
+        namespace.update(test.globs)
+    else:
+        exec(compile("\n" * (line - 1) + text, where, "exec"), namespace)
+
+
+def run_shell(text):
+    """Runs the lines that call jaxprune on files that exist."""
+    from jaxprune.__main__ import main
+
+    for line in text.splitlines():
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        if words[:3] == ["python", "-m", "jaxprune"] and pathlib.Path(words[4]).exists():
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                code = main(words[3:])
+            assert code == (words[3] == "diff"), (line, code)
+            assert said.getvalue()
+
+
+@pytest.fixture
+def quick_compilation():
+    """Compiles with few optimisations: a page runs little and compiles much."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.filterwarnings("ignore:round_to")  # says what it changed, as the pages tell
+@pytest.mark.parametrize(
+    "page",
+    [p for p in [ROOT / "README.md", *PAGES] if any(blocks(p))],
+    ids=lambda p: p.relative_to(ROOT).as_posix(),
+)
+def test_page_runs(page, tmp_path, monkeypatch, quick_compilation):
+    monkeypatch.chdir(tmp_path)
+    module = types.ModuleType("__docs__")  # dataclasses and flax modules look their module up
+    monkeypatch.setitem(sys.modules, "__docs__", module)
+    with jax.numpy_rank_promotion("allow"):  # as a reader has it
+        for language, line, text in blocks(page):
+            if language == "python":
+                run_python(text, vars(module), str(page), line)
+            else:
+                run_shell(text)
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    for needed in ("mkdocs", "material", "mkdocstrings", "latex2mathml"):
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"{needed} is missing: pip install jaxprune[docs]")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_site_is_whole(site):
+    for page in PAGES:
+        assert (site / page.relative_to(DOCS).with_suffix(".html")).exists()
+
+
+RESOURCE = re.compile(
+    r"<(?:script|img|iframe|source|video|audio|embed|object)\b[^>]*?\b(?:src|srcset|data)="
+    r"[\"']?(?:https?:)?//[^\"'> ]*"
+    r"|<link\b(?![^>]*rel=[\"']?canonical)[^>]*?\bhref=[\"']?(?:https?:)?//[^\"'> ]*",
+    re.IGNORECASE,
+)
+IMPORT = re.compile(r"@import\s+(?:url\()?[\"']?(?:https?:)?//|url\([\"']?(?:https?:)?//")
+
+
+def test_site_needs_no_network(site):
+    for page in site.rglob("*.html"):
+        assert not RESOURCE.search(page.read_text()), page
+        assert "\\(" not in re.sub("<pre.*?</pre>", "", page.read_text(), flags=re.DOTALL), page
+    for sheet in site.rglob("*.css"):
+        assert not IMPORT.search(sheet.read_text()), sheet
+    assert (site / "search" / "search_index.js").exists()
+
+
+def test_resources_are_told_from_links():
+    assert RESOURCE.search('<link rel="stylesheet" href="https://fonts.example/a.css">')
+    assert RESOURCE.search("<script src=//cdn.example/a.js></script>")
+    assert RESOURCE.search('<img alt="a" src="http://example.org/a.png">')
+    assert not RESOURCE.search('<a href="https://arxiv.org"><img src="a.png"></a>')
+    assert IMPORT.search("src: url(https://fonts.example/a.woff2)")
+
+
+def public():
+    """Gives every public name below `jaxprune.`, and what it names."""
+    verbs = {n: v for n in jp.__all__ if not isinstance(v := getattr(jp, n), types.ModuleType)}
+    yield from verbs.items()
+    assert set(MODULES) == {n for n in jp.__all__ if isinstance(getattr(jp, n), types.ModuleType)}
+    for module_name in MODULES:
+        module = importlib.import_module(f"jaxprune.{module_name}")
+        names = getattr(module, "__all__", None) or [
+            name
+            for name, thing in vars(module).items()
+            if not name.startswith("_") and getattr(thing, "__module__", "") == module.__name__
+            if thing not in verbs.values()
+        ]
+        yield from ((f"{module_name}.{name}", getattr(module, name)) for name in names)
+
+
+PUBLIC = dict(public())
+
+
+def test_reference_names_everything(site):
+    text = "".join(page.read_text() for page in (site / "api").glob("*.html"))
+    anchors = set(re.findall(r'id="jaxprune\.([\w.]+)"', text))
+    missing = PUBLIC.keys() - anchors
+    assert not missing, sorted(missing)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_docstring_has_an_example(name):
+    assert ">>>" in (PUBLIC[name].__doc__ or "")
