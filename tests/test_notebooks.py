@@ -20,7 +20,7 @@ def test_notebook_runs_as_a_script(name, tmp_path):
 
 
 def test_notebook_is_built_with_its_outputs(tmp_path):
-    for module in ("jupytext", "nbclient", "ipykernel"):
+    for module in ("jupytext", "nbconvert", "ipykernel"):
         pytest.importorskip(module, reason=f"building notebooks needs {module}")
     built = tmp_path / "coming_from_pytorch.ipynb"
     source = NOTEBOOKS / "coming_from_pytorch.py"
