@@ -16,13 +16,29 @@ Verbs: :func:`select`, :func:`select_iteratively`, :func:`apply_masks`, :func:`e
 :func:`gradual`, :func:`get_masks`, :func:`set_masks`, :func:`find_groups`, :func:`shrink`,
 :func:`summary`, :func:`report`.
 Modules: :mod:`scores`, :mod:`schedules`, :mod:`masks`, :mod:`patterns`, :mod:`groups`,
-:mod:`metrics`, :mod:`curves`, :mod:`plot`, :mod:`nnx`.
+:mod:`units`, :mod:`search`, :mod:`recipes`, :mod:`metrics`, :mod:`curves`, :mod:`plot`, :mod:`nnx`,
+:mod:`regularizers`, :mod:`movement`, :mod:`gates`.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxprune import curves, groups, masks, metrics, patterns, plot, schedules, scores
+from jaxprune import (
+    curves,
+    gates,
+    groups,
+    masks,
+    metrics,
+    movement,
+    patterns,
+    plot,
+    recipes,
+    regularizers,
+    schedules,
+    scores,
+    search,
+    units,
+)
 from jaxprune._report import report
 from jaxprune._select import select, select_iteratively
 from jaxprune._shrink import Plan, shrink
@@ -41,22 +57,28 @@ __all__ = [
     "curves",
     "enforce",
     "find_groups",
+    "gates",
     "get_masks",
     "gradual",
     "groups",
     "masks",
     "metrics",
+    "movement",
     "nnx",
     "patterns",
     "plot",
+    "recipes",
+    "regularizers",
     "report",
     "schedules",
     "scores",
+    "search",
     "select",
     "select_iteratively",
     "set_masks",
     "shrink",
     "summary",
+    "units",
 ]
 
 

@@ -32,8 +32,9 @@ def select(
 
     Args:
       scores: a pytree, higher is kept; `None` leaves are never pruned.
-      sparsity: the fraction to remove, in [0, 1). A pattern such as n:m has one of its own: there
-        it may be left out, and less than that makes no difference.
+      sparsity: the fraction to remove, in [0, 1): of weights, or of the units of a pattern. One
+        such as n:m has a sparsity of its own: there it may be left out, and less makes no
+        difference.
       scope: ``"global"`` compares all weights; ``"layer"`` removes the same fraction of every leaf;
         ``"erk"`` keeps leaf densities proportional to :math:`\sum_d n_d / \prod_d n_d`; a mapping
         from path to sparsity sets leaves one by one, and ``sparsity`` (else 0) the others.
@@ -80,15 +81,15 @@ def select(
     for i in chosen:
         if not hasattr(names[i][1], "dtype"):
             raise TypeError(f"{_tree.show(names[i][0])}: scores must be arrays.")
-    if sparsity is None and pattern.limit is not None:
+    if sparsity is None and pattern.share is not None:
         sparsity = 0.0
     sparsity = _check_scope(scope, sparsity, paths)
     with jax.enable_x64(True):
         units = [_pool(pattern, *names[i]) for i in chosen]
         held = [None if (m := inside[i]) is None else pattern.pool(m).astype(bool) for i in chosen]
-        shapes = [u.shape[1:] if stacked(p) else u.shape for u, p in zip(units, paths, strict=True)]
+        shapes = [jnp.shape(names[i][1])[stacked(names[i][0]) :] for i in chosen]
         sizes = [math.prod(u.shape) for u in units]
-        keep = budget(scope, sparsity, paths, sizes, shapes, pattern.share)
+        keep = budget(scope, sparsity, paths, sizes, shapes, pattern.share or 1.0)
         group = (0,) * len(units) if scope == "global" else tuple(range(len(units)))
         kept, bad = _largest(units, held, keep, group, pattern.limit)
     if not _tree.is_traced(bad):
@@ -101,6 +102,9 @@ def select(
     leaves: list[Any] = [None] * len(names)
     for i, mask in zip(chosen, kept, strict=True):
         leaves[i] = pattern.spread(mask, jnp.shape(names[i][1]))
+        if mask.shape != leaves[i].shape:
+            # True, but XLA cannot see it: so the mask is sharded as the scores are.
+            leaves[i] &= (names[i][1] > 0) | jax.lax.optimization_barrier(jnp.array(True))
         if inside[i] is not None and pattern is not patterns.unstructured:
             leaves[i] &= inside[i]  # a kept unit may hold weights that are gone already
     return _tree.rebuild(scores, leaves)
@@ -120,7 +124,8 @@ def _largest(scores, within, keep, group, limit):
     scores = [s.astype(jnp.float32) for s in scores]
     if limit is None:
         return _threshold.largest(scores, within, keep, group)
-    allowed = [limit(s, m) for s, m in zip(scores, within, strict=True)]
+    fraction = keep / np.bincount(group, [s.size for s in scores])
+    allowed = [limit(s, m, fraction[g]) for s, m, g in zip(scores, within, group, strict=True)]
     kept, bad = _threshold.largest(scores, allowed, keep, group)
     lost = [~a if m is None else m & ~a for a, m in zip(allowed, within, strict=True)]
     pairs = zip(scores, lost, strict=True)

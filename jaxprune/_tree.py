@@ -177,6 +177,17 @@ def map_masks(f: Callable[[Any, Any], Any], params: Tree, masks: Tree) -> Tree:
     )
 
 
+def check_pruned(params: Tree, masks: Tree) -> None:
+    """Raises a `ValueError` where a train function let masked weights come back."""
+    aligned = align_masks(params, masks)
+    for (path, leaf), mask in zip(named_leaves(params), aligned, strict=True):
+        if mask is not None and (count := int(((leaf != 0) & ~mask).sum())):
+            raise ValueError(
+                f"{show(path)}: after `train`, {count} masked weights are not zero. Train "
+                "with `jp.enforce(optimizer, masks)`."
+            )
+
+
 def rebuild(params: Tree, leaves: Sequence[Any]) -> Tree:
     """Gives leaves (some `None`) the structure of params."""
     return jax.tree.unflatten(jax.tree.structure(params), leaves)

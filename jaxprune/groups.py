@@ -25,6 +25,7 @@ import numpy as np
 
 from jaxprune import _analysis, _select, _tree
 from jaxprune._atoms import Product
+from jaxprune._ranks import Ranks, per_group
 from jaxprune._table import Shown, Table
 
 
@@ -58,6 +59,7 @@ class Groups(Shown):
       pinned: ``(path, axis, indices, reasons)`` of what cannot leave.
       choices: what could be cut along several factors, and how to choose another.
       terms: what the program costs: ``(multiply-adds, units by axis)``.
+      options: those of :func:`find_groups`.
 
     Examples:
       >>> params = {"in": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}
@@ -74,6 +76,7 @@ class Groups(Shown):
     pinned: tuple[tuple[str, int, int, tuple[str, ...]], ...]
     choices: tuple[str, ...]
     terms: tuple[tuple[float, tuple[np.ndarray, ...]], ...] = dataclasses.field(repr=False)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return sum(len(group.units) for group in self.groups)
@@ -139,24 +142,28 @@ class Groups(Shown):
         pruning of Li et al.
 
         Args:
-          scores: scores of the params, higher is kept; `None` for leaves without.
+          scores: scores of the params, higher is kept; `None` for leaves without. Or an array of
+            shape ``(len(self),)``: one score per unit, taken as it is.
           sparsity: the fraction removed, in [0, 1). It may be traced, if ``cost="units"``.
           scope: ``"global"`` compares all units, ``"layer"`` those of a group, ``"isomorphic"``
             those of groups of one kind (same axes of leaves of the same names, in other layers); a
             dict gives the groups that contain a path their own sparsity, and ``sparsity`` (else
             0) to the others.
           round_to: makes what is kept of an axis a multiple of this, to the nearest feasible.
-          where: ``where(path, score)`` says which leaves are scored: by default matrices and up.
+          where: ``where(path, score)`` says which leaves are scored: by default matrices and up,
+            if there are any.
           reduce: ``"mean"``, ``"sum"``, ``"max"``, or ``"first"``, the slice that is used first:
             the filter that makes the unit.
-          normalize: divides the scores of every group by their ``"mean"``, ``"max"`` or ``"sum"``.
+          normalize: divides the scores of every group by their ``"mean"``, ``"max"``, ``"sum"``, or
+            by their ``"l2"`` norm.
           cost: what the sparsity is a fraction of: ``"units"``, exactly, or all ``"params"`` or
             ``"flops"`` of the network, at least.
           within: masks; units that they removed stay removed, and count.
 
         Raises:
           ValueError: for scores of other paths or shapes, NaN scores, a sparsity outside [0, 1) or
-            beyond what can leave, a path of ``scope`` that is in no group, or unknown words.
+            beyond what can leave, a path of ``scope`` that is in no group, unknown words, or
+            ``where`` or ``reduce`` beside one score per unit.
 
         References:
           Li et al, `Pruning Filters for Efficient ConvNets
@@ -167,7 +174,7 @@ class Groups(Shown):
         """
         for name, word, words in (
             ("reduce", reduce, ("mean", "sum", "max", "first")),
-            ("normalize", normalize, (None, "mean", "max", "sum")),
+            ("normalize", normalize, (None, "mean", "max", "sum", "l2")),
             ("cost", cost, ("units", "params", "flops")),
         ):
             if word not in words:
@@ -177,13 +184,16 @@ class Groups(Shown):
         if not self.groups:
             raise ValueError(f"Nothing can leave, so there is nothing to select.\n{self}")
         group = self._group()
-        score, scored = self._scores(scores, where, reduce)
+        if self._is_per_unit(scores):
+            score, scored = self._given(scores, where, reduce)
+        else:
+            score, scored = self._scores(scores, where, reduce)
         if normalize is not None:
-            score = score / _per_group(normalize, score, group, len(self.groups))[group]
+            score = score / per_group(normalize, score, group, len(self.groups))[group]
         given = jnp.ones(len(self), bool) if within is None else self._kept(within)
         score = jnp.where(given & ~jnp.isnan(score), score, -jnp.inf)
         classes, fractions = self._classes(scope, sparsity, scored)
-        ranks = _Ranks(score, group, classes, len(self.groups), round_to, self._multiples())
+        ranks = Ranks(score, group, classes, len(self.groups), round_to, self._multiples())
         if cost == "units":
             kept = ranks.kept(fractions)
         elif isinstance(scope, Mapping):
@@ -206,14 +216,40 @@ class Groups(Shown):
     def _multiples(self) -> np.ndarray:
         return np.array([min(n for *_, n in group.members) for group in self.groups])
 
+    def _is_per_unit(self, scores: Any) -> bool:
+        if not isinstance(scores, (jax.Array, np.ndarray)):
+            return False
+        return not (hasattr(self.like, "shape") and self.like.shape == scores.shape)
+
+    def _given(
+        self, scores: jax.Array, where: Callable[[str, Any], bool] | None, reduce: str
+    ) -> tuple[jax.Array, np.ndarray]:
+        """Checks one score per unit."""
+        if scores.shape != (len(self),):
+            raise ValueError(
+                f"scores: an array is one score per unit, of shape ({len(self)},) here, got shape "
+                f"{scores.shape}. Make the scores from these groups, or pass a tree of scores."
+            )
+        if where is not None or reduce != "mean":
+            raise ValueError("where= and reduce= need scores of the params, not one per unit.")
+        if not _tree.is_traced(scores):
+            bad = ~np.isfinite(np.asarray(scores, np.float32))
+            if bad.any():
+                raise ValueError(
+                    f"scores: {bad.sum()} of {len(self)} units have a score that is NaN or "
+                    f"infinite, the first is unit {np.flatnonzero(bad)[0]}. Check the loss."
+                )
+        return jnp.asarray(scores, jnp.float32), np.ones(len(self), bool)
+
     def _scores(
         self, scores: Any, where: Callable[[str, Any], bool] | None, reduce: str
     ) -> tuple[jax.Array, np.ndarray]:
         """Gives one score per unit, and which units have one."""
-        where = where or (lambda path, leaf: jnp.ndim(leaf) >= 2)
         names = [path for path, _ in _tree.named_leaves(self.like)]
-        aligned = dict(zip(names, _tree.align(self.like, scores, "scores"), strict=True))
-        found = {p: s for p, s in aligned.items() if s is not None and where(p, s)}
+        aligned = zip(names, _tree.align(self.like, scores, "scores"), strict=True)
+        found = {p: s for p, s in aligned if s is not None and (where is None or where(p, s))}
+        if where is None and (matrices := {p: s for p, s in found.items() if jnp.ndim(s) >= 2}):
+            found = matrices
         members = self._members()
         used = [i for i, (path, _) in enumerate(members) if path in found]
         sums, units = [], []
@@ -319,7 +355,7 @@ class Groups(Shown):
             return 2 * sum(macs * math.prod(map(size, axes)) for macs, axes in self.terms)
         return sum(math.prod(map(size, axes)) for axes in self.unit.values())
 
-    def _search(self, ranks: "_Ranks", fractions: Any, cost: str, sparsity: float) -> jax.Array:
+    def _search(self, ranks: Ranks, fractions: Any, cost: str, sparsity: float) -> jax.Array:
         """Finds the smallest fraction of units whose removal saves enough."""
         total = self.costs(np.ones(len(self), bool), cost)
 
@@ -339,7 +375,7 @@ class Groups(Shown):
         return ranks.kept(np.full(np.shape(fractions), high))
 
     def _tell(
-        self, kept: np.ndarray, ranks: "_Ranks", fractions: Any, sparsity: Any, round_to: int
+        self, kept: np.ndarray, ranks: Ranks, fractions: Any, sparsity: Any, round_to: int
     ) -> None:
         if kept.all() and np.any(np.asarray(fractions) > 0):
             warnings.warn(
@@ -362,62 +398,6 @@ class Groups(Shown):
                 f"round_to={round_to} changed the units kept: {', '.join(changed[:8])}{more}.",
                 stacklevel=3,
             )
-
-
-def _per_group(name: str, score: jax.Array, group: np.ndarray, count: int) -> jax.Array:
-    if name == "max":
-        result = jax.ops.segment_max(score, group, count)
-    else:
-        result = jax.ops.segment_sum(score, group, count)
-    if name == "mean":
-        result = result / np.bincount(group, minlength=count)
-    return jnp.where(result == 0, 1, result)
-
-
-class _Ranks:
-    """The order in which units leave; everything but the scores is static, so that it traces."""
-
-    def __init__(self, score, group, classes, groups, round_to, multiples):  # type: ignore
-        self._group, self._groups = group, groups
-        self._sizes = np.bincount(group, minlength=groups)
-        self._steps = round_to // np.gcd(round_to, multiples)
-        self._score, self._classes = score, classes
-        # Equal scores leave evenly over all groups, not from the first one on.
-        self._ties = np.random.default_rng(0).permutation(len(group))
-        self._in_group = self._rank(group)
-        last = (self._in_group == self._sizes[group] - 1) & (classes >= 0)
-        self._rank_in_class = self._rank(classes + 1, last)
-        self._counts = np.bincount(classes + 1)[1:]
-        owners = {(c, g) for c, g in zip(classes.tolist(), group.tolist(), strict=True) if c >= 0}
-        staying = np.bincount([c for c, _ in owners], minlength=len(self._counts))
-        self._most = self._counts - staying
-
-    def _rank(self, classes: np.ndarray, last: Any = 0) -> jax.Array:
-        """Ranks units in their class, from the lowest score, those that come last at the end."""
-        last = jnp.broadcast_to(jnp.asarray(last, jnp.int32), self._score.shape)
-        order = jnp.lexsort((jnp.asarray(self._ties), self._score, last, jnp.asarray(classes)))
-        starts = np.concatenate([[0], np.cumsum(np.bincount(classes))])[classes]
-        places = jnp.zeros(len(classes), jnp.int32).at[order].set(jnp.arange(len(classes)))
-        return places - starts
-
-    def _removed(self, fractions: Any) -> jax.Array:
-        count = jnp.round(jnp.asarray(fractions) * self._counts).astype(jnp.int32)
-        count = jnp.minimum(count, self._most)
-        return (self._rank_in_class < count[np.maximum(self._classes, 0)]) & (self._classes >= 0)
-
-    def wanted(self, fractions: Any) -> jax.Array:
-        """Gives the units of every group that stay before rounding."""
-        stays = (~self._removed(fractions)).astype(jnp.int32)
-        return jax.ops.segment_sum(stays, self._group, self._groups)
-
-    def kept(self, fractions: Any) -> jax.Array:
-        """Says which units stay when a fraction of every class leaves."""
-        if (self._steps == 1).all():
-            return ~self._removed(fractions)
-        wanted, size, step = self.wanted(fractions), self._sizes, self._steps
-        nearest = jnp.clip(jnp.round(wanted / step), 1, np.maximum(size // step, 1)) * step
-        stay = jnp.where((wanted == size) | (size < step), size, nearest.astype(jnp.int32))
-        return self._in_group >= (size - stay)[self._group]
 
 
 def find_groups(
@@ -474,11 +454,12 @@ def find_groups(
       <https://arxiv.org/abs/2301.12900>`_, 2023 (there by rules for layers)
     """
     _tree.check_params(params)
-    found = _analysis.analyse(fn, params, inputs, exact=exact, has_aux=has_aux, split=split)
-    return _collect(found, params)
+    options: dict[str, Any] = {"exact": exact, "has_aux": has_aux, "split": split}
+    found = _analysis.analyse(fn, params, inputs, **options)
+    return _collect(found, params, options)
 
 
-def _collect(found: _analysis.Structure, params: Any) -> Groups:
+def _collect(found: _analysis.Structure, params: Any, options: Mapping[str, Any]) -> Groups:
     names, atoms = _tree.named_leaves(params), found.walk.atoms
     order = [*found.order, *(i for i in range(len(names)) if i not in set(found.order))]
     roots = {
@@ -528,6 +509,7 @@ def _collect(found: _analysis.Structure, params: Any) -> Groups:
         ),
         choices=tuple(choices),
         terms=tuple(terms),
+        options=options,
     )
 
 

@@ -14,25 +14,29 @@ True
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune import _threshold
 
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """Units inside a leaf, all of one size.
+    """Units inside a leaf, each of which stays or leaves as a whole.
+
+    A sparsity counts units: of n units, ``select`` removes ``round(sparsity * n)``.
 
     Attributes:
       pool: maps the scores of a leaf to one score per unit; a `ValueError` says that they do not
         fit, and `select` adds the path.
       spread: maps the kept units, and the leaf's shape, to the leaf's mask.
-      limit: maps the scores of the units, and which of them compete or `None` for all, to those
-        that may be kept at all; `None` if that is any of them.
-      share: the fraction of the units that ``limit`` lets through.
+      limit: maps the scores of the units, which of them compete (`None` for all), and the fraction
+        to keep, to those that may be kept at all; `None` if that is any of them.
+      share: the fraction of the units that ``limit`` lets through, if it is always the same: then
+        ``select`` needs no sparsity.
 
     Examples:
       >>> import jaxprune as jp
@@ -45,8 +49,8 @@ class Pattern:
 
     pool: Callable[[jax.Array], jax.Array]
     spread: Callable[[jax.Array, tuple[int, ...]], jax.Array]
-    limit: Callable[[jax.Array, jax.Array | None], jax.Array] | None = None
-    share: float = 1.0
+    limit: Callable[[jax.Array, jax.Array | None, jax.Array], jax.Array] | None = None
+    share: float | None = None
 
 
 def _same(scores: jax.Array) -> jax.Array:
@@ -61,12 +65,111 @@ def _same_mask(kept: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 unstructured = Pattern(_same, _same_mask)
 
 
-def n_of_m(n: int, m: int, axis: int = -2) -> Pattern:
-    """Keeps at most n of every m consecutive weights along an axis.
+def block(shape: Sequence[int]) -> Pattern:
+    """Keeps or removes whole blocks, tiles of the last axes of a leaf.
+
+    A block scores the mean of its weights. Where the shape of a leaf is no multiple of the block,
+    the last ones are smaller, and count as much: the sparsity is a fraction of blocks.
+
+    Args:
+      shape: the lengths of a block, along as many of the last axes.
+
+    Raises:
+      ValueError: for lengths below 1; and from ``select``, for a leaf of fewer axes.
+
+    Examples:
+      >>> import jaxprune as jp
+      >>> scores = jnp.array([[1.0, 1.0, 5.0], [1.0, 9.0, 5.0], [0.0, 0.0, 1.0]])
+      >>> print(jp.select(scores, 0.5, pattern=block((2, 2))).astype(int))
+      [[1 1 1]
+       [1 1 1]
+       [0 0 0]]
+
+    References:
+      Narang et al, `Block-Sparse Recurrent Neural Networks
+      <https://arxiv.org/abs/1711.02782>`_, 2017 (there the largest weight of a block counts)
+    """
+    lengths = tuple(shape)
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"block needs lengths of at least 1, such as (16, 16), got {shape!r}.")
+
+    def pool(scores):
+        first = scores.ndim - len(lengths)
+        if first < 0:
+            raise ValueError(
+                f"blocks of {lengths} need {len(lengths)} axes, got shape {scores.shape}."
+            )
+        scores, count = scores.astype(jnp.float32), np.ones((1,) * first, np.float32)
+        for axis, length in enumerate(lengths, first):  # one by one, as a mesh may shard them
+            n, blocks = scores.shape[axis], -(-scores.shape[axis] // length)
+            pad = [(0, 0)] * scores.ndim
+            pad[axis] = (0, blocks * length - n)
+            split = (*scores.shape[:axis], blocks, length, *scores.shape[axis + 1 :])
+            scores = jnp.sum(jnp.pad(scores, pad).reshape(split), axis + 1)
+            full = np.minimum(length, n - length * np.arange(blocks)).astype(np.float32)
+            count = np.multiply.outer(count, full)
+        return scores / count
+
+    def spread(kept, shape):
+        for axis, length in enumerate(lengths, len(shape) - len(lengths)):
+            kept = jnp.repeat(kept, length, axis)
+        return jax.lax.slice(kept, (0,) * len(shape), shape)
+
+    return Pattern(pool, spread)
+
+
+def axis(*axes: int) -> Pattern:
+    """Keeps or removes whole slices along an axis of a leaf.
+
+    A slice scores the mean of its weights. Of a dense kernel, ``axis(-1)`` takes columns, of a
+    convolution filters. With several axes a slice is one index of each: ``axis(-2, -1)`` takes the
+    2-D kernels of a convolution, ``axis(0, -1)`` the columns of every layer of a stack. The
+    sparsity is a fraction of slices. Each leaf is masked alone: for slices of several leaves that
+    leave together, see :func:`jaxprune.find_groups`.
+
+    Args:
+      *axes: one or more.
+
+    Raises:
+      ValueError: for no axis; and from ``select``, for a leaf without it.
+
+    Examples:
+      >>> import jaxprune as jp
+      >>> scores = jnp.array([[1.0, 4.0, 2.0], [3.0, 2.0, 4.0]])
+      >>> print(jp.select(scores, 1 / 3, pattern=axis(-1)).astype(int))
+      [[0 1 1]
+       [0 1 1]]
+
+    References:
+      Mao et al, `Exploring the Regularity of Sparse Structure in Convolutional Neural Networks
+      <https://arxiv.org/abs/1705.08922>`_, 2017
+    """
+    if not axes:
+        raise ValueError("axis needs at least one axis, such as axis(-1).")
+
+    def others(shape):
+        if not all(-len(shape) <= a < len(shape) for a in axes):
+            raise ValueError(f"slices along axes {axes} need such axes, got shape {shape}.")
+        return tuple(set(range(len(shape))) - {a % len(shape) for a in axes})
+
+    def pool(scores):
+        return jnp.mean(scores, others(scores.shape), dtype=jnp.float32)
+
+    def spread(kept, shape):
+        return jnp.broadcast_to(jnp.expand_dims(kept, others(shape)), shape)
+
+    return Pattern(pool, spread)
+
+
+def n_of_m(n: int | None, m: int, axis: int = -2) -> Pattern:
+    r"""Keeps at most n of every m consecutive weights along an axis.
 
     ``select(scores, pattern=n_of_m(2, 4))`` keeps the best two of every four. With a sparsity as
     well, those compete, and ``select`` keeps as many of them as it asks for. Ties are broken by a
     hash of the position.
+
+    With `None` for n, it is the least that the sparsity s allows: :math:`n = \lceil (1 - s) m
+    \rceil`, to :math:`10^{-6} m`. So the pattern tightens as s rises: 3:4 at 0.25, 2:4 at 0.5.
 
     Args:
       n: how many are kept, at most.
@@ -86,22 +189,27 @@ def n_of_m(n: int, m: int, axis: int = -2) -> Pattern:
     References:
       Mishra et al, `Accelerating Sparse Deep Neural Networks
       <https://arxiv.org/abs/2104.08378>`_, 2021
+
+      Kao et al, `Training Recipe for N:M Structured Sparsity with Decaying Pruning Mask
+      <https://arxiv.org/abs/2209.07617>`_, 2022 (n that falls while training)
     """
-    if not 0 < n <= m:
+    if not 0 < (m if n is None else n) <= m:
         raise ValueError(f"n_of_m keeps n of m weights and needs 0 < n <= m, got {n=} and {m=}.")
     return _n_of_m(n, m, axis)
 
 
 @functools.cache  # the same pattern is the same object, so that `select` does not compile again
-def _n_of_m(n: int, m: int, axis: int) -> Pattern:
+def _n_of_m(n: int | None, m: int, axis: int) -> Pattern:
     def check(scores):
         if not -scores.ndim <= axis < scores.ndim or scores.shape[axis] % m:
             raise ValueError(
-                f"{n}:{m} sparsity needs axis {axis} divisible by {m}, got shape {scores.shape}."
+                f"{'n' if n is None else n}:{m} sparsity needs axis {axis} divisible by {m}, got "
+                f"shape {scores.shape}."
             )
         return scores
 
-    def limit(scores, within):
+    def limit(scores, within, fraction):
+        most = jnp.ceil((fraction - 1e-6) * m) if n is None else n  # a float32 sparsity is rounded
         shape, at = scores.shape, axis % scores.ndim
         groups = (*shape[:at], shape[at] // m, m, *shape[at + 1 :])
         index = jnp.uint32(0) if math.prod(shape) < 2**32 else jnp.uint64(0)
@@ -110,7 +218,7 @@ def _n_of_m(n: int, m: int, axis: int) -> Pattern:
         other, other_tie = jnp.expand_dims(key, at + 2), jnp.expand_dims(tie, at + 2)
         key, tie = jnp.expand_dims(key, at + 1), jnp.expand_dims(tie, at + 1)
         better = (other > key) | ((other == key) & (other_tie > tie))
-        kept = (jnp.sum(better, at + 1, dtype=jnp.int32) < n) & (key > 0).squeeze(at + 1)
+        kept = (jnp.sum(better, at + 1, dtype=jnp.int32) < most) & (key > 0).squeeze(at + 1)
         return kept.reshape(shape)
 
-    return Pattern(check, _same_mask, limit, n / m)
+    return Pattern(check, _same_mask, limit, None if n is None else n / m)

@@ -97,9 +97,8 @@ def curves(
             raise ValueError(f"no column {name!r} to draw; choose among {', '.join(_LABELS)}.")
     axes = _new(axes, (7.5, 4.5))
     ticker = _matplotlib().ticker
-    styles = zip(
-        itertools.cycle(_COLORS), itertools.cycle("osD^vPX<>"), np.repeat(("-", "--", ":"), 6)
-    )
+    lines = itertools.cycle(np.repeat(("-", "--", ":"), len(_COLORS)))
+    styles = zip(itertools.cycle(_COLORS), itertools.cycle("osD^vPX<>"), lines, strict=False)
     for name in dict.fromkeys(mean["method"].tolist()):
         rows = (mean["method"] == name) & (mean["seeds"] > 0)
         rows = np.flatnonzero(rows)[np.argsort(mean["sparsity"][rows])]
@@ -127,7 +126,7 @@ def curves(
         axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(ticker.EngFormatter())
         axes.xaxis.set_minor_locator(ticker.NullLocator())
-        axes.invert_xaxis()  # more is saved to the right, as in the other pictures
+        axes.xaxis.set_inverted(True)  # more is saved to the right, as in the other pictures
     else:
         _doublings(axes)
     axes.set_xlabel(_LABELS[x])

@@ -27,7 +27,23 @@ PAGES = sorted(p for p in DOCS.rglob("*.md") if not p.name.startswith("_"))
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 INCLUDE = re.compile(r'^--8<-- "(.+)"$', re.MULTILINE)
 FENCE = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-MODULES = ("scores", "masks", "patterns", "schedules", "groups", "metrics", "curves", "plot", "nnx")
+MODULES = (
+    "scores",
+    "masks",
+    "patterns",
+    "schedules",
+    "recipes",
+    "groups",
+    "units",
+    "search",
+    "metrics",
+    "curves",
+    "plot",
+    "regularizers",
+    "movement",
+    "gates",
+    "nnx",
+)
 
 
 def blocks(page):

@@ -11,6 +11,7 @@ TINY = {  # settings that run in seconds; an example that is not named here runs
     "custom_train_step.py": ["--steps", "20"],
     "benchmarks.py": ["--tiny"],
     "benchmark_structure.py": ["--tiny"],
+    "collapse.py": ["--rounds", "5", "--steps", "3", "--seeds", "1"],
     "curves.py": ["--epochs", "1", "--compressions", "4", "--seeds", "1"],
     "structured.py": ["--epochs", "1", "--tuning-epochs", "1", "--ratios", "0.5"],
 }

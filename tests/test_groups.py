@@ -271,7 +271,7 @@ def test_unused_params_stay():
         ({"sparsity": 0.5, "scope": "leaf"}, ValueError, "scope must be"),
         ({"scope": {"layer9/w": 0.5}}, ValueError, "'layer9/w' is in no group"),
         ({"sparsity": 0.5, "reduce": "median"}, ValueError, "reduce must be one of"),
-        ({"sparsity": 0.5, "normalize": "l2"}, ValueError, "normalize must be one of"),
+        ({"sparsity": 0.5, "normalize": "l1"}, ValueError, "normalize must be one of"),
         ({"sparsity": 0.5, "cost": "bytes"}, ValueError, "cost must be one of"),
         ({"sparsity": 0.5, "round_to": 0}, ValueError, "round_to must be"),
         ({"sparsity": 0.5, "where": lambda path, s: False}, ValueError, "No scored leaf"),

@@ -33,14 +33,23 @@ def problem(dtype="float32"):
 SCORES = {  # a new score adds one row here: (params, batch) -> scores
     "magnitude": lambda p, b: jp.scores.magnitude(p),
     "random": lambda p, b: jp.scores.random(p, jax.random.key(1)),
+    "slimming": lambda p, b: jp.scores.slimming(p, where=lambda path, w: True),
     "gradient": lambda p, b: jp.scores.gradient(loss)(p, *b),
     "taylor": lambda p, b: jp.scores.taylor(loss)(p, *b),
     "snip": lambda p, b: jp.scores.snip(loss)(p, *b),
     "grasp": lambda p, b: jp.scores.grasp(loss)(p, *b),
     "synflow": lambda p, b: jp.scores.synflow(apply_fn)(p, b[0]),
+    "standardized_magnitude": lambda p, b: jp.scores.standardized_magnitude(p),
+    "lamp": lambda p, b: jp.scores.lamp(p),
+    "fpgm": lambda p, b: jp.scores.fpgm(p),
+    "fisher": lambda p, b: jp.scores.fisher(loss)(p, *b),
+    "woodfisher": lambda p, b: jp.scores.woodfisher(loss, block=4)(p, *b),
+    "obd": lambda p, b: jp.scores.obd(loss)(p, *b),
+    "obd_hutchinson": lambda p, b: jp.scores.obd_hutchinson(loss, 3)(p, jax.random.key(1), *b),
 }
 
 
+@pytest.mark.filterwarnings("ignore:obd")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", SCORES)
 def test_score_contract(name, dtype):
@@ -74,8 +83,20 @@ def numpy_oracles():
     flow_w = np.abs(w) * np.abs(v).sum(1)[None]
     flow_v = np.abs(v) * np.abs(w).sum(0)[:, None]
     largest = max(flow_w.max(), flow_v.max())
+
+    def lamp(w):
+        return w**2 / np.sum(w**2 * (np.abs(w) >= np.abs(w)[..., None, None]), (-2, -1))
+
+    def fpgm(w):
+        distances = np.linalg.norm(w[:, :, None] - w[:, None], axis=0).sum(0)
+        return np.broadcast_to(distances / len(w), w.shape)
+
     return {
+        "standardized_magnitude": (np.abs(w) / w.std(), np.abs(v) / v.std()),
+        "lamp": (lamp(w), lamp(v)),
+        "fpgm": (fpgm(w), fpgm(v)),
         "magnitude": (np.abs(w), np.abs(v)),
+        "slimming": (np.abs(w), np.abs(v)),
         "gradient": (np.abs(gw), np.abs(gv)),
         "taylor": (np.abs(gw * w), np.abs(gv * v)),
         "snip": (np.abs(gw * w) / total, np.abs(gv * v) / total),
@@ -165,6 +186,7 @@ def test_bad_params_are_named():
         jp.scores.magnitude(jnp.ones(2), p=0)
 
 
+@pytest.mark.filterwarnings("ignore:obd")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", SCORES)
 def test_scores_have_the_sharding_of_their_leaf(name, kind):
@@ -184,11 +206,205 @@ def test_scores_have_the_sharding_of_their_leaf(name, kind):
         return {"out_sharding": NamedSharding(mesh, spec)} if kind == AxisType.Explicit else {}
 
     objective = lambda p, x, y: jnp.sum(f(p, x) ** 2)  # noqa: E731
+    data_free = lambda p: getattr(jp.scores, name)(p)  # noqa: E731
     scores = {
-        "magnitude": lambda p: jp.scores.magnitude(p),
+        **dict.fromkeys(("magnitude", "standardized_magnitude", "lamp", "fpgm"), data_free),
+        "obd_hutchinson": lambda p: jp.scores.obd_hutchinson(objective)(
+            p, jax.random.key(1), *batch
+        ),
+        "slimming": lambda p: jp.scores.slimming(p, where=lambda path, w: True),
         "random": lambda p: jp.scores.random(p, jax.random.key(1)),
         "synflow": lambda p: jp.scores.synflow(f)(p, batch[0]),
     }.get(name) or (lambda p: getattr(jp.scores, name)(objective)(p, *batch))
     result = scores(sharded)
     for leaf in "wv":
         assert result[leaf].sharding.is_equivalent_to(NamedSharding(mesh, specs[leaf]), 2), leaf
+
+
+def test_standardized_magnitude_is_one_threshold_for_all_layers():
+    params = {"w": 5 * jax.random.normal(jax.random.key(0), (8, 8)), "v": jnp.eye(8)}
+    scores = jp.scores.standardized_magnitude(params)
+    for leaf, w in params.items():
+        np.testing.assert_array_equal(scores[leaf] > 0.7, np.abs(w) > 0.7 * np.std(w))
+    equal = jp.scores.standardized_magnitude({"ones": jnp.ones((2, 2)), "zeros": jnp.zeros(2)})
+    assert np.all(np.isfinite(equal["ones"])) and equal["ones"].min() > 1e6
+    assert equal["zeros"].tolist() == [0, 0]
+
+
+def test_lamp_keeps_the_order_and_the_largest_of_every_layer():
+    params = {"w": jax.random.normal(jax.random.key(0), (300, 1000)), "v": jnp.full((2, 2), 1e-25)}
+    scores = jp.scores.lamp({**params, "zeros": jnp.zeros((2, 2)), "none": jnp.zeros((0, 2))})
+    order = np.argsort(np.abs(params["w"]), axis=None, kind="stable")
+    ordered = np.asarray(scores["w"]).ravel()[order]
+    assert np.all(np.diff(ordered) >= 0)
+    squares = np.asarray(params["w"], np.float64).ravel()[order] ** 2
+    np.testing.assert_allclose(ordered, squares / np.cumsum(squares[::-1])[::-1], rtol=1e-5)
+    np.testing.assert_allclose(np.sort(scores["v"].ravel()), [1 / 4, 1 / 3, 1 / 2, 1], rtol=1e-6)
+    assert not scores["zeros"].any() and scores["none"].shape == (0, 2)
+    masks = jp.select(scores, 1 - 2 / 300004, where=lambda path, s: path in "wv")
+    assert masks["w"].any() and masks["v"].any()
+
+
+@pytest.mark.parametrize("axis", [-1, 0, 2])
+def test_fpgm_ranks_filters_by_their_distances(axis):
+    w = np.random.default_rng(0).normal(size=(3, 4, 5, 6))
+    filters = np.moveaxis(w, axis, 0).reshape(w.shape[axis], -1)
+    distances = np.linalg.norm(filters[:, None] - filters[None], axis=-1).sum(1)
+    scores = jp.scores.fpgm({"w": jnp.array(w, "float32"), "b": jnp.ones(6)}, axis)
+    assert scores["b"] is None
+    summed = np.moveaxis(scores["w"], axis, 0).reshape(len(filters), -1).sum(1)
+    np.testing.assert_allclose(summed, distances, rtol=1e-5)
+
+
+def test_fpgm_removes_the_filter_in_the_middle():
+    params = {"w": jnp.array([[1.0, 5.0, 2.0, 3.0]] * 2), "v": jnp.ones((4, 3))}
+    groups = jp.find_groups(lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], params, jnp.ones((1, 2)))
+    masks = groups.select(jp.scores.fpgm(params), 0.5, scope="layer", reduce="first")
+    assert masks["w"][0].tolist() == [True, True, False, False]
+    with pytest.raises(ValueError, match="v: fpgm needs axis 2 .* got shape"):
+        jp.scores.fpgm(params | {"w": jnp.ones((2, 2, 4))}, axis=2)
+
+
+def test_obd_on_a_diagonal_quadratic_is_the_change_of_the_loss():
+    minimum = {"w": jnp.array([[3.0, -1.0], [0.5, 2.0]]), "b": jnp.array([[1.0]])}
+    curvature = {"w": jnp.array([[1.0, 2.0], [-3.0, 4.0]]), "b": jnp.array([[5.0]])}
+
+    def f(params):
+        squares = jax.tree.map(lambda w, m, h: h * (w - m) ** 2 / 2, params, minimum, curvature)
+        return sum(jnp.sum(s) for s in jax.tree.leaves(squares))
+
+    change = {"b": [[f(minimum | {"b": jnp.zeros((1, 1))})]], "w": np.zeros((2, 2))}
+    for i in np.ndindex(2, 2):
+        change["w"][i] = f(minimum | {"w": minimum["w"].at[i].set(0)})
+    estimate = jp.scores.obd_hutchinson(f, 1)(minimum, jax.random.key(0))
+    for scores in (jp.scores.obd(f)(minimum), estimate):
+        for leaf in minimum:
+            np.testing.assert_array_equal(scores[leaf], change[leaf])
+
+
+def converged():
+    params, batch = problem()
+    params = {k: params[k] for k in "wbv"}
+    smooth = lambda p, x, y: jnp.mean((jnp.tanh(x @ p["w"] + p["b"]) @ p["v"] - y) ** 2)  # noqa: E731
+    step = jax.jit(lambda p: jax.tree.map(lambda w, g: w - 0.2 * g, p, jax.grad(smooth)(p, *batch)))
+    for _ in range(300):
+        params = step(params)
+    return smooth, params, batch
+
+
+def test_obd_is_half_the_diagonal_of_the_hessian_times_the_square():
+    smooth, params, batch = converged()
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    hessian = np.zeros((flat.size, flat.size))
+    with jax.enable_x64(True):  # differences of gradients
+        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), "float64"), (unravel(flat), batch))
+        flat, unravel = jax.flatten_util.ravel_pytree(wide[0])
+        grads = jax.jit(jax.grad(lambda w: smooth(unravel(w), *wide[1])))
+        for i, e in enumerate(np.eye(flat.size) * 1e-5):
+            hessian[i] = (grads(flat + e) - grads(flat - e)) / 2e-5
+    expected = np.diag(hessian) * np.asarray(flat) ** 2 / 2
+    scores, _ = jax.flatten_util.ravel_pytree(jp.scores.obd(smooth)(params, *batch))
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
+    samples = 4000
+    estimate = jp.scores.obd_hutchinson(smooth, samples)(params, jax.random.key(0), *batch)
+    estimate, _ = jax.flatten_util.ravel_pytree(estimate)
+    off = np.sum(hessian**2, 1) - np.diag(hessian) ** 2
+    deviation = np.sqrt(off / samples) * np.asarray(flat) ** 2 / 2
+    assert np.all(np.abs(estimate - expected) < 4 * deviation + 1e-5)
+
+
+def test_obd_tells_params_that_are_not_at_a_minimum():
+    params, batch = problem()
+    with pytest.warns(UserWarning, match="^obd: the params are not at a minimum"):
+        jp.scores.obd(loss)(params, *batch)
+    with pytest.warns(UserWarning, match="^obd_hutchinson: .*or use `taylor`"):
+        jp.scores.obd_hutchinson(loss, 5)(params, jax.random.key(0), *batch)
+
+
+def test_fisher_is_the_mean_of_squared_gradients():
+    params, (x, y) = problem()
+    scores = jp.scores.fisher(loss)(params, x, y)
+    floats = {k: params[k] for k in "wbv"}
+    grads = [jax.grad(loss)(floats, x[i : i + 1], y[i : i + 1]) for i in range(6)]
+    for leaf in "wbv":
+        square = np.mean([g[leaf] ** 2 for g in grads], 0)
+        np.testing.assert_allclose(
+            scores[leaf], square * np.asarray(params[leaf]) ** 2 / 2, rtol=1e-5
+        )
+
+
+CURVED = {  # criteria of curvature: (loss, params, batch) -> scores
+    "obd": lambda f, p, b: jp.scores.obd(f)(p, *b),
+    "obd_hutchinson": lambda f, p, b: jp.scores.obd_hutchinson(f, 2)(p, jax.random.key(0), *b),
+    "fisher": lambda f, p, b: jp.scores.fisher(f)(p, *b),
+    "woodfisher": lambda f, p, b: jp.scores.woodfisher(f, block=3)(p, *b),
+}
+
+
+@pytest.mark.parametrize("name", CURVED)
+def test_a_loss_without_curvature_is_an_error(name):
+    params, (x, y) = problem()
+    score = CURVED[name]
+    with pytest.raises(TypeError, match=f"^{name}: the loss must return one .*got \\(., 2\\)"):
+        score(lambda p, x, y: apply_fn(p, x) - y, params, (x, y))
+    fixed = lambda p, x, y: sum(jnp.sum(p[k]) for k in "wbv") * (name.startswith("obd"))  # noqa: E731
+    with pytest.raises(ValueError, match=f"^{name}: the curvature is exactly 0 .*b, \\.\\.\\."):
+        score(fixed, params, (x, y))
+    with pytest.raises(ValueError, match=f"^{name}: . has a curvature that is NaN"):
+        score(loss, params | {"b": params["b"] + 1, "w": params["w"] * jnp.nan}, (x, y))
+
+
+def test_obd_of_a_piecewise_linear_loss_is_an_error():
+    params, (x, _) = problem()
+    with pytest.raises(ValueError, match="^obd: the curvature is exactly 0 .*piecewise linear"):
+        jp.scores.obd(lambda p, x: apply_fn(p, x).mean())(params, x)
+
+
+@pytest.mark.parametrize("name", ["fisher", "woodfisher"])
+def test_examples_lie_along_the_first_axis(name):
+    params, (x, y) = problem()
+    for bad in ((x, y[:3]), (x, 0.5), (x[:0], y[:0])):
+        with pytest.raises(ValueError, match=f"^{name}: needed the examples .*first axis"):
+            CURVED[name](loss, params, bad)
+    prime = tuple(jnp.concatenate([a] * 4)[:19] for a in (x, y))
+    with pytest.raises(ValueError, match="at least one sample"):
+        jp.scores.obd_hutchinson(loss, 0)
+    assert CURVED[name](loss, params, prime)["w"].shape == (4, 5)
+
+
+def blocks_of_fisher(f, params, x, y, block, damping):
+    """Gives for every leaf the dampened empirical Fisher matrix, zero outside its blocks."""
+    grads = [jax.grad(f)(params, x[i : i + 1], y[i : i + 1]) for i in range(len(x))]
+    for leaf in params:
+        g = np.stack([np.asarray(g[leaf], np.float64).ravel() for g in grads])
+        index = np.arange(g.shape[1]) // block
+        yield leaf, g.T @ g / len(g) * (index[:, None] == index) + damping * np.eye(len(index))
+
+
+@pytest.mark.parametrize("damping", [1e-7, 1e-2])
+def test_woodfisher_equals_the_direct_inverse(damping):
+    smooth, params, batch = converged()
+    scores = jp.scores.woodfisher(smooth, block=6, damping=damping)(params, *batch)
+    for leaf, fisher in blocks_of_fisher(smooth, params, *batch, 6, damping):
+        w = np.asarray(params[leaf], np.float64).ravel()
+        expected = w**2 / (2 * np.diag(np.linalg.inv(fisher)))
+        np.testing.assert_allclose(scores[leaf].ravel(), expected, rtol=2e-3)
+
+
+def test_woodfisher_update_is_where_the_quadratic_is_least():
+    smooth, params, batch = converged()
+    masks = jp.select(jp.scores.random(params, jax.random.key(0)), 0.4) | {"b": None}
+    update = jp.scores.woodfisher_update(smooth, block=6, damping=1e-3)
+    moved = update(params, masks, *batch)
+    np.testing.assert_array_equal(moved["b"], params["b"])
+    for leaf, fisher in blocks_of_fisher(smooth, params, *batch, 6, 1e-3):
+        if leaf != "b":
+            w, keep = np.asarray(params[leaf], np.float64).ravel(), np.asarray(masks[leaf]).ravel()
+            least = np.linalg.solve(fisher[keep][:, keep], fisher[keep][:, ~keep] @ w[~keep])
+            np.testing.assert_allclose(moved[leaf].ravel()[keep], w[keep] + least, rtol=1e-4)
+            assert not moved[leaf].ravel()[~keep].any()
+    with pytest.raises(TypeError, match="w: masks must be bool"):
+        update(params, masks | {"w": params["w"]}, *batch)
+    for bad in ({"block": 0}, {"damping": 0.0}):
+        with pytest.raises(ValueError, match="^woodfisher needs a " + next(iter(bad))):
+            jp.scores.woodfisher(smooth, **bad)

@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -368,3 +369,147 @@ def test_n_of_m_that_does_not_fit_is_named(shape, axis, words):
 def test_n_of_m_needs_n_up_to_m(n, m):
     with pytest.raises(ValueError, match="0 < n <= m"):
         jp.patterns.n_of_m(n, m)
+
+
+PATTERNS = {  # a new pattern adds one row here
+    "n_of_m": jp.patterns.n_of_m(2, 4),
+    "n_of_m, ramped": jp.patterns.n_of_m(None, 4),
+    "block": jp.patterns.block((4, 3)),
+    "axis": jp.patterns.axis(-1),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_pattern_contract(name):
+    scores, pattern, traces = problem(), PATTERNS[name], []
+
+    @jax.jit
+    def run(scores, sparsity, within):
+        traces.append(0)
+        return jp.select(scores, sparsity, pattern=pattern, within=within)
+
+    within = jp.select(scores, 0.0)
+    for sparsity in (0.25, 0.5, 0.75):
+        masks = run(scores, sparsity, within)
+        again = jp.select(scores, sparsity, pattern=pattern, within=within)
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, masks, again))
+        assert jax.tree.all(jax.tree.map(lambda m, w: jnp.all(w | ~m), masks, within))
+        assert jax.tree.map(jnp.shape, masks) == jax.tree.map(jnp.shape, scores)
+        within = masks
+    assert len(traces) == 1
+    half = jax.tree.map(lambda s: s.astype(jnp.bfloat16), scores)  # the scores are small integers
+    same = jp.select(half, 0.75, pattern=pattern), jp.select(scores, 0.75, pattern=pattern)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, *same))
+
+
+@pytest.mark.parametrize("name", ["block", "axis"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_blocks_and_slices_are_the_same_on_every_mesh(kind, name):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    scores, specs = problem(), {"d": P("x", "y"), "w": P(None, "x")}
+    run = jax.jit(lambda s: jp.select(s, 0.5, pattern=PATTERNS[name]))
+    sharded = jax.tree.map(lambda s, p: jax.device_put(s, NamedSharding(mesh, p)), scores, specs)
+    masks, expected = run(sharded), run(scores)
+    for leaf, mask in masks.items():
+        assert (jax.device_get(mask) == expected[leaf]).all()
+        assert mask.sharding.is_equivalent_to(NamedSharding(mesh, specs[leaf]), 2)
+
+
+def unit_numbers(shape, pattern):
+    """Gives the unit of every entry in plain NumPy, for a block's lengths or a set of axes."""
+    index = np.indices(shape)
+    if isinstance(pattern, tuple):
+        first = len(shape) - len(pattern)
+        parts = [*index[:first], *(i // n for i, n in zip(index[first:], pattern, strict=True))]
+    else:
+        parts = [index[a] for a in sorted(a % len(shape) for a in pattern)]
+    flat = np.stack([np.ravel(p) for p in parts])
+    return np.unique(flat, axis=1, return_inverse=True)[1].reshape(shape)
+
+
+@hypothesis.settings(max_examples=8, deadline=None)
+@hypothesis.given(
+    st.lists(st.integers(1, 6), min_size=2, max_size=3),
+    st.one_of(
+        st.lists(st.integers(1, 4), min_size=1, max_size=2).map(tuple),
+        st.sets(st.sampled_from([-2, -1, 0]), min_size=1),
+    ),
+    st.floats(0, 0.99),
+)
+def test_blocks_and_slices_match_numpy(shape, pattern, sparsity):
+    scores = np.random.default_rng(0).permutation(int(np.prod(shape))).reshape(shape) ** 2 + 1.0
+    made = jp.patterns.block(pattern) if isinstance(pattern, tuple) else jp.patterns.axis(*pattern)
+    mask = np.asarray(jp.select(jnp.array(scores, jnp.float32), sparsity, pattern=made))
+    unit = unit_numbers(shape, pattern)
+    size = np.bincount(unit.ravel())
+    mean = np.bincount(unit.ravel(), scores.ravel()) / size
+    kept = np.bincount(unit.ravel(), mask.ravel()) / size
+    assert set(kept) <= {0, 1}  # no unit is cut
+    assert (kept == 0).sum() == round(sparsity * len(size))
+    if 0 < kept.sum() < len(kept):
+        assert mean[kept == 1].min() >= mean[kept == 0].max() * (1 - 1e-6)
+
+
+def test_blocks_with_what_is_gone():
+    scores = jnp.arange(16.0).reshape(4, 4)
+    within = jnp.ones((4, 4), bool).at[0, 0].set(False).at[2:, 2:].set(False)
+    masks = jp.select(scores, 0.5, pattern=jp.patterns.block((2, 2)), within=within)
+    assert masks.astype(int).tolist() == [[0, 0, 1, 1]] + [[0, 0, 1, 1]] + [[1, 1, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 1 / 3, 0.5, 0.6, 0.75])
+@pytest.mark.parametrize("scope", ["global", "layer", "erk"])
+def test_n_of_m_ramped_follows_the_sparsity(scope, sparsity):
+    masks = jp.select(problem(), sparsity, scope=scope, pattern=jp.patterns.n_of_m(None, 4))
+    assert sum(removed(masks).values()) == round(sparsity * (384 + 768))
+    for mask in jax.tree.leaves(masks):
+        n = np.ceil((1 - sparsity if scope != "erk" else mask.mean()) * 4 - 1e-9)
+        assert mask.reshape(-1, 4, mask.shape[1]).sum(1).max() <= n
+    if sparsity in (0.5, 0.75) and scope != "erk":
+        only = jp.select(problem(), pattern=jp.patterns.n_of_m(int(4 - 4 * sparsity), 4))
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, masks, only))
+
+
+def test_n_of_m_ramped_tightens_in_training():
+    params = problem()
+    select = functools.partial(jp.select, pattern=jp.patterns.n_of_m(None, 4))
+    schedule = jp.schedules.stepwise(0.5, begin=1, end=2, steps=2)
+    tx = jp.gradual(optax.sgd(0.0), jp.scores.magnitude, schedule, select=select)
+    state, step = tx.init(params), jax.jit(tx.update)
+    for n in (4, 3, 2):
+        _, state = step(params, state, params)
+        for mask in jax.tree.leaves(jp.get_masks(state)):
+            assert (mask.reshape(-1, 4, mask.shape[1]).sum(1) == n).all()
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: jp.patterns.block(()), "block needs lengths"),
+        (lambda: jp.patterns.block((2, 0)), r"got \(2, 0\)"),
+        (lambda: jp.patterns.axis(), "at least one axis"),
+        (lambda: jp.patterns.n_of_m(None, 0), "0 < n <= m"),
+    ],
+)
+def test_patterns_that_cannot_be(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    "pattern, words",
+    [
+        (jp.patterns.block((2, 2, 2)), r"^w: blocks of \(2, 2, 2\) need 3 axes.*where="),
+        (jp.patterns.axis(2), r"^w: slices along axes \(2,\) need such axes, got shape \(6, 8\)"),
+        (jp.patterns.n_of_m(None, 4), "^w: n:4 sparsity needs axis -2 divisible by 4"),
+    ],
+)
+def test_patterns_that_do_not_fit_are_named(pattern, words):
+    with pytest.raises(ValueError, match=words):
+        jp.select({"w": jnp.ones((6, 8))}, 0.5, pattern=pattern)
+
+
+def test_n_of_m_ramped_needs_a_sparsity():
+    with pytest.raises(ValueError, match="needs a sparsity"):
+        jp.select(problem(), pattern=jp.patterns.n_of_m(None, 4))

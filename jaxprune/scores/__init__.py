@@ -4,12 +4,36 @@ Data-free scores are called on params, data-driven ones like ``jax.grad``, as
 ``snip(loss)(params, x, y)``. All are jitted and can be called inside another jit.
 """
 
+from jaxprune.scores._fisher import fisher
+from jaxprune.scores._fpgm import fpgm
 from jaxprune.scores._gradient import gradient
 from jaxprune.scores._grasp import grasp
+from jaxprune.scores._lamp import lamp
 from jaxprune.scores._magnitude import magnitude
+from jaxprune.scores._obd import obd, obd_hutchinson
 from jaxprune.scores._random import random
+from jaxprune.scores._slimming import slimming
 from jaxprune.scores._snip import snip
+from jaxprune.scores._standardized_magnitude import standardized_magnitude
 from jaxprune.scores._synflow import synflow
 from jaxprune.scores._taylor import taylor
+from jaxprune.scores._woodfisher import woodfisher, woodfisher_update
 
-__all__ = ["gradient", "grasp", "magnitude", "random", "snip", "synflow", "taylor"]
+__all__ = [
+    "fisher",
+    "fpgm",
+    "gradient",
+    "grasp",
+    "lamp",
+    "magnitude",
+    "obd",
+    "obd_hutchinson",
+    "random",
+    "slimming",
+    "snip",
+    "standardized_magnitude",
+    "synflow",
+    "taylor",
+    "woodfisher",
+    "woodfisher_update",
+]

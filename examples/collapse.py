@@ -1,0 +1,153 @@
+"""Which criterion empties a layer first, after Tanaka et al. 2020: no training, five criteria.
+
+A network of eleven convolutions at its initial weights is pruned to more and more, up to the
+maximal compression, at which every layer keeps one weight. A layer without weights cuts the network
+in two, and no training can mend it. Random, magnitude, SNIP and GraSP score once, SynFlow once or
+in --rounds rounds. Prints from which compression on a layer is empty, and draws how many are.
+
+    python examples/collapse.py
+    python examples/collapse.py --data mnist/
+"""
+
+import argparse
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from _data import load
+from flax import linen as nn
+from tqdm import tqdm
+
+import jaxprune as jp
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+STYLES = {  # Okabe and Ito's colours
+    "random": ("#000000", "x"),
+    "magnitude": ("#0072B2", "o"),
+    "SNIP": ("#E69F00", "s"),
+    "GraSP": ("#CC79A7", "^"),
+    "SynFlow, one round": ("#56B4E9", "P"),
+    "SynFlow": ("#009E73", "D"),
+}
+
+
+class VGG(nn.Module):
+    """Eleven convolutions and a dense layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i, width in enumerate([24, 24, 48, 48, 64, 64, 64, 96, 96, 96, 96]):
+            x = nn.relu(nn.Conv(width, (3, 3))(x))
+            if i in (1, 3, 6):
+                x = nn.max_pool(x, (2, 2), (2, 2))
+        return nn.Dense(10)(jnp.mean(x, (1, 2)))
+
+
+def criteria(apply_fn, x, y, rounds):
+    """Gives masks(params, sparsity, key) by name."""
+
+    def loss(params, x, y, temperature=1.0):
+        logits = apply_fn(params, x) / temperature
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    snip = jp.scores.snip(loss)
+    grasp = jp.scores.grasp(lambda params, x, y: loss(params, x, y, temperature=200))
+    synflow, shape = jp.scores.synflow(apply_fn), jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    return {
+        "random": lambda p, s, key: jp.select(jp.scores.random(p, key), s),
+        "magnitude": lambda p, s, key: jp.select(jp.scores.magnitude(p), s),
+        "SNIP": lambda p, s, key: jp.select(snip(p, x, y), s),
+        "GraSP": lambda p, s, key: jp.select(grasp(p, x, y), s),
+        "SynFlow, one round": lambda p, s, key: jp.select(synflow(p, shape), s),
+        "SynFlow": lambda p, s, key: jp.select_iteratively(synflow, p, s, shape, rounds=rounds),
+    }
+
+
+def compare(args):
+    """Counts the empty layers: rows of method, seed, compression, empty layers; and the limit."""
+    x, y, _, _ = load(args.data)
+    side = round(x.shape[1] ** 0.5)
+    x, y = jnp.asarray(x[:256]).reshape(-1, side, side, 1), jnp.asarray(y[:256])
+    model = VGG()
+    apply_fn = jax.jit(model.apply)
+    methods = criteria(apply_fn, x, y, args.rounds)
+    init = jax.jit(lambda key: model.init(key, x[:1]))
+    weights = [w for w in jax.tree.leaves(init(jax.random.key(0))) if w.ndim > 1]
+    total, layers = sum(w.size for w in weights), len(weights)
+    limit = total / layers
+    steps = round(2 * math.log10(limit)) if args.steps is None else args.steps
+    compressions = np.geomspace(10, limit, steps)
+    rows = []
+    runs = [(name, seed) for seed in range(args.seeds) for name in methods]
+    for name, seed in (bar := tqdm(runs, ncols=80)):
+        bar.set_description(name)
+        key, init_key = jax.random.split(jax.random.key(seed))
+        params = init(init_key)
+        for c in compressions:
+            try:
+                masks = methods[name](params, 1 - 1 / c, key)
+                empty = sum(not bool(m.any()) for m in jax.tree.leaves(masks))
+            except ValueError:  # SynFlow's word that no signal reaches the output any more
+                empty = layers
+            rows.append((name, seed, c, empty))
+    return rows, total, layers, limit
+
+
+def show(rows, total, layers, limit):
+    """Prints the first compression at which a layer is empty, for every seed."""
+    print(f"{total:,} weights in {layers} layers: at most {limit:,.0f}×")
+    print("method              a layer is empty from")
+    for name in STYLES:
+        firsts = []
+        for seed in sorted({row[1] for row in rows}):
+            found = [c for n, s, c, empty in rows if (n, s) == (name, seed) and empty]
+            firsts.append(f"{min(found):,.0f}×" if found else "never")
+        print(f"{name:19} {', '.join(firsts)}")
+
+
+def draw(rows, layers, limit, path):
+    """Draws the empty layers against compression, the mean over seeds."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for name, (color, marker) in STYLES.items():
+        compressions = sorted({c for n, _, c, _ in rows if n == name})
+        empty = [np.mean([e for n, _, at, e in rows if (n, at) == (name, c)]) for c in compressions]
+        axes.plot(compressions, empty, color=color, marker=marker, label=name, clip_on=False)
+    axes.axvline(limit, color="gray", linestyle="--", linewidth=1)
+    axes.text(limit, layers, "one weight a layer ", ha="right", va="top", color="gray")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda c, _: f"{c:,.0f}×")
+    axes.set_xlabel("compression of the weights")
+    axes.set_ylabel(f"empty layers, of {layers}")
+    axes.set_ylim(0, layers)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    print(f"wrote {path}")
+
+
+def main():
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--data", metavar="DIR", help="folder of MNIST IDX files")
+    options.add_argument("--rounds", type=int, default=300)
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--steps", type=int, help="how many compressions; by default two a decade")
+    options.add_argument("--out", type=pathlib.Path, default=pathlib.Path("outputs"))
+    args = options.parse_args()
+    rows, total, layers, limit = compare(args)
+    show(rows, total, layers, limit)
+    draw(rows, layers, limit, args.out / "collapse.png")
+
+
+if __name__ == "__main__":
+    main()

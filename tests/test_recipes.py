@@ -1,0 +1,287 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+from jaxprune import recipes
+
+
+def problem():
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"w": jax.random.normal(keys[0], (6, 8)), "b": jnp.ones(8)}
+    x, y = jax.random.normal(keys[1], (32, 6)), jax.random.normal(keys[2], (32, 8))
+    return params, lambda p: jnp.mean((x @ p["w"] + p["b"][None] - y) ** 2)
+
+
+@functools.cache
+def trainer():
+    loss = problem()[1]
+
+    @jax.jit
+    def train(params, masks):
+        tx = jp.enforce(optax.adam(1e-2), masks)
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), None, 5)[0][0]
+
+    return train
+
+
+def equal(a, b):
+    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(
+        jax.tree.map(jnp.array_equal, a, b)
+    )
+
+
+SPARSITIES = [0.25, 0.5, 0.75]
+FRESH = {"w": jnp.full((6, 8), 0.5), "b": jnp.zeros(8)}
+RESTARTS = {  # a new restart adds one row here, and what it starts a round from
+    "keep": (recipes.keep, lambda params, round: params),
+    "rewind": (recipes.rewind(FRESH), lambda params, round: FRESH),
+    "reinitialize": (
+        recipes.reinitialize(
+            lambda key: jax.tree.map(lambda w: jax.random.normal(key, w.shape), FRESH),
+            jax.random.key(3),
+        ),
+        lambda params, round: jax.tree.map(
+            lambda w: jax.random.normal(jax.random.fold_in(jax.random.key(3), round), w.shape),
+            FRESH,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESTARTS)
+def test_iterative_is_the_loop_by_hand(name):
+    restart, start = RESTARTS[name]
+    params, train = problem()[0], trainer()
+    found = list(recipes.iterative(params, train, jp.scores.magnitude, SPARSITIES, restart=restart))
+    masks = None
+    for i, (sparsity, got) in enumerate(zip(SPARSITIES, found, strict=True), 1):
+        masks = jp.select(jp.scores.magnitude(params), sparsity, within=masks)
+        params = train(jp.apply_masks(start(params, i), masks), masks)
+        assert got.round == i and got.sparsity == sparsity
+        assert equal(got.masks, masks) and equal(got.params, params)
+        assert jp.metrics.sparsity(got.masks) == sparsity
+
+
+@pytest.mark.parametrize("name", RESTARTS)
+def test_iterative_goes_on_from_any_round(name):
+    go = lambda params: recipes.iterative(  # noqa: E731
+        params, trainer(), jp.scores.magnitude, SPARSITIES, restart=RESTARTS[name][0]
+    )
+    whole = list(go(problem()[0]))
+    for done in (1, 2, 3):
+        rest = list(go(whole[done - 1]))
+        assert [r.round for r in rest] == [r.round for r in whole[done:]]
+        assert all(equal(a.params, b.params) for a, b in zip(rest, whole[done:], strict=True))
+
+
+def test_iterative_computes_when_asked_and_compiles_once():
+    calls = []
+
+    def train(params, masks):
+        calls.append(0)
+        return trainer()(params, masks)
+
+    rounds = recipes.iterative(problem()[0], train, jp.scores.magnitude, SPARSITIES)
+    assert not calls
+    next(rounds)
+    size = trainer()._cache_size()
+    next(rounds)
+    assert len(calls) == 2 and trainer()._cache_size() == size
+
+
+def test_iterative_before_training_and_with_groups():
+    params, loss = problem()
+    (one,) = recipes.iterative(params, trainer(), jp.scores.snip(loss), [0.5])
+    masks = jp.select(jp.scores.snip(loss)(params), 0.5)
+    assert equal(one.masks, masks)
+    assert equal(one.params, trainer()(jp.apply_masks(params, masks), masks))
+    params = {"in": jnp.arange(1.0, 13).reshape(3, 4), "out": jnp.ones((4, 2))}
+    groups = jp.find_groups(lambda p, x: x @ p["in"] @ p["out"], params, jnp.ones((1, 3)))
+    same = lambda params, masks: params  # noqa: E731
+    *_, last = recipes.iterative(
+        params, same, jp.scores.magnitude, [0.25, 0.5], select=groups.select
+    )
+    assert last.masks["in"].astype(int).tolist() == [[0, 0, 1, 1]] * 3
+
+
+def test_rounds_remove_a_fraction_of_what_is_left():
+    np.testing.assert_allclose(recipes.rounds(0.2, 3), [0.2, 0.36, 0.488])
+    np.testing.assert_allclose(recipes.rounds(1 - (1 - 0.9) ** (1 / 4), 4)[-1], 0.9)
+
+
+@pytest.mark.parametrize(
+    "train, restart, words",
+    [
+        (
+            lambda p, m: (p, 0.0),
+            recipes.keep,
+            r"`train` returned no leaf here, needed shape \(8,\)",
+        ),
+        (
+            lambda p, m: p | {"w": p["w"].T},
+            recipes.keep,
+            r"^w: `train` returned shape \(8, 6\) here, needed shape \(6, 8\)",
+        ),
+        (lambda p, m: p | {"v": 0.0}, recipes.keep, "^v: `train` returned shape .* needed no leaf"),
+        (lambda p, m: p, recipes.rewind({"w": FRESH["w"]}), "^b: `restart` returned no leaf"),
+        (
+            lambda p, m: jax.tree.map(lambda w: w + 1, p),
+            recipes.keep,
+            "^w: after `train`, 24 masked weights are not zero",
+        ),
+    ],
+)
+def test_what_train_returns_is_checked(train, restart, words):
+    rounds = recipes.iterative(problem()[0], train, jp.scores.magnitude, [0.5], restart=restart)
+    with pytest.raises(ValueError, match=words):
+        next(rounds)
+
+
+@pytest.mark.parametrize(
+    "sparsities, words", [([0.5, 0.5], "got 0.5 before 0.5"), ([0.5, 1.0], "got 1.0")]
+)
+def test_sparsities_are_checked_before_anything_runs(sparsities, words):
+    with pytest.raises(ValueError, match=words):
+        recipes.iterative(problem()[0], None, None, sparsities)
+
+
+def test_rounds_in_a_sweep():
+    params, loss = problem()
+    x = jax.random.normal(jax.random.key(1), (32, 6))
+
+    def lottery(params, sparsity, key, train):
+        early = recipes.rewind(params)
+        sparsities = recipes.rounds(1 - (1 - sparsity) ** (1 / 2), 2)
+        *_, last = recipes.iterative(
+            train(params), train, jp.scores.magnitude, sparsities, restart=early
+        )
+        return last.params, last.masks
+
+    table = jp.curves.sweep(
+        {"lottery": lottery},
+        [0.5],
+        [0],
+        lambda params, masks, key: trainer()(params, masks),
+        lambda params: -loss(params),
+        init=lambda key: params,
+        apply_fn=lambda p, x: x @ p["w"] + p["b"][None],
+        inputs=[x],
+    )
+    row = list(table["method"]).index("lottery")
+    assert table["error"][row] == "" and table["params"][row] == 24 + 8
+
+
+@pytest.mark.parametrize("rate, kept, total, expected", [(0.5, 25, 100, 0.25), (0.5, 8, 8, 0.5)])
+def test_dropout_rate(rate, kept, total, expected):
+    assert recipes.dropout_rate(rate, kept, total) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("arguments", [(1.5, 1, 2), (0.5, 3, 2), (0.5, 0, 0)])
+def test_dropout_rate_needs_a_fraction(arguments):
+    with pytest.raises(ValueError):
+        recipes.dropout_rate(*arguments)
+
+
+@pytest.fixture
+def quick_compilation():
+    """Compiles with few optimisations: these tests run little and compile much."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def mlp(activation):
+    def apply_fn(p, x):
+        for i in range(3):
+            x = x @ p[f"w{i}"] + p[f"b{i}"][None]
+            x = activation(x) if i < 2 else x
+        return x
+
+    return apply_fn
+
+
+def dead_by_hand(params, masks, stays):
+    """Gives masks and dead neurons by following connections in NumPy, neuron by neuron."""
+    w = [np.asarray(masks[f"w{i}"]).copy() for i in range(3)]
+    b = [np.asarray(params[f"b{i}"] != 0).copy() for i in range(3)]
+    gone = [np.zeros(len(b[i]), bool) for i in range(2)]
+    changed = True
+    while changed:
+        changed = False
+        for i in range(2):
+            for j in range(len(b[i])):
+                no_input = not stays and not w[i][:, j].any() and not b[i][j]
+                if not gone[i][j] and (no_input or not w[i + 1][j].any()):
+                    w[i][:, j], w[i + 1][j], gone[i][j], changed = False, False, True, True
+    return w, gone
+
+
+@pytest.mark.parametrize("activation", [jax.nn.relu6, jax.nn.sigmoid])
+def test_remove_dead_matches_a_walk_over_neurons(activation, quick_compilation):
+    random, sizes = np.random.default_rng(3), (5, 12, 12, 4)
+    params, masks = {}, {}
+    for i, shape in enumerate(zip(sizes, sizes[1:], strict=False)):
+        bias = random.normal(size=shape[1]) * random.integers(0, 2, shape[1])
+        params |= {f"w{i}": random.normal(size=shape), f"b{i}": bias}
+        masks |= {f"w{i}": jnp.array(random.random(shape) < 0.15), f"b{i}": None}
+    params = jax.tree.map(lambda w: jnp.array(w, jnp.float32), params)
+    x = jax.random.normal(jax.random.key(0), (16, 5))
+    apply_fn = mlp(activation)
+    found = recipes.remove_dead(apply_fn, params, masks, x)
+    weights, gone = dead_by_hand(params, masks, activation is jax.nn.sigmoid)
+    assert sum(map(np.sum, gone)) > 3
+    for i in range(3):
+        np.testing.assert_array_equal(found[f"w{i}"], weights[i])
+    for i in range(2):
+        np.testing.assert_array_equal(found[f"b{i}"], ~gone[i])
+    before, after = (apply_fn(jp.apply_masks(params, m), x) for m in (masks, found))
+    np.testing.assert_array_equal(before, after)
+    if activation is jax.nn.relu6:
+        _, small, _ = jp.shrink(apply_fn, params, found, x)
+        assert [small[f"b{i}"].size for i in range(2)] == [(~g).sum() for g in gone]
+
+
+def norms(p, x):
+    """A block with batch norm, a residual, layer norm and a softmax; inputs that are shifted."""
+    x = jax.nn.relu((x @ p["a"] - p["mean"]) / jnp.sqrt(p["var"] + 1e-5) * p["scale"])
+    x = x + jax.nn.gelu(x @ p["up"] + p["bias"]) @ p["down"]
+    x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    return jax.nn.softmax(x @ p["head"]), p["step"] + 1
+
+
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
+def test_remove_dead_with_norms_a_residual_and_a_softmax(quick_compilation):
+    shapes = {"a": (4, 6), "up": (6, 8), "down": (8, 6), "head": (6, 5)}
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    params |= {n: jnp.ones((1, 6)) for n in ("mean", "var", "scale")}
+    params |= {"bias": jnp.ones((1, 8)), "step": jnp.int32(3), "key": jax.random.key(0)}
+    masks = jp.select(jp.scores.magnitude(params), 0.0, where=lambda p, s: p in shapes)
+    masks["down"] = masks["down"].at[3].set(False)  # neuron 3 has no outputs
+    masks["up"] = masks["up"].at[:, 5].set(False)  # neuron 5 has no inputs, but a bias
+    found = recipes.remove_dead(norms, params, masks, jnp.ones((3, 4)))
+    expected = masks | {"up": masks["up"].at[:, 3].set(False)}
+    expected["bias"] = jnp.ones((1, 8), bool).at[0, 3].set(False)
+    assert equal(found, expected)
+
+
+def test_remove_dead_notices_a_change(quick_compilation):
+    params = {"in": jnp.ones((2, 2)), "out": jnp.ones((2, 1))}
+    masks = {"in": jnp.ones((2, 2), bool), "out": None}
+
+    def apply_fn(p, x):
+        return jnp.concatenate([jnp.sign(x @ p["in"][:, :1]), x @ p["in"][:, 1:]], 1) @ p["out"]
+
+    with pytest.raises(ValueError, match="the output would change"):
+        recipes.remove_dead(apply_fn, params, masks, jnp.ones((1, 2)))

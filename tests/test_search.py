@@ -1,0 +1,164 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprune as jp
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiles with few optimisations: these tests run little and compile much."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def network(p, x):
+    return jnp.tanh(jnp.tanh(x @ p["a"] + p["b"]) @ p["c"]) @ p["d"]
+
+
+def loss(p, x, y):
+    return jnp.mean((network(p, x) - y) ** 2)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = {"a": (4, 6), "b": (1, 6), "c": (6, 4), "d": (4, 2)}
+    params = {n: jax.random.normal(k, shapes[n]) for k, n in zip(keys, shapes, strict=False)}
+    x = jax.random.normal(keys[4], (16, 4))
+    return jp.find_groups(network, params, x), params, (x, 0.3 * network(params, x))
+
+
+def error_without(groups, params, batch, kept):
+    return float(loss(jp.apply_masks(params, groups.masks(np.asarray(kept))), *batch))
+
+
+@pytest.mark.parametrize("absolute, batch_size", [(False, 3), (True, 64)])
+def test_oracle_equals_a_loop(absolute, batch_size, problem):
+    groups, params, batch = problem
+    rows = ~np.eye(10, dtype=bool)
+    change = [
+        error_without(groups, params, batch, row) - float(loss(params, *batch)) for row in rows
+    ]
+    score = jp.search.oracle(groups, loss, absolute=absolute, batch_size=batch_size)
+    found = score(params, *batch)
+    expected = np.abs(change) if absolute else change
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert found.dtype == jnp.float32
+    assert min(change) < 0  # so that the two differ
+
+
+def test_oracle_does_not_retrace(problem):
+    groups, params, batch = problem
+    traces = []
+    counted = lambda *a: traces.append(0) or loss(*a)  # noqa: E731
+    for _ in range(2):
+        jp.search.oracle(groups, counted)(params, *batch)
+        count = len(traces)
+    assert len(traces) == count <= 3
+
+
+def search(problem, seed=0, **options):
+    groups, params, batch = problem
+    options = {"particles": 32, "rounds": 6} | options
+    return jp.search.particle_filter(
+        groups, loss, params, 0.5, jax.random.key(seed), *batch, **options
+    )
+
+
+def test_particles_beat_random_masks():
+    worth = np.random.default_rng(0).permutation(24) + 1.0
+    params = {"in": jnp.eye(24), "out": jnp.asarray(worth, jnp.float32)[:, None]}
+    x = jnp.ones((1, 24))
+    fn = lambda p, x: x @ p["in"] @ p["out"]  # noqa: E731
+    groups = jp.find_groups(fn, params, x)
+    error = lambda p, x: 1 - jnp.mean(fn(p, x)) / worth.sum()  # noqa: E731
+    found = jp.search.particle_filter(
+        groups, error, params, 0.5, jax.random.key(0), x, rounds=12, batch_size=64
+    )
+    rng = np.random.default_rng(1)
+    random = [1 - rng.choice(worth, 12, replace=False).sum() / worth.sum() for _ in range(12 * 64)]
+    lowest = 1 - np.sort(worth)[12:].sum() / worth.sum()
+    best = 1 - worth[np.asarray(groups._kept(found.masks))].sum() / worth.sum()
+    assert found.errors.shape == (12, 64)
+    np.testing.assert_allclose(best, found.errors.min(), rtol=1e-5)
+    assert (np.diff(found.errors.min(1)) <= 0).all()  # the best particle is never lost
+    assert best - lowest < 0.2 * (min(random) - lowest)
+    np.testing.assert_allclose(found.scores.sum(), 12, rtol=1e-5)
+    assert np.corrcoef(found.scores, worth)[0, 1] > 0.7
+
+
+def test_every_particle_keeps_an_exact_number(problem):
+    groups, params, batch = problem
+    for sparsity, gone in ((0.0, 0), (0.3, 3), (0.5, 5), (0.8, 8), (0.99, 8)):
+        kept = jp.search._first(groups, 32, jax.random.key(0), sparsity)
+        state = jp.search._State(kept, kept[0], jnp.float32(jnp.inf))
+        for i in range(3):
+            assert (10 - np.asarray(state.kept).sum(1) == gone).all()
+            assert state.kept[:, :6].any(1).all() and state.kept[:, 6:].any(1).all()
+            numbers = (sparsity, 1.0, 0.3)
+            state, *_ = jp.search._round(
+                loss, groups, 8, state, jax.random.key(i), numbers, params, *batch
+            )
+            error = error_without(groups, params, batch, state.best)
+            np.testing.assert_allclose(state.least, error, rtol=1e-5)
+
+
+def test_same_key_same_result(problem):
+    first, second, other = (search(problem, seed, rounds=2) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first.errors, second.errors)
+    np.testing.assert_array_equal(first.scores, second.scores)
+    assert (first.errors != other.errors).any()
+
+
+def test_particles_without_an_error_lose(problem):
+    groups, params, batch = problem
+    broken = lambda p, *b: jnp.where((p["b"] != 0)[0, 0], jnp.nan, loss(p, *b))  # noqa: E731
+    found = jp.search.particle_filter(
+        groups, broken, params, 0.5, jax.random.key(0), *batch, particles=32, rounds=2
+    )
+    assert not groups._kept(found.masks)[0] and found.scores[0] == 0
+    assert jnp.isfinite(found.scores).all()
+
+
+def test_a_method_of_curves(problem):
+    groups, params, batch = problem
+
+    def prune(params, sparsity, key, train):
+        params = train(params)
+        found = jp.search.particle_filter(
+            groups, loss, params, sparsity, key, *batch, particles=4, rounds=1
+        )
+        return params, found.masks
+
+    pruned = jp.apply_masks(*prune(params, 0.5, jax.random.key(0), lambda p: p))
+    assert jnp.isfinite(loss(pruned, *batch))
+    ablate = jp.curves.method(jp.search.oracle(groups, loss), *batch, select=groups.select)
+    _, masks = ablate(params, 0.5, jax.random.key(0), lambda p: p)
+    assert int(groups._kept(masks).sum()) == 5
+
+
+def test_errors(problem):
+    groups, params, batch = problem
+    for options, message in (
+        ({"particles": 0}, "particles"),
+        ({"rounds": 0}, "rounds"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"temperature": 0}, "temperature"),
+        ({"mutation": 2}, "mutation"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search(problem, **options)
+    with pytest.raises(ValueError, match="sparsity"):
+        jp.search.particle_filter(groups, loss, params, 1.0, jax.random.key(0), *batch)
+    with pytest.raises(ValueError, match="batch_size"):
+        jp.search.oracle(groups, loss, batch_size=0)
+    with pytest.raises(ValueError, match="params"):
+        jp.search.oracle(groups, loss)({"a": params["a"]}, *batch)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        search((groups, params, (batch[0], batch[1] * jnp.nan)), rounds=1)
+    bare = jp.find_groups(lambda w, x: x @ w, jnp.ones((2, 3)), jnp.ones((4, 2)))
+    with pytest.raises(ValueError, match="Nothing can leave"):
+        jp.search.particle_filter(bare, loss, jnp.ones((2, 3)), 0.5, jax.random.key(0))

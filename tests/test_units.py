@@ -1,0 +1,260 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprune as jp
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiles with few optimisations: these tests run little and compile much."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+class CNN(nn.Module):
+    """Two convolutions, the second under batch norm; `gates` multiply what they compute."""
+
+    @nn.compact
+    def __call__(self, x, gates=None):
+        g = (jnp.ones(4), jnp.ones(6)) if gates is None else gates
+        x = nn.relu(nn.Conv(4, (3, 3), bias_init=nn.initializers.normal(1))(x) * g[0][None])
+        x = nn.Conv(6, (3, 3), use_bias=False)(x)
+        x = nn.BatchNorm(True, bias_init=nn.initializers.normal(1))(x) * g[1][None]
+        return nn.Dense(3)(nn.gelu(x).reshape(len(x), -1))
+
+
+def is_norm(path, leaf):
+    return path.startswith("params/BatchNorm_0")
+
+
+def loss(params, x, y, gates=None):
+    return jnp.mean((CNN().apply(params, x, gates) - y) ** 2)
+
+
+@pytest.fixture(scope="module")
+def cnn():
+    with jax.numpy_rank_promotion("allow"):
+        keys = jax.random.split(jax.random.key(0), 3)
+        x, y = jax.random.normal(keys[0], (5, 4, 4, 2)), jax.random.normal(keys[1], (5, 3))
+        params = jax.jit(CNN().init)(keys[2], x)
+        groups = jp.find_groups(CNN().apply, params, x)
+    assert [len(group.units) for group in groups.groups] == [4, 6]
+    return groups, params, (x, y)
+
+
+def gate_derivatives(params, x, y):
+    ones = (jnp.ones(4), jnp.ones(6))
+    return np.concatenate(jax.jit(jax.grad(loss, 3))(params, x, y, ones))
+
+
+@pytest.fixture
+def allow():
+    with jax.numpy_rank_promotion("allow"):  # of flax
+        yield
+
+
+SCORES = {  # a new score of units adds one row here: (groups, params, batch) -> scores
+    "taylor": lambda g, p, b: jp.units.taylor(g, loss, where=is_norm)(p, *b),
+    "gates": lambda g, p, b: jp.units.taylor_gates(g, loss, where=is_norm)(p, *b),
+    "activation": lambda g, p, b: jp.units.activation(g, CNN().apply, "std")(p, b[0]),
+    "flops": lambda g, p, b: jp.units.flops(g),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_contract(name, cnn, allow):
+    groups, params, batch = cnn
+    traces = []
+    score = jax.jit(lambda *a: traces.append(0) or SCORES[name](groups, *a))
+    result = score(params, batch)
+    score(params, batch)
+    assert len(traces) == 1
+    assert result.shape == (len(groups),) and result.dtype == jnp.float32
+    np.testing.assert_allclose(result, SCORES[name](groups, params, batch), rtol=1e-4)
+    masks = groups.select(result, 0.5)
+    assert jnp.isfinite(loss(jp.apply_masks(params, masks), *batch))
+
+
+@pytest.mark.parametrize("normalize, batch_size", [(None, 2), ("l2", 32)])
+def test_taylor_equals_gates_on_single_examples(normalize, batch_size, cnn, allow):
+    groups, params, (x, y) = cnn
+    single = [gate_derivatives(params, x[i : i + 1], y[i : i + 1]) for i in range(5)]
+    expected = np.abs(single).mean(0)
+    if normalize:
+        expected[:4] /= np.linalg.norm(expected[:4])
+        expected[4:] /= np.linalg.norm(expected[4:])
+    found = jp.units.taylor(
+        groups, loss, where=is_norm, normalize=normalize, batch_size=batch_size
+    )(params, x, y)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_gates_after_batch_norm(cnn, allow):
+    groups, params, batch = cnn
+    expected = gate_derivatives(params, *batch) ** 2
+    np.testing.assert_allclose(SCORES["gates"](groups, params, batch), expected, rtol=1e-4)
+
+
+def test_gate_by_default_is_kernel_and_bias(cnn, allow):
+    groups, params, batch = cnn
+    found = jp.units.taylor_gates(groups, loss)(params, *batch)
+    grads = jax.jit(jax.grad(loss))(params, *batch)
+    kernel = params["params"]["Conv_1"]["kernel"] * grads["params"]["Conv_1"]["kernel"]
+    np.testing.assert_allclose(found[4:], kernel.sum((0, 1, 2)) ** 2, rtol=1e-4)
+    np.testing.assert_allclose(found[:4], gate_derivatives(params, *batch)[:4] ** 2, rtol=1e-4)
+
+
+def test_gate_on_what_is_read():
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = {"up": (3, 5), "shift": (1, 5), "down": (5, 2)}
+    params = {n: jax.random.normal(k, shapes[n]) for k, n in zip(keys, shapes, strict=False)}
+    x = jax.random.normal(keys[3], (7, 3))
+
+    def f(p, x, gate=1.0):
+        return jnp.sum(jnp.sin((jnp.tanh(x @ p["up"] + p["shift"]) * gate) @ p["down"]))
+
+    groups = jp.find_groups(lambda p, x: jnp.tanh(x @ p["up"] + p["shift"]) @ p["down"], params, x)
+    expected = jax.grad(f, 2)(params, x, jnp.ones((1, 5)))[0] ** 2
+    found = jp.units.taylor_gates(groups, f, where=lambda path, w: path == "down")(params, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_biases_of_many_shapes():
+    def producers(params, fn, x):
+        groups = jp.find_groups(fn, params, x)
+        return [[path for path, _ in gate] for gate in jp.units._gates(groups, None)]
+
+    def layers(p, x):  # a stack, as of `nn.scan`
+        body = lambda x, q: (x + jnp.tanh(x @ q["in"] + q["b"][None]) @ q["out"], None)  # noqa: E731
+        return jax.lax.scan(body, x, p)[0]
+
+    x = jnp.ones((2, 5))
+    stack = {"in": jnp.ones((3, 5, 4)), "b": jnp.ones((3, 4)), "out": jnp.ones((3, 4, 5))}
+    assert producers(stack, layers, x) == [["in", "b"]]
+    heads = {"v": jnp.ones((5, 2, 4)), "b": jnp.ones((2, 4)), "out": jnp.ones((2, 4, 5))}
+
+    def attend(p, x):
+        v = jnp.tanh(jnp.einsum("nd,dhk->nhk", x, p["v"]) + p["b"][None])
+        return jnp.einsum("nhk,hkd->nd", v, p["out"])
+
+    assert producers(heads, attend, x) == [["v", "b"]] * 2
+    narrow = {"in": jnp.ones((5, 4)), "out": jnp.ones((4, 1))}
+    assert producers(narrow, lambda p, x: x @ p["in"] @ p["out"], x) == [["in"]]
+
+
+STATISTICS = {
+    # of an array (example, position, unit, entry), in NumPy
+    "mean": lambda a: np.abs(a).mean((0, 1, 3)),
+    "std": lambda a: a.std((0, 1, 3)),
+    "mean_l2": lambda a: np.linalg.norm(np.abs(a).mean((1, 3)), axis=0),
+}
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_activation_of_a_cnn(statistic, cnn, allow):
+    groups, params, (x, _) = cnn
+    catch = lambda module, _: type(module) in (nn.Conv, nn.BatchNorm)  # noqa: E731
+    _, state = CNN().apply(params, x, capture_intermediates=catch)
+    hidden = {name: s["__call__"][0] for name, s in state["intermediates"].items()}
+    read = nn.relu(hidden["Conv_0"]), nn.gelu(hidden["BatchNorm_0"])
+    expected = [STATISTICS[statistic](np.asarray(a).reshape(5, 16, -1, 1)) for a in read]
+    found = jp.units.activation(groups, CNN().apply, statistic)(params, x)
+    np.testing.assert_allclose(found, np.concatenate(expected), rtol=1e-4)
+
+
+@pytest.mark.parametrize("split, statistic", [(None, "mean_l2"), ({"v": 1}, "std")])
+def test_activation_of_a_block(statistic, split):
+    rng = np.random.default_rng(0)
+    shapes = {"embed": (7, 6), "q": (6, 6), "k": (6, 6), "v": (6, 6), "o": (6, 6), "up": (6, 5)}
+    shapes |= {"down": (5, 6), "head": (6, 7)}
+    params = {name: jnp.asarray(rng.normal(size=n), "f4") for name, n in shapes.items()}
+
+    def block(p, tokens, seen=None):
+        x = p["embed"][tokens]
+        q, k, v = ((x @ p[n]).reshape(*x.shape[:2], 3, 2) for n in "qkv")
+        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+        x = x + mixed.reshape(x.shape) @ p["o"]
+        hidden = jax.checkpoint(jax.nn.silu)(x @ p["up"])
+        y = x + hidden @ p["down"]
+        return y @ p["head"] if seen is None else (p["embed"][tokens], mixed, hidden)
+
+    tokens = jnp.asarray(rng.integers(7, size=(4, 3)))
+    groups = jp.find_groups(block, params, tokens[:2], split=split)
+    found = jp.units.activation(groups, block, statistic)(params, tokens)
+    stream, mixed, hidden = (np.asarray(a) for a in jax.jit(block)(params, tokens, True))
+    mixed = mixed.swapaxes(2, 3) if split else mixed
+    read = {"embed": stream[..., None], "v": mixed, "up": hidden[..., None]}
+    for path, a in read.items():
+        (group,) = (g for g in groups.groups if path in {p for p, *_ in g.members[:3]} - {"q"})
+        if path == "v" and split:
+            assert ("v", 1, 3) in group.members
+        np.testing.assert_allclose(
+            found[group.units - 1], STATISTICS[statistic](a), rtol=1e-4, err_msg=path
+        )
+
+
+def test_activation_errors(cnn, allow):
+    groups, params, (x, _) = cnn
+    with pytest.raises(ValueError, match="statistic"):
+        jp.units.activation(groups, CNN().apply, "median")
+    softmax = lambda p: jax.nn.softmax(p["params"]["Conv_0"]["bias"])[0]  # noqa: E731
+    other = lambda p, x: CNN().apply(p, x) * softmax(p)  # noqa: E731
+    with pytest.raises(ValueError, match="not those of this function"):
+        jp.units.activation(groups, other)(params, x)
+    stack = {"in": jnp.ones((3, 5, 4)), "out": jnp.ones((3, 4, 5))}
+
+    def layers(p, x):
+        return jax.lax.scan(lambda x, q: (jnp.tanh(x @ q["in"]) @ q["out"], None), x, p)[0]
+
+    groups = jp.find_groups(layers, stack, jnp.ones((2, 5)))
+    with pytest.raises(ValueError, match="in: the units"):
+        jp.units.activation(groups, layers)(stack, jnp.ones((2, 5)))
+
+
+def test_flops_equal_costs(cnn):
+    groups, *_ = cnn
+    kept = ~np.eye(len(groups), dtype=bool)
+    total = groups.costs(np.ones(len(groups), bool), "flops")
+    expected = [total - groups.costs(row, "flops") for row in kept]
+    np.testing.assert_allclose(jp.units.flops(groups), expected)
+
+
+def test_select_takes_one_score_per_unit(cnn):
+    groups, *_ = cnn
+    scores = np.array([3, 1, 2, 4, 9, 5, 6, 7, 8, 10.0])
+    kept = np.asarray(groups._kept(groups.select(scores, 0.3)))
+    assert set(np.flatnonzero(~kept)) == {0, 1, 2}
+    kept = np.asarray(groups._kept(groups.select(scores, 0.5, scope="layer")))
+    assert set(np.flatnonzero(~kept)) == {1, 2, 5, 6, 7}
+    traced = jax.jit(lambda s: groups.select(s, 0.5, scope="layer"))(scores)
+    np.testing.assert_array_equal(groups._kept(traced), kept)
+    normal = np.asarray(groups._kept(groups.select(scores, 0.3, normalize="l2")))
+    scaled = np.concatenate([s / np.linalg.norm(s) for s in (scores[:4], scores[4:])])
+    assert set(np.flatnonzero(~normal)) == set(np.argsort(scaled)[:3])
+
+
+def test_errors(cnn, allow):
+    groups, params, (x, y) = cnn
+    for scores, options, message in (
+        (np.ones(9), {}, r"shape \(10,\)"),
+        (np.ones(10), {"reduce": "first"}, "one per unit"),
+        (np.ones(10), {"where": lambda path, s: True}, "one per unit"),
+        (np.full(10, np.nan), {}, "10 of 10 units"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            groups.select(scores, 0.5, **options)
+    with pytest.raises(ValueError, match="normalize"):
+        jp.units.taylor(groups, loss, normalize="l1")
+    with pytest.raises(ValueError, match="batch_size"):
+        jp.units.taylor(groups, loss, batch_size=0)
+    with pytest.raises(ValueError, match="chooses no leaf"):
+        jp.units.taylor_gates(groups, loss, where=lambda path, w: False)
+    with pytest.raises(ValueError, match="one first axis"):
+        jp.units.taylor(groups, loss)(params, x, y[:3])
+    with pytest.raises(ValueError, match="params"):
+        jp.units.taylor_gates(groups, loss)({"params": {"other": jnp.ones(3)}}, x, y)
