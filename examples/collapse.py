@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from _data import load
 from flax import linen as nn
+from quickstart import save
 from tqdm import tqdm
 
 import jaxprune as jp
@@ -128,10 +129,7 @@ def draw(rows, layers, limit, path):
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    print(f"wrote {path}")
+    save(figure, path)
 
 
 def main():

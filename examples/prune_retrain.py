@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import matplotlib
 import optax
 from _data import load
-from quickstart import log_axis, measurer, network, parser, trainer
+from quickstart import log_axis, measurer, network, parser, save, trainer
 
 import jaxprune as jp
 
@@ -77,10 +77,7 @@ def draw(dense, rows, path):
     axes.set_ylabel("test accuracy")
     axes.set_title("the same number of retraining epochs at each point", fontsize=10)
     figure.legend(loc="outside right center", frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    print(f"wrote {path}")
+    save(figure, path)
 
 
 def main():

@@ -190,6 +190,11 @@ def draw(rows, path):
     log_axis(axes, [r[4] for r in rows[1:] if r[0] == "magnitude"])
     axes.set_ylabel("test accuracy")
     figure.legend(loc="outside right center", frameon=False)
+    save(figure, path)
+
+
+def save(figure, path):
+    """Writes a picture, and says where."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)

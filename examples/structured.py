@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import matplotlib
 import optax
 from _data import epoch_order, load
-from quickstart import parser
+from quickstart import parser, save
 from tqdm import tqdm
 
 import jaxprune as jp
@@ -197,10 +197,7 @@ def draw(rows, path):
     panels[0].set_ylabel("test accuracy after fine-tuning")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    print(f"wrote {path}")
+    save(figure, path)
 
 
 def main():
