@@ -92,11 +92,6 @@ def floating(params: Tree) -> Tree:
     return jax.tree.map(lambda w: w if is_floating(w) else None, params)
 
 
-def grad(loss: Callable[..., jax.Array], params: Tree, *batch: Any) -> Tree:
-    """Takes ``jax.grad`` over the floating leaves alone; `None` for the others."""
-    return jax.grad(lambda floats: loss(merge(floats, params), *batch))(floating(params))
-
-
 def merge(floats: Tree, params: Tree) -> Tree:
     """Puts the floating leaves back among the others."""
     return jax.tree.map(

@@ -42,7 +42,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from jaxprune import _files, _select, _timing, _tree, metrics, scores
+from jaxprune import _files, _loss, _select, _timing, _tree, metrics, scores
 from jaxprune._shrink import shrink
 from jaxprune._table import Table
 from jaxprune.masks import apply_masks
@@ -127,6 +127,7 @@ def trainer(
 
     Raises:
       ValueError: for data of different lengths.
+      TypeError: from the train function, for a loss that is not scalar.
 
     Examples:
       >>> data = jnp.ones((8, 1))
@@ -143,7 +144,9 @@ def trainer(
     @jax.jit
     def step(floats: Any, state: Any, params: Any, masks: Any, key: jax.Array, data: Any) -> Any:
         index = jax.random.randint(key, (batch_size,), 0, size)
-        grads = _tree.grad(loss, _tree.merge(floats, params), *(array[index] for array in data))
+        grads = _loss.grad(
+            "trainer", loss, _tree.merge(floats, params), *(array[index] for array in data)
+        )
         updates, state = enforce(optimizer, masks).update(grads, state, floats)
         return optax.apply_updates(floats, updates), state
 

@@ -161,7 +161,7 @@ def axis(*axes: int) -> Pattern:
     return Pattern(pool, spread)
 
 
-def n_of_m(n: int | None, m: int, axis: int = -2) -> Pattern:
+def n_of_m(n: int | None, m: int, axis: int = -2, *, pad: bool = False) -> Pattern:
     r"""Keeps at most n of every m consecutive weights along an axis.
 
     ``select(scores, pattern=n_of_m(2, 4))`` keeps the best two of every four. With a sparsity as
@@ -176,6 +176,8 @@ def n_of_m(n: int | None, m: int, axis: int = -2) -> Pattern:
       m: of how many.
       axis: the axis along which they lie. The default is the input axis of a Flax dense kernel and
         of a convolution, with or without a leading axis of layers.
+      pad: takes a leaf whose axis m does not divide as if zeros followed, so that the last weights
+        along it, fewer than m, keep n of them as well.
 
     Raises:
       ValueError: unless 0 < n <= m; and from ``select``, for a leaf whose axis m does not divide.
@@ -195,30 +197,37 @@ def n_of_m(n: int | None, m: int, axis: int = -2) -> Pattern:
     """
     if not 0 < (m if n is None else n) <= m:
         raise ValueError(f"n_of_m keeps n of m weights and needs 0 < n <= m, got {n=} and {m=}.")
-    return _n_of_m(n, m, axis)
+    return _n_of_m(n, m, axis, pad)
 
 
 @functools.cache  # the same pattern is the same object, so that `select` does not compile again
-def _n_of_m(n: int | None, m: int, axis: int) -> Pattern:
+def _n_of_m(n: int | None, m: int, axis: int, pad: bool) -> Pattern:
     def check(scores):
-        if not -scores.ndim <= axis < scores.ndim or scores.shape[axis] % m:
+        exists = -scores.ndim <= axis < scores.ndim
+        if not exists or (scores.shape[axis] % m and not pad):
             raise ValueError(
                 f"{'n' if n is None else n}:{m} sparsity needs axis {axis} divisible by {m}, got "
-                f"shape {scores.shape}."
+                f"shape {scores.shape}.{' Fill it up with `n_of_m(..., pad=True)`.' * exists}"
             )
         return scores
 
     def limit(scores, within, fraction):
         most = jnp.ceil((fraction - 1e-6) * m) if n is None else n  # a float32 sparsity is rounded
         shape, at = scores.shape, axis % scores.ndim
-        groups = (*shape[:at], shape[at] // m, m, *shape[at + 1 :])
+        groups = (*shape[:at], -(-shape[at] // m), m, *shape[at + 1 :])
+        missing = [(0, -shape[at] % m if i == at else 0) for i in range(len(shape))]
+
+        def grouped(x):
+            return jnp.pad(x, missing).reshape(groups)
+
         index = jnp.uint32(0) if math.prod(shape) < 2**32 else jnp.uint64(0)
-        key = _threshold.ordered(scores, within).reshape(groups)
-        tie = _threshold.hashed(shape, index).reshape(groups)
+        key = grouped(_threshold.ordered(scores, within))  # 0 is never kept
+        tie = grouped(_threshold.hashed(shape, index))
         other, other_tie = jnp.expand_dims(key, at + 2), jnp.expand_dims(tie, at + 2)
         key, tie = jnp.expand_dims(key, at + 1), jnp.expand_dims(tie, at + 1)
         better = (other > key) | ((other == key) & (other_tie > tie))
         kept = (jnp.sum(better, at + 1, dtype=jnp.int32) < most) & (key > 0).squeeze(at + 1)
-        return kept.reshape(shape)
+        kept = kept.reshape(*shape[:at], -1, *shape[at + 1 :])
+        return jax.lax.slice_in_dim(kept, 0, shape[at], axis=at)
 
     return Pattern(check, _same_mask, limit, None if n is None else n / m)

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _tree
+from jaxprune import _loss, _tree
 from jaxprune._ranks import per_group
 from jaxprune._reads import reads
 from jaxprune.groups import Group, Groups
@@ -79,6 +79,7 @@ def taylor(
     Raises:
       ValueError: for params that the groups were not found for, arrays of different lengths, a
         ``where`` that chooses nothing, or unknown words.
+      TypeError: for a loss that is not scalar.
 
     Examples:
       >>> import jaxprune as jp
@@ -124,6 +125,7 @@ def taylor_gates(
     Raises:
       ValueError: for params that the groups were not found for, or a ``where`` that chooses
         nothing.
+      TypeError: for a loss that is not scalar.
 
     Examples:
       >>> import jaxprune as jp
@@ -270,19 +272,14 @@ def _checked(score: Callable[..., Any], groups: Groups, params: Any, *batch: Any
 
 
 def _per_example(score: Callable[..., Any], groups: Groups, params: Any, *batch: Any) -> jax.Array:
-    shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]
-    if not shapes or len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
-        raise ValueError(
-            f"units.taylor needs a batch whose arrays have one first axis, that of the examples, "
-            f"got shapes {shapes}."
-        )
+    _loss.check_examples("units.taylor", batch)
     return _checked(score, groups, params, *batch)
 
 
 @functools.partial(jax.jit, static_argnums=range(5))
 def _taylor(loss, groups, gates, normalize, batch_size, params, *batch):
     def one(example):
-        return jnp.abs(_derivatives(loss, groups, gates, params, *example))
+        return jnp.abs(_derivatives("units.taylor", loss, groups, gates, params, *example))
 
     examples = jax.tree.map(lambda x: jnp.asarray(x)[:, None], batch)
     score = jnp.mean(jax.lax.map(one, examples, batch_size=batch_size), 0)
@@ -294,7 +291,7 @@ def _taylor(loss, groups, gates, normalize, batch_size, params, *batch):
 
 @functools.partial(jax.jit, static_argnums=range(3))
 def _squared(loss, groups, gates, params, *batch):
-    return _derivatives(loss, groups, gates, params, *batch) ** 2
+    return _derivatives("units.taylor_gates", loss, groups, gates, params, *batch) ** 2
 
 
 @functools.partial(jax.jit, static_argnums=range(3))
@@ -321,9 +318,9 @@ def _activation(apply_fn, groups, statistic, params, *inputs):
     return score
 
 
-def _derivatives(loss, groups, gates, params, *batch):
+def _derivatives(name, loss, groups, gates, params, *batch):
     """Gives the derivative of the loss to the gate of every unit."""
-    grads = dict(_tree.named_leaves(_tree.grad(loss, params, *batch)))
+    grads = dict(_tree.named_leaves(_loss.grad(name, loss, params, *batch)))
     weights = dict(_tree.named_leaves(params))
     total = jnp.zeros(len(groups), jnp.float32)
     for group, gate in zip(groups.groups, gates, strict=True):

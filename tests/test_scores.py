@@ -334,20 +334,32 @@ def test_fisher_is_the_mean_of_squared_gradients():
 
 
 CURVED = {  # criteria of curvature: (loss, params, batch) -> scores
+    "grasp": lambda f, p, b: jp.scores.grasp(f)(p, *b),
     "obd": lambda f, p, b: jp.scores.obd(f)(p, *b),
     "obd_hutchinson": lambda f, p, b: jp.scores.obd_hutchinson(f, 2)(p, jax.random.key(0), *b),
     "fisher": lambda f, p, b: jp.scores.fisher(f)(p, *b),
     "woodfisher": lambda f, p, b: jp.scores.woodfisher(f, block=3)(p, *b),
 }
+LINEAR = ("grasp", "obd", "obd_hutchinson")  # a loss without a gradient has a Fisher matrix of 0
+
+
+@pytest.mark.parametrize("name", ["gradient", "taylor", "snip", *CURVED])
+def test_a_loss_that_is_not_scalar_is_an_error(name):
+    params, batch = problem()
+    score = CURVED.get(name) or (lambda f, p, b: getattr(jp.scores, name)(f)(p, *b))
+    with pytest.raises(TypeError, match=f"^{name}: the loss must return one .*float32\\[.,2\\]"):
+        score(lambda p, x, y: apply_fn(p, x) - y, params, batch)
+    with pytest.raises(TypeError, match=f"^{name}: the loss must return one .*int32"):
+        score(lambda p, x, y: jnp.argmax(p["b"]), params, batch)
+    with pytest.raises(TypeError, match=f"^{name}: .*auxiliary outputs out"):
+        score(lambda p, x, y: (loss(p, x, y), {"aux": x}), params, batch)
 
 
 @pytest.mark.parametrize("name", CURVED)
 def test_a_loss_without_curvature_is_an_error(name):
     params, (x, y) = problem()
     score = CURVED[name]
-    with pytest.raises(TypeError, match=f"^{name}: the loss must return one .*got \\(., 2\\)"):
-        score(lambda p, x, y: apply_fn(p, x) - y, params, (x, y))
-    fixed = lambda p, x, y: sum(jnp.sum(p[k]) for k in "wbv") * (name.startswith("obd"))  # noqa: E731
+    fixed = lambda p, x, y: sum(jnp.sum(p[k]) for k in "wbv") * (name in LINEAR)  # noqa: E731
     with pytest.raises(ValueError, match=f"^{name}: the curvature is exactly 0 .*b, \\.\\.\\."):
         score(fixed, params, (x, y))
     with pytest.raises(ValueError, match=f"^{name}: . has a curvature that is NaN"):

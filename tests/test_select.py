@@ -355,14 +355,28 @@ def test_n_of_m_is_the_same_on_every_mesh(kind):
 @pytest.mark.parametrize(
     "shape, axis, words",
     [
-        ((6, 8), -2, r"^w: 2:4 sparsity needs axis -2 divisible by 4, got shape \(6, 8\). Leave"),
-        ((8, 6), -1, r"axis -1 divisible by 4.*where="),
+        ((6, 8), -2, r"^w: 2:4 sparsity needs axis -2 divisible by 4, got shape \(6, 8\). Fill"),
+        ((8, 6), -1, r"axis -1 divisible by 4.*pad=True.*where="),
         ((8, 8), 2, r"axis 2 divisible"),
     ],
 )
 def test_n_of_m_that_does_not_fit_is_named(shape, axis, words):
     with pytest.raises(ValueError, match=words):
         jp.select({"w": jnp.ones(shape)}, pattern=jp.patterns.n_of_m(2, 4, axis))
+
+
+@pytest.mark.parametrize("shape, axis", [((6, 8), -2), ((8, 7), -1), ((3, 5, 2), 1), ((2, 2), 0)])
+def test_n_of_m_fills_a_short_group_up(shape, axis):
+    scores = 1 + jax.random.uniform(jax.random.key(0), shape)
+    pattern = jp.patterns.n_of_m(2, 4, axis, pad=True)
+    missing = [(0, -n % 4 if i == axis % len(shape) else 0) for i, n in enumerate(shape)]
+    full = jp.select(jnp.pad(scores, missing), pattern=jp.patterns.n_of_m(2, 4, axis))
+    expected = full[tuple(slice(n) for n in shape)]
+    np.testing.assert_array_equal(jp.select(scores, pattern=pattern), expected)
+    further = jp.select(scores, 0.8, pattern=pattern)
+    assert not (further & ~expected).any() and further.sum() == scores.size - round(
+        0.8 * scores.size
+    )
 
 
 @pytest.mark.parametrize("n, m", [(0, 4), (5, 4), (-1, 4)])
@@ -374,6 +388,7 @@ def test_n_of_m_needs_n_up_to_m(n, m):
 PATTERNS = {  # a new pattern adds one row here
     "n_of_m": jp.patterns.n_of_m(2, 4),
     "n_of_m, ramped": jp.patterns.n_of_m(None, 4),
+    "n_of_m, filled up": jp.patterns.n_of_m(3, 5, pad=True),
     "block": jp.patterns.block((4, 3)),
     "axis": jp.patterns.axis(-1),
 }

@@ -5,8 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _tree
-from jaxprune.scores import _loss
+from jaxprune import _loss, _tree
 
 
 def fisher(loss: Callable[..., jax.Array]) -> Callable[..., Any]:

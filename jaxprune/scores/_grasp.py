@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _tree
+from jaxprune import _loss, _tree
 
 
 def grasp(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -22,6 +22,10 @@ def grasp(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
     Returns:
       A function of ``(params, *batch)`` giving one float32 score per weight; higher is kept.
 
+    Raises:
+      ValueError: (outside jit) for a curvature that is not finite, or 0 everywhere.
+      TypeError: for a loss that is not scalar.
+
     Examples:
       >>> loss = lambda w: jnp.sum(w**2 * jnp.array([1.0, 2.0])) / 2
       >>> grasp(loss)(jnp.array([3.0, -1.0])).tolist()
@@ -31,17 +35,22 @@ def grasp(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
       Wang et al, `Picking Winning Tickets Before Training by Preserving Gradient Flow
       <https://arxiv.org/abs/2002.07376>`_, 2020
     """
-    return functools.partial(_tree.checked, _grasp, loss)
+    return functools.partial(_checked, loss)
+
+
+def _checked(loss, params, *batch):
+    _tree.check_params(params)
+    scores, largest = _grasp(loss, params, *batch)
+    _loss.check_curvature("grasp", largest)
+    return scores
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _grasp(loss, params, *batch):
-    floats = jax.tree.map(jnp.asarray, _tree.floating(params))
-
-    def grads(floats):
-        return jax.grad(lambda floats: loss(_tree.merge(floats, params), *batch))(floats)
-
+    scalar, floats = _loss.of_floats("grasp", loss, params, *batch)
+    grads = jax.grad(scalar)
     _, curvature = jax.jvp(grads, (floats,), (grads(floats),))
-    return jax.tree.map(
+    scores = jax.tree.map(
         lambda hg, w: w.astype(jnp.float32) * hg.astype(jnp.float32), curvature, floats
     )
+    return scores, _loss.largest(curvature)

@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _tree
-from jaxprune.scores import _loss
+from jaxprune import _loss, _tree
 
 
 def obd(loss: Callable[..., jax.Array]) -> Callable[..., Any]:

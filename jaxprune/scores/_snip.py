@@ -23,6 +23,9 @@ def snip(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
       A function of ``(params, *batch)`` giving one float32 score per weight; higher is kept. A
       gradient of zero everywhere gives NaN.
 
+    Raises:
+      TypeError: for a loss that is not scalar.
+
     Examples:
       >>> loss = lambda w, x: jnp.sum(w * x)
       >>> snip(loss)(jnp.array([1.0, -2.0]), jnp.array([6.0, 1.0])).tolist()
@@ -37,6 +40,6 @@ def snip(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _snip(loss, params, *batch):
-    scores = _taylor(loss, params, *batch)
+    scores = _taylor("snip", loss, params, *batch)
     total = sum(jnp.sum(s) for s in jax.tree.leaves(scores))
     return jax.tree.map(lambda s: s / total, scores)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _tree
+from jaxprune import _loss, _tree
 
 
 def taylor(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -21,6 +21,9 @@ def taylor(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
     Returns:
       A function of ``(params, *batch)`` giving one float32 score per weight; higher is kept.
 
+    Raises:
+      TypeError: for a loss that is not scalar.
+
     Examples:
       >>> loss = lambda w, x: jnp.sum(w * x)
       >>> taylor(loss)(jnp.array([1.0, -2.0]), jnp.array([3.0, 1.0])).tolist()
@@ -30,12 +33,12 @@ def taylor(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
       Molchanov et al, `Importance Estimation for Neural Network Pruning
       <https://arxiv.org/abs/1906.10771>`_, 2019 (there squared, and on gates)
     """
-    return functools.partial(_tree.checked, _taylor, loss)
+    return functools.partial(_tree.checked, functools.partial(_taylor, "taylor"), loss)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _taylor(loss, params, *batch):
-    grads = _tree.grad(loss, params, *batch)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _taylor(name, loss, params, *batch):
+    grads = _loss.grad(name, loss, params, *batch)
     return jax.tree.map(
         # Cast first: in float16 the product of 1e-4 and 1e-4 is 0.
         lambda g, w: jnp.abs(jnp.asarray(w, jnp.float32) * g.astype(jnp.float32)),

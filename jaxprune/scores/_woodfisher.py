@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
-from jaxprune import _tree
+from jaxprune import _loss, _tree
 from jaxprune.masks import apply_masks
-from jaxprune.scores import _loss
 
 
 def woodfisher(

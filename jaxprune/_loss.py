@@ -1,4 +1,4 @@
-"""Losses as criteria of curvature take them: of the floating leaves, scalar, one example a time."""
+"""Losses as criteria take them: of the floating leaves, scalar, or of one example at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,15 +17,21 @@ def of_floats(name: str, loss: Callable[..., jax.Array], params: Any, *batch: An
 
     def scalar(floats):
         value = loss(_tree.merge(floats, params), *batch)
-        if jnp.shape(value) or not _tree.is_floating(value):
+        if not isinstance(value, _tree.ARRAYS) or jnp.shape(value) or not _tree.is_floating(value):
             raise TypeError(
                 f"{name}: the loss must return one floating-point number, got "
-                f"{jax.tree.map(jnp.shape, value)}. Average over the examples, and leave "
+                f"{jax.tree.map(jax.typeof, value)}. Average over the examples, and leave "
                 "auxiliary outputs out."
             )
         return value
 
     return scalar, jax.tree.map(jnp.asarray, _tree.floating(params))
+
+
+def grad(name: str, loss: Callable[..., jax.Array], params: Any, *batch: Any) -> Any:
+    """Takes ``jax.grad`` over the floating leaves alone; `None` for the others."""
+    scalar, floats = of_floats(name, loss, params, *batch)
+    return jax.grad(scalar)(floats)
 
 
 def check_examples(name: str, batch: Any) -> None:
