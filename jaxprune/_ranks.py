@@ -30,7 +30,7 @@ class Ranks:
         self._score, self._classes = score, classes
         # Equal scores leave evenly over all groups, not from the first one on.
         self._ties = np.random.default_rng(0).permutation(len(group))
-        self._in_group = self._rank(group)
+        self._in_group = self._rank(group, np.zeros(len(group), bool))
         last = (self._in_group == self._sizes[group] - 1) & (classes >= 0)
         self._rank_in_class = self._rank(classes + 1, last)
         self._counts = np.bincount(classes + 1)[1:]
@@ -38,18 +38,13 @@ class Ranks:
         staying = np.bincount([c for c, _ in owners], minlength=len(self._counts))
         self._most = self._counts - staying
 
-    def _rank(self, classes: np.ndarray, last: Any = 0) -> jax.Array:
+    def _rank(self, classes: np.ndarray, last: Any) -> jax.Array:
         """Ranks units in their class, from the lowest score, those that come last at the end."""
-        last = jnp.broadcast_to(jnp.asarray(last, jnp.int32), self._score.shape)
-        order = jnp.lexsort((jnp.asarray(self._ties), self._score, last, jnp.asarray(classes)))
         starts = np.concatenate([[0], np.cumsum(np.bincount(classes))])[classes]
-        places = jnp.zeros(len(classes), jnp.int32).at[order].set(jnp.arange(len(classes)))
-        return places - starts
+        return _places(self._ties, self._score, last, classes) - starts
 
     def _removed(self, fractions: Any) -> jax.Array:
-        count = jnp.round(jnp.asarray(fractions) * self._counts).astype(jnp.int32)
-        count = jnp.minimum(count, self._most)
-        return (self._rank_in_class < count[np.maximum(self._classes, 0)]) & (self._classes >= 0)
+        return _first(self._rank_in_class, self._classes, fractions, self._counts, self._most)
 
     def wanted(self, fractions: Any) -> jax.Array:
         """Gives the units of every group that stay before rounding."""
@@ -64,3 +59,17 @@ class Ranks:
         nearest = jnp.clip(jnp.round(wanted / step), 1, np.maximum(size // step, 1)) * step
         stay = jnp.where((wanted == size) | (size < step), size, nearest.astype(jnp.int32))
         return self._in_group >= (size - stay)[self._group]
+
+
+@jax.jit
+def _places(ties, score, last, classes):  # type: ignore[no-untyped-def]
+    """Gives the place of every unit in the order of classes, what comes last, scores and ties."""
+    order = jnp.lexsort((ties, score, last, classes))
+    return jnp.zeros(len(order), jnp.int32).at[order].set(jnp.arange(len(order), dtype=jnp.int32))
+
+
+@jax.jit
+def _first(rank, classes, fractions, counts, most):  # type: ignore[no-untyped-def]
+    """Says which units are among the first of their class, of which a fraction is taken."""
+    count = jnp.round(jnp.asarray(fractions) * counts).astype(jnp.int32)
+    return (rank < jnp.minimum(count, most)[jnp.maximum(classes, 0)]) & (classes >= 0)

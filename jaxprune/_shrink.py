@@ -260,10 +260,13 @@ def shrink(
         args = [*jax.tree.leaves(small_params), *jax.tree.leaves(inputs)]
         return jax.tree.unflatten(out_tree, cut_here.run(program, *args))
 
-    small_params = plan.take(apply_masks(params, masks)) if not _abstract(params) else None
-    if small_params is None:
-        small_params = jax.eval_shape(lambda p, m: plan.take(apply_masks(p, m)), like, masks)
-    elif verify and not _abstract(inputs):
+    def cut_params(params: Any, masks: Any) -> Any:
+        return plan.take(apply_masks(params, masks))
+
+    if _abstract(params):
+        return small_fn, jax.eval_shape(cut_params, like, masks), plan
+    small_params = jax.jit(cut_params)(params, masks)
+    if verify and not _abstract(inputs):
         expected = [
             cut.take(x, v) if not v.full else x
             for x, v in zip(
@@ -310,15 +313,27 @@ def _masked_slices(params: Any, masks: Any) -> Removed:
     """Lists, for every axis, the indices whose slices are masked whole."""
     if _tree.is_traced(masks):
         raise TypeError("shrink needs masks whose values are known: call it outside of jit.")
-    masked = {}
-    aligned = _tree.align_masks(params, masks)
-    for (path, leaf), mask in zip(_tree.named_leaves(params), aligned, strict=True):
-        if mask is None or not _tree.is_floating(leaf):
-            continue
-        for axis in range(jnp.ndim(mask)):
-            others = [i for i in range(jnp.ndim(mask)) if i != axis]
-            masked[path, axis] = np.flatnonzero(~np.asarray(jnp.any(jnp.asarray(mask), others)))
-    return masked
+    aligned = zip(_tree.named_leaves(params), _tree.align_masks(params, masks), strict=True)
+    own = {
+        path: mask for (path, leaf), mask in aligned if mask is not None and _tree.is_floating(leaf)
+    }
+    return {
+        (path, axis): np.flatnonzero(gone)
+        for path, axes in _gone(own).items()
+        for axis, gone in enumerate(axes)
+    }
+
+
+@jax.jit
+def _gone(masks: dict[str, jax.Array]) -> dict[str, list[jax.Array]]:
+    """Says for every axis of every mask which slices are masked whole."""
+    return {
+        path: [
+            ~jnp.any(mask, [i for i in range(jnp.ndim(mask)) if i != axis])
+            for axis in range(jnp.ndim(mask))
+        ]
+        for path, mask in masks.items()
+    }
 
 
 def _check_not_empty(like: Any, masked: Removed) -> None:

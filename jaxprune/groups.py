@@ -14,6 +14,7 @@
 """
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -108,18 +109,7 @@ class Groups(Shown):
 
         An entry is kept iff none of its axes left. Leaves without a unit have the mask `None`.
         """
-        kept = jnp.concatenate([jnp.ones(1, bool), jnp.asarray(kept)])
-        leaves: list[Any] = []
-        for path, leaf in _tree.named_leaves(self.like):
-            mask = None
-            for axis, unit in enumerate(self.unit[path]):
-                if unit.any():
-                    shape = [1] * len(leaf.shape)
-                    shape[axis] = -1
-                    stays = jnp.broadcast_to(kept[unit].reshape(shape), leaf.shape)
-                    mask = stays if mask is None else mask & stays
-            leaves.append(mask)
-        return _tree.rebuild(self.like, leaves)
+        return _tree.rebuild(self.like, _masks(self, jnp.asarray(kept)))
 
     def select(
         self,
@@ -252,37 +242,26 @@ class Groups(Shown):
             found = matrices
         members = self._members()
         used = [i for i, (path, _) in enumerate(members) if path in found]
-        sums, units = [], []
-        for path, axis in (members[i] for i in used):
-            others = [i for i in range(jnp.ndim(found[path])) if i != axis]
-            sums.append(jnp.sum(found[path], others, dtype=jnp.float32))
-            units.append(self.unit[path][axis])
         if not used:
             raise ValueError(
                 f"No scored leaf is in any group: scores are given for {sorted(found)}. "
                 "Score the leaves listed by print(groups), or choose others with where=."
             )
-        for i, total in zip(used, sums, strict=True):
-            if not _tree.is_traced(total) and not np.isfinite(np.asarray(total)).all():
-                raise ValueError(
-                    f"{_tree.show(members[i][0])}: scores are NaN or infinite. Check the "
-                    "loss and the params, or leave this leaf out with `where=lambda path, s: ...`."
-                )
+        units = [self.unit[members[i][0]][members[i][1]] for i in used]
         member = np.repeat(used, [len(unit) for unit in units])
         every = np.concatenate(units).astype(np.int64)
         keys, slices = np.unique(every * len(members) + member, return_inverse=True)
         owner = keys // len(members)  # sorted by unit, then in the order of use
-        values = jax.ops.segment_sum(jnp.concatenate(sums), slices, len(keys))
-        count = np.bincount(owner, minlength=len(self) + 1)[1:]
-        first = np.searchsorted(owner, np.arange(1, len(self) + 1)).clip(max=len(keys) - 1)
-        if reduce == "first":
-            score = values[first]
-        elif reduce == "max":
-            score = jax.ops.segment_max(values, owner, len(self) + 1)[1:]
-        else:
-            score = jax.ops.segment_sum(values, owner, len(self) + 1)[1:]
-            score = score / np.maximum(count, 1) if reduce == "mean" else score
-        return score, count > 0
+        arrays = tuple(found[members[i][0]] for i in used)
+        axes = tuple(members[i][1] for i in used)
+        score, finite = _reduced(reduce, axes, len(self), arrays, slices, owner)
+        if not _tree.is_traced(finite) and not np.asarray(finite).all():
+            path, _ = members[used[int(np.argmin(finite))]]
+            raise ValueError(
+                f"{_tree.show(path)}: scores are NaN or infinite. Check the "
+                "loss and the params, or leave this leaf out with `where=lambda path, s: ...`."
+            )
+        return score, np.bincount(owner, minlength=len(self) + 1)[1:] > 0
 
     def _members(self) -> list[tuple[str, int]]:
         found = [(path, axis) for group in self.groups for path, axis, _ in group.members]
@@ -398,6 +377,51 @@ class Groups(Shown):
                 f"round_to={round_to} changed the units kept: {', '.join(changed[:8])}{more}.",
                 stacklevel=3,
             )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _masks(groups: Groups, kept: jax.Array) -> list[Any]:
+    kept = jnp.concatenate([jnp.ones(1, bool), kept])
+    leaves: list[Any] = []
+    for path, leaf in _tree.named_leaves(groups.like):
+        mask = None
+        for axis, unit in enumerate(groups.unit[path]):
+            if unit.any():
+                shape = [1] * len(leaf.shape)
+                shape[axis] = -1
+                stays = jnp.broadcast_to(kept[unit].reshape(shape), leaf.shape)
+                mask = stays if mask is None else mask & stays
+        leaves.append(mask)
+    return leaves
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _reduced(reduce, axes, count, arrays, slices, owner):  # type: ignore[no-untyped-def]
+    """Gives one score per unit, and whether the scores of every array are finite.
+
+    Args:
+      reduce: how slices of a unit become one score.
+      axes: of every array, along which its slices lie.
+      count: how many units there are.
+      arrays: scores.
+      slices: for all of their slices, one array after the other, which sum they go into.
+      owner: the unit of every such sum, or 0; rising.
+    """
+    sums = [
+        jnp.sum(a, [i for i in range(a.ndim) if i != axis], dtype=jnp.float32)
+        for a, axis in zip(arrays, axes, strict=True)
+    ]
+    values = jax.ops.segment_sum(jnp.concatenate(sums), slices, len(owner))
+    if reduce == "first":
+        first = jnp.searchsorted(owner, jnp.arange(1, count + 1))
+        score = values[jnp.minimum(first, len(owner) - 1)]
+    elif reduce == "max":
+        score = jax.ops.segment_max(values, owner, count + 1)[1:]
+    else:
+        score = jax.ops.segment_sum(values, owner, count + 1)[1:]
+    if reduce == "mean":
+        score /= jnp.maximum(jnp.bincount(owner, length=count + 1)[1:], 1)
+    return score, jnp.stack([jnp.all(jnp.isfinite(s)) for s in sums])
 
 
 def find_groups(
