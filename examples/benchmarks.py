@@ -1,8 +1,8 @@
 """What pruning costs: time and memory of selecting, enforcing and iterating, against plain JAX.
 
 Each ratio compares with a reference in the same process: a global sort for `jp.select`, plain Adam
-for `jp.enforce` and `jp.gradual`. Figures are medians; steps are timed in interleaved pairs with
-donated state.
+for `jp.enforce` and `jp.gradual`, one gradient for a score. Figures are medians, of interleaved
+pairs for steps (with donated state) and scores.
 
     python examples/benchmarks.py --millions 25 100
     python examples/benchmarks.py --tiny
@@ -169,6 +169,49 @@ def bench_optimizers(widths, step_pairs, update_pairs):
             )
 
 
+def bench_scores(widths, size, examples, pairs):
+    """Times a score beside one gradient of the same batch, and the Fisher beside one an example."""
+    params = mlp_params(jax.random.key(0), widths)
+    x = jax.random.normal(jax.random.key(1), (size, widths[0]))
+    y = jax.random.normal(jax.random.key(2), (size, widths[-1]))
+    key = jax.random.key(3)
+    gradient = jax.jit(jax.grad(loss))
+    groups = jp.find_groups(mlp, params, x)
+    every = {
+        "gradient": jp.scores.gradient(loss),
+        "taylor": jp.scores.taylor(loss),
+        "snip": jp.scores.snip(loss),
+        "synflow, one round": lambda p, x, y: jp.scores.synflow(mlp)(p, x),
+        "units.taylor_gates": jp.units.taylor_gates(groups, loss),
+        "units.activation": lambda p, x, y: jp.units.activation(groups, mlp)(p, x),
+        "grasp": jp.scores.grasp(loss),
+        "obd_hutchinson, one sample": lambda *a: jp.scores.obd_hutchinson(loss, 1)(
+            a[0], key, *a[1:]
+        ),
+    }
+    single = {
+        "fisher": jp.scores.fisher(loss),
+        "woodfisher, blocks of 50": jp.scores.woodfisher(loss),
+        "units.taylor": jp.units.taylor(groups, loss),
+    }
+    count = sum(p.size for p in jax.tree.leaves(params))
+    print(f"\nscores on an MLP of {count:,} params: ratios to one gradient, batch {size}")
+
+    def show(name, score, args, plain, plain_args, times=1):
+        jitted = jax.jit(score)
+        ratio, _ = paired_ratio(
+            lambda _: jitted(*args), lambda _: plain(*plain_args), [None, None], (), pairs
+        )
+        print(f"  {name:<30} {ratio / times:6.2f} x")
+
+    for name, score in every.items():
+        show(name, score, (params, x, y), gradient, (params, x, y))
+    print(f"  of {examples} examples: ratios to {examples} gradients, each of one")
+    few, one = (params, x[:examples], y[:examples]), (params, x[:1], y[:1])
+    for name, score in single.items():
+        show(name, score, few, gradient, one, examples)
+
+
 def bench_iteratively(widths, rounds):
     params = mlp_params(jax.random.key(0), widths)
     size = sum(p.size for p in jax.tree.leaves(params))
@@ -192,11 +235,13 @@ def main():
     if args.tiny:
         bench_select(100_000, repeats=2)
         bench_optimizers([64, 128, 128, 16], step_pairs=5, update_pairs=5)
+        bench_scores([64, 128, 10], size=8, examples=2, pairs=2)
         bench_iteratively([64, 128, 10], rounds=10)
         return
     for millions in args.millions:
         bench_select(round(millions * 1e6), args.repeats)
     bench_optimizers([1024, 2600, 2600, 256], args.pairs, args.pairs)
+    bench_scores([784, 1000, 1000, 10], size=256, examples=32, pairs=args.pairs // 5)
     bench_iteratively([784, 700, 600, 10], rounds=100)
 
 

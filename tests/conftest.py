@@ -11,3 +11,11 @@ import pytest  # noqa: E402
 def rank_promotion():
     with jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def quick_compilation():
+    """Compiles with few optimisations, for what runs little and compiles much."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

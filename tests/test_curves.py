@@ -233,3 +233,132 @@ def test_over_seeds():
     np.testing.assert_allclose(mean["after_std"][row], after.std(ddof=1))
     np.testing.assert_allclose(mean["change"][row], (after - dense).mean())
     assert mean["seeds"].tolist() == [3, 3, 3]
+
+
+def descend(objective, trained, steps=10):
+    """Trains whatever tree an objective takes, by Adam."""
+    tx = optax.adam(1e-2)
+
+    @jax.jit
+    def step(trained, state):
+        updates, state = tx.update(jax.grad(objective)(trained), state)
+        return optax.apply_updates(trained, updates), state
+
+    state = tx.init(trained)
+    for _ in range(steps):
+        trained, state = step(trained, state)
+    return trained
+
+
+def moved(params, sparsity, key, train):
+    def objective(both):
+        params, scores = both
+        return loss(jp.movement.apply(params, scores, jp.select(scores, sparsity)), X, Y)
+
+    params, scores = descend(objective, (params, jax.tree.map(jnp.zeros_like, params)))
+    return params, jp.select(scores, sparsity)
+
+
+def gated(params, sparsity, key, train):
+    def objective(both):
+        params, log_alpha = both
+        gates = jp.gates.sample(log_alpha, key)
+        gated = jax.tree.map(jnp.multiply, params, gates)
+        return loss(gated, X, Y) + 1e-3 * jp.gates.penalty(log_alpha)
+
+    params, log_alpha = descend(objective, (params, jax.tree.map(jnp.zeros_like, params)))
+    return params, jp.select(log_alpha, sparsity)
+
+
+def penalized(link):
+    def prune(params, sparsity, key, train):
+        tx = optax.chain(link(params, sparsity), optax.sgd(1e-2))
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(jax.grad(loss)(params, X, Y), state, params)
+            params = optax.apply_updates(params, updates)
+        return params, units(params).select(jp.scores.magnitude(params), sparsity)
+
+    return prune
+
+
+def units(params):
+    return jp.find_groups(apply_fn, params, X)
+
+
+def scored(score):
+    """Makes a method of a score of units, ``score(groups)(params)``."""
+    return lambda params, s, key, train: (
+        params,
+        units(params).select(score(units(params))(params), s),
+    )
+
+
+def rounds(params, sparsity, key, train):
+    steps = jp.recipes.iterative(
+        params, lambda p, m: train(p, m), jp.scores.magnitude, [sparsity / 2, sparsity]
+    )
+    *_, last = steps
+    return last.params, last.masks
+
+
+METHODS = {  # a new criterion adds one row here
+    **{
+        name: curves.method(getattr(jp.scores, name), trained=False)
+        for name in ("lamp", "fpgm", "standardized_magnitude")
+    },
+    **{
+        name: curves.method(getattr(jp.scores, name)(loss), X, Y, trained=False)
+        for name in ("gradient", "taylor", "snip", "grasp", "fisher", "woodfisher")
+    },
+    "synflow": lambda p, s, key, train: (
+        p,
+        jp.select_iteratively(
+            jp.scores.synflow(lambda p, x: x @ p["in"] @ p["out"]), p, s, X, rounds=3
+        ),
+    ),
+    "obd": curves.method(jp.scores.obd(loss), X, Y),
+    "obd_hutchinson": lambda p, s, key, train: (
+        p,
+        jp.select(jp.scores.obd_hutchinson(loss, 2)(p, key, X, Y), s),
+    ),
+    "slimming": penalized(lambda p, s: jp.regularizers.slimming(1e-3, where=lambda path, w: True)),
+    "group_lasso": penalized(lambda p, s: jp.regularizers.group_lasso(units(p), 1e-3)),
+    "growing": penalized(
+        lambda p, s: jp.regularizers.growing(
+            units(p).select(jp.scores.magnitude(p), s), 1e-3, every=1
+        )
+    ),
+    "movement": moved,
+    "gates": gated,
+    "units.taylor": scored(lambda g: lambda p: jp.units.taylor(g, loss)(p, X, Y)),
+    "units.taylor_gates": scored(lambda g: lambda p: jp.units.taylor_gates(g, loss)(p, X, Y)),
+    "units.activation": scored(lambda g: lambda p: jp.units.activation(g, apply_fn)(p, X)),
+    "oracle": scored(lambda g: lambda p: jp.search.oracle(g, loss)(p, X, Y)),
+    "particle_filter": lambda p, s, key, train: (
+        p,
+        jp.search.particle_filter(units(p), loss, p, s, key, X, Y, particles=8, rounds=2).masks,
+    ),
+    "iterative": rounds,
+    "rewound": rewound,
+    **{
+        name: curves.method(
+            jp.scores.magnitude, select=functools.partial(jp.select, pattern=pattern)
+        )
+        for name, pattern in {
+            "n_of_m": jp.patterns.n_of_m(None, 4, pad=True),
+            "block": jp.patterns.block((2, 3)),
+            "axis": jp.patterns.axis(-1),
+        }.items()
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:obd")
+def test_every_criterion_and_recipe_takes_part(quick_compilation):
+    table = sweep(METHODS, [0.5], [0], train)
+    failed = {m: e for m, e in zip(table["method"], table["error"], strict=True) if e}
+    assert not failed
+    assert set(table["method"]) == {*METHODS, "random", "magnitude", curves.DENSE}
+    pruned = table["method"] != curves.DENSE
+    assert (table["compression"][pruned] > 1.2).all()

@@ -78,14 +78,6 @@ def run_shell(text):
             assert said.getvalue()
 
 
-@pytest.fixture
-def quick_compilation():
-    """Compiles with few optimisations: a page runs little and compiles much."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.filterwarnings("ignore:round_to")  # says what it changed, as the pages tell
 @pytest.mark.parametrize(
     "page",
