@@ -2,14 +2,18 @@
 
 A network of eleven convolutions at its initial weights is pruned to more and more, up to the
 maximal compression, at which every layer keeps one weight. A layer without weights cuts the network
-in two, and no training can mend it. Random, magnitude, SNIP and GraSP score once, SynFlow once or
-in --rounds rounds. Prints from which compression on a layer is empty, and draws how many are.
+in two, and no training can mend it. Random, magnitude, SNIP and GraSP score once, SynFlow n times,
+as --rounds says. Prints from which compression on a layer is empty, and draws how many are.
 
     python examples/collapse.py
     python examples/collapse.py --data mnist/
+
+https://arxiv.org/abs/2006.05467
 """
 
 import argparse
+import functools
+import itertools
 import math
 import pathlib
 
@@ -19,6 +23,7 @@ import matplotlib
 import numpy as np
 import optax
 from _data import load
+from _results import markdown, mean_std
 from flax import linen as nn
 from quickstart import save
 from tqdm import tqdm
@@ -28,24 +33,22 @@ import jaxprune as jp
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-STYLES = {  # Okabe and Ito's colours
-    "random": ("#000000", "x"),
-    "magnitude": ("#0072B2", "o"),
-    "SNIP": ("#E69F00", "s"),
-    "GraSP": ("#CC79A7", "^"),
-    "SynFlow, one round": ("#56B4E9", "P"),
-    "SynFlow": ("#009E73", "D"),
-}
+# Okabe and Ito's colours; the last ones are for SynFlow
+COLORS = ["#000000", "#0072B2", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#009E73"]
+MARKERS = ["x", "o", "s", "^", "P", "v", "D"]
+WIDTHS = [24, 24, 48, 48, 64, 64, 64, 96, 96, 96, 96]
 
 
 class VGG(nn.Module):
-    """Eleven convolutions and a dense layer."""
+    """Convolutions and a dense layer; the image is halved before the network becomes wider."""
+
+    widths: tuple[int, ...]
 
     @nn.compact
     def __call__(self, x):
-        for i, width in enumerate([24, 24, 48, 48, 64, 64, 64, 96, 96, 96, 96]):
+        for width, following in itertools.zip_longest(self.widths, self.widths[1:]):
             x = nn.relu(nn.Conv(width, (3, 3))(x))
-            if i in (1, 3, 6):
+            if following is not None and following > width:
                 x = nn.max_pool(x, (2, 2), (2, 2))
         return nn.Dense(10)(jnp.mean(x, (1, 2)))
 
@@ -60,22 +63,24 @@ def criteria(apply_fn, x, y, rounds):
     snip = jp.scores.snip(loss)
     grasp = jp.scores.grasp(lambda params, x, y: loss(params, x, y, temperature=200))
     synflow, shape = jp.scores.synflow(apply_fn), jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+
+    def by_synaptic_flow(p, s, key, rounds):
+        return jp.select_iteratively(synflow, p, s, shape, rounds=rounds)
+
     return {
         "random": lambda p, s, key: jp.select(jp.scores.random(p, key), s),
         "magnitude": lambda p, s, key: jp.select(jp.scores.magnitude(p), s),
         "SNIP": lambda p, s, key: jp.select(snip(p, x, y), s),
         "GraSP": lambda p, s, key: jp.select(grasp(p, x, y), s),
-        "SynFlow, one round": lambda p, s, key: jp.select(synflow(p, shape), s),
-        "SynFlow": lambda p, s, key: jp.select_iteratively(synflow, p, s, shape, rounds=rounds),
-    }
+    } | {f"SynFlow, n = {n}": functools.partial(by_synaptic_flow, rounds=n) for n in rounds}
 
 
 def compare(args):
-    """Counts the empty layers: rows of method, seed, compression, empty layers; and the limit."""
+    """Counts the empty layers: their number by method, seed and compression; the network's size."""
     x, y, _, _ = load(args.data)
     side = round(x.shape[1] ** 0.5)
     x, y = jnp.asarray(x[:256]).reshape(-1, side, side, 1), jnp.asarray(y[:256])
-    model = VGG()
+    model = VGG(tuple(args.widths))
     apply_fn = jax.jit(model.apply)
     methods = criteria(apply_fn, x, y, args.rounds)
     init = jax.jit(lambda key: model.init(key, x[:1]))
@@ -83,42 +88,43 @@ def compare(args):
     total, layers = sum(w.size for w in weights), len(weights)
     limit = total / layers
     steps = round(2 * math.log10(limit)) if args.steps is None else args.steps
-    compressions = np.geomspace(10, limit, steps)
-    rows = []
+    empty = {}
     runs = [(name, seed) for seed in range(args.seeds) for name in methods]
     for name, seed in (bar := tqdm(runs, ncols=80)):
-        bar.set_description(name)
+        bar.set_description(f"{name}, seed {seed}")
         key, init_key = jax.random.split(jax.random.key(seed))
         params = init(init_key)
-        for c in compressions:
+        for c in np.geomspace(10, limit, steps):
             try:
                 masks = methods[name](params, 1 - 1 / c, key)
-                empty = sum(not bool(m.any()) for m in jax.tree.leaves(masks))
+                found = sum(not bool(m.any()) for m in jax.tree.leaves(masks))
             except ValueError:  # SynFlow's word that no signal reaches the output any more
-                empty = layers
-            rows.append((name, seed, c, empty))
-    return rows, total, layers, limit
+                found = layers
+            empty.setdefault(name, {}).setdefault(c, []).append(found)
+    return empty, total, layers, limit
 
 
-def show(rows, total, layers, limit):
+def show(empty, total, layers, limit):
     """Prints the first compression at which a layer is empty, for every seed."""
     print(f"{total:,} weights in {layers} layers: at most {limit:,.0f}×")
-    print("method              a layer is empty from")
-    for name in STYLES:
+    rows = []
+    for name, counts in empty.items():
         firsts = []
-        for seed in sorted({row[1] for row in rows}):
-            found = [c for n, s, c, empty in rows if (n, s) == (name, seed) and empty]
-            firsts.append(f"{min(found):,.0f}×" if found else "never")
-        print(f"{name:19} {', '.join(firsts)}")
+        for seed in zip(*counts.values(), strict=True):
+            found = [c for c, n in zip(counts, seed, strict=True) if n]
+            firsts.append(f"{found[0]:,.0f}×" if found else "never")
+        rows.append((name, ", ".join(firsts), mean_std(counts[max(counts)], 1)))
+    header = "a layer is empty from, by seed", f"empty layers at {limit:,.0f}×"
+    print(markdown(("method", *header), rows))
 
 
-def draw(rows, layers, limit, path):
+def draw(empty, layers, limit, path):
     """Draws the empty layers against compression, the mean over seeds."""
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for name, (color, marker) in STYLES.items():
-        compressions = sorted({c for n, _, c, _ in rows if n == name})
-        empty = [np.mean([e for n, _, at, e in rows if (n, at) == (name, c)]) for c in compressions]
-        axes.plot(compressions, empty, color=color, marker=marker, label=name, clip_on=False)
+    styles = itertools.cycle(zip(COLORS, MARKERS, strict=True))
+    for (name, counts), (color, marker) in zip(empty.items(), styles, strict=False):
+        means = [np.mean(found) for found in counts.values()]
+        axes.plot(list(counts), means, color=color, marker=marker, label=name, clip_on=False)
     axes.axvline(limit, color="gray", linestyle="--", linewidth=1)
     axes.text(limit, layers, "one weight a layer ", ha="right", va="top", color="gray")
     axes.set_xscale("log")
@@ -137,14 +143,15 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--data", metavar="DIR", help="folder of MNIST IDX files")
-    options.add_argument("--rounds", type=int, default=300)
+    options.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    options.add_argument("--rounds", type=int, nargs="+", default=[1, 100, 300], help="of SynFlow")
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--steps", type=int, help="how many compressions; by default two a decade")
     options.add_argument("--out", type=pathlib.Path, default=pathlib.Path("outputs"))
     args = options.parse_args()
-    rows, total, layers, limit = compare(args)
-    show(rows, total, layers, limit)
-    draw(rows, layers, limit, args.out / "collapse.png")
+    empty, total, layers, limit = compare(args)
+    show(empty, total, layers, limit)
+    draw(empty, layers, limit, args.out / "collapse.png")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,34 @@
-"""Magnitude pruning of LeNet on MNIST to a twelfth of its weights, after Han et al.
+"""Magnitude pruning of LeNet on MNIST, after Han et al. and after Guo et al.
 
 Trains a dense network, then prunes it in rounds that each remove the weights with the smallest
 magnitudes and retrain the others at a lower learning rate. With --scope layer the rounds end at
-the keep rates of the paper (8 %, 9 % and 26 % for LeNet-300-100), with --scope global at one
+the keep rates of Han et al. (8 %, 9 % and 26 % for LeNet-300-100), with --scope global at one
 threshold for all layers that keeps as many weights. Prints the test error of both over the seeds.
+
+With --compressions the dense network goes on from one compression to the next. At each, ever fewer
+weights take part, those with the largest magnitudes of all layers; the others go on learning, and
+may come back, as in the surgery of Guo et al. Prints a table of the test errors, beside those of
+gradual pruning, which differs in that nothing comes back, and of the dense network, trained as
+long as for the first compression. With --validate the last sixth of the training images stands in
+for the test images: to choose settings by.
 
     python examples/lenet_mnist.py --data mnist/
     python examples/lenet_mnist.py --data mnist/ --model lenet-5 --scope global --seeds 1
+    python examples/lenet_mnist.py --data mnist/ --compressions 12 25 56
 
 Han et al, Learning both Weights and Connections for Efficient Neural Networks, 2015
 https://arxiv.org/abs/1506.02626
+Guo et al, Dynamic Network Surgery for Efficient DNNs, 2016, https://arxiv.org/abs/1608.04493
 """
 
 import argparse
 import functools
-import statistics
 
 import jax
 import jax.numpy as jnp
 import optax
 from _data import load
+from _results import markdown, mean_std
 
 import jaxprune as jp
 
@@ -35,6 +44,10 @@ SHAPES = {
 KEPT = {  # what the paper keeps of each layer
     "lenet-300-100": {"fc1": 0.08, "fc2": 0.09, "fc3": 0.26},
     "lenet-5": {"conv1": 0.66, "conv2": 0.12, "fc1": 0.08, "fc2": 0.19},
+}
+PUBLISHED = {
+    "lenet-300-100": {12: "1.64 → 1.59 % (Han)", 56: "2.28 → 1.99 % (Guo)"},
+    "lenet-5": {12: "0.80 → 0.77 % (Han)", 108: "0.91 → 0.91 % (Guo)"},
 }
 
 
@@ -77,30 +90,87 @@ def apply(params, x, rate=0.0, key=None):
 
 @functools.partial(jax.jit, static_argnames=("epochs", "learning_rate", "l2", "rate", "batch"))
 def train(params, masks, x, y, key, *, epochs, learning_rate, l2, rate, batch=128):
-    """Trains the weights that the masks keep, with Adam and cosine decay: a scan of scans."""
-    per_epoch = len(x) // batch
-    decay = optax.cosine_decay_schedule(learning_rate, epochs * per_epoch)
-    # L2 in the gradient: Adam then shrinks the weights of pixels that are always black.
-    tx = jp.enforce(optax.chain(optax.add_decayed_weights(l2), optax.adam(decay)), masks)
-
-    def loss(params, x, y, key):
-        logits = apply(params, x, rate, key)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+    """Trains the weights that the masks keep, with Adam and cosine decay."""
+    tx = jp.enforce(adam(learning_rate, l2, epochs * (len(x) // batch)), masks)
 
     def step(carry, drawn):
         params, state = carry
         index, key = drawn
-        grads = jax.grad(loss)(params, x[index], y[index], key)
+        grads = jax.grad(loss)(params, x[index], y[index], rate, key)
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
+    return scan(step, (params, tx.init(params)), len(x), key, epochs, batch)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("splice", "epochs", "learning_rate", "l2", "batch"))
+def operate(
+    params,
+    masks,
+    sparsity,
+    x,
+    y,
+    key,
+    *,
+    splice,
+    epochs,
+    learning_rate,
+    l2,
+    rate,
+    every=10,
+    batch=128,
+):
+    """Trains with ever fewer weights; gives the params and the masks of those that take part.
+
+    They are chosen anew every few steps: with `splice` of all weights, which learn by the gradient
+    of the masked network, else of those that are left. The share that is removed rises in the first
+    half of the steps, and the masks stay as they are in the last quarter.
+    """
+    steps = epochs * (len(x) // batch)
+    end = max(steps // 2, 1)
+    sparsities = jp.schedules.cubic(sparsity, begin=0, end=end)
+    tx = adam(learning_rate, l2, steps)
+
+    def step(carry, drawn):
+        params, masks, state, count = carry
+        index, key = drawn
+
+        def choose():
+            scores = jp.scores.magnitude(params)
+            return jp.select(scores, sparsities(count), within=None if splice else masks)
+
+        due = ((count % every == 0) | (count == end)) & (count < 0.75 * steps)
+        masks = jax.lax.cond(due, choose, lambda: masks)
+        grads = jax.grad(loss)(jp.apply_masks(params, masks), x[index], y[index], rate, key)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), masks, state, count + 1), None
+
+    start = params, masks, tx.init(params), jnp.int32(0)
+    params, masks, *_ = scan(step, start, len(x), key, epochs, batch)
+    return jp.apply_masks(params, masks), masks
+
+
+def adam(learning_rate, l2, steps):
+    # L2 in the gradient: Adam then shrinks the weights of pixels that are always black.
+    decay = optax.cosine_decay_schedule(learning_rate, steps)
+    return optax.chain(optax.add_decayed_weights(l2), optax.adam(decay))
+
+
+def loss(params, x, y, rate, key):
+    logits = apply(params, x, rate, key)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def scan(step, carry, size, key, epochs, batch):
+    """Runs step(carry, (index, key)) over shuffled batches: a scan of scans."""
+    per_epoch = size // batch
+
     def epoch(carry, key):
         order, drop = jax.random.split(key)
-        index = jax.random.permutation(order, len(x))[: per_epoch * batch].reshape(-1, batch)
+        index = jax.random.permutation(order, size)[: per_epoch * batch].reshape(-1, batch)
         return jax.lax.scan(step, carry, (index, jax.random.split(drop, per_epoch)))
 
-    keys = jax.random.split(key, epochs)
-    return jax.lax.scan(epoch, (params, tx.init(params)), keys)[0][0]
+    return jax.lax.scan(epoch, carry, jax.random.split(key, epochs))[0]
 
 
 @jax.jit
@@ -148,6 +218,47 @@ def prune_and_retrain(seed, args, data):
     return dense, error, compression
 
 
+def rounds(args, data):
+    """Prints the errors before and after the rounds of Han et al., over the seeds."""
+    dense, pruned, compression = zip(
+        *[prune_and_retrain(seed, args, data) for seed in range(args.seeds)], strict=True
+    )
+    print(f"{args.model}, scope {args.scope}, {args.seeds} seeds, {compression[0]:.1f} x fewer")
+    for name, errors in [("dense", dense), ("pruned", pruned)]:
+        print(f"{name:<8} test error {mean_std(errors)} %")
+
+
+def surgery(args, data):
+    """Prints a table of errors over the seeds: by compression, without coming back and with."""
+    x, y, x_test, y_test = data
+    errors, kept = {}, {}
+    runs = {"dense": [1], "gradual": args.compressions, "surgery": args.compressions}
+    fit = {"x": x, "y": y, "learning_rate": args.lr, "l2": args.l2}
+    for seed in range(args.seeds):
+        start, *keys = jax.random.split(jax.random.key(seed), 2 + len(args.compressions))
+        params = init(start, SHAPES[args.model])
+        full = jp.select(jp.scores.magnitude(params), 0.0)
+        size, weights = (sum(w.size for w in jax.tree.leaves(tree)) for tree in (params, full))
+        dense = train(params, full, key=keys[0], epochs=args.epochs, rate=args.dropout, **fit)
+        for name, compressions in runs.items():
+            params, masks = dense, full
+            for c, key in zip(compressions, keys[1:], strict=False):
+                left = 1 - size * (1 - 1 / c) / weights  # biases stay, and count
+                options = {"splice": name == "surgery", "rate": args.dropout * left**0.5} | fit
+                params, masks = operate(
+                    params, masks, 1 - left, key=key, epochs=args.operate, **options
+                )
+                kept[c] = jp.summary(params, masks).kept
+                errors.setdefault((name, c), []).append(float(test_error(params, x_test, y_test)))
+                print(f"seed {seed}: {name}, {c:g}×, error {errors[name, c][-1]:.2f} %", flush=True)
+    print(jp.summary(params, masks))
+    rows = [("1×", f"{size:,}", f"{mean_std(errors['dense', 1])} %", "", "", "")]
+    for c in args.compressions:
+        found = [f"{mean_std(errors[name, c])} %" for name in ("gradual", "surgery")]
+        rows.append((f"{c:g}×", f"{kept[c]:,}", "", *found, PUBLISHED[args.model].get(c, "")))
+    print(markdown(("compression", "params", "dense", "gradual", "surgery", "published"), rows))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder with the four MNIST files")
@@ -161,15 +272,15 @@ def main():
     parser.add_argument("--retrain-lr", type=float, default=5e-4)
     parser.add_argument("--l2", type=float, default=1e-4)
     parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--compressions", type=float, nargs="+", help="surgery, not rounds")
+    parser.add_argument("--operate", type=int, default=30, help="epochs of surgery")
+    parser.add_argument("--validate", action="store_true", help="test on held-out training images")
     args = parser.parse_args()
-    data = [jnp.asarray(part) for part in load(args.data)]
-    dense, pruned, compression = zip(
-        *[prune_and_retrain(seed, args, data) for seed in range(args.seeds)], strict=True
-    )
-    print(f"{args.model}, scope {args.scope}, {args.seeds} seeds, {compression[0]:.1f} x fewer")
-    for name, errors in [("dense", dense), ("pruned", pruned)]:
-        std = statistics.stdev(errors) if len(errors) > 1 else 0.0
-        print(f"{name:<8} test error {statistics.mean(errors):.2f} ± {std:.2f} %")
+    x, y, *test = map(jnp.asarray, load(args.data))
+    if args.validate:
+        held = len(x) // 6
+        x, y, *test = x[:-held], y[:-held], x[-held:], y[-held:]
+    (surgery if args.compressions else rounds)(args, (x, y, *test))
 
 
 if __name__ == "__main__":

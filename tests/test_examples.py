@@ -12,8 +12,12 @@ TINY = {  # settings that run in seconds; an example that is not named here runs
     "custom_train_step.py": ["--steps", "20"],
     "benchmarks.py": ["--tiny"],
     "benchmark_structure.py": ["--tiny"],
-    "collapse.py": ["--rounds", "5", "--steps", "3", "--seeds", "1"],
+    "collapse.py": ["--widths", "4", "8", "--rounds", "5", "--steps", "3", "--seeds", "1"],
     "curves.py": ["--epochs", "1", "--compressions", "4", "--seeds", "1"],
+    "filters.py": "--seeds 1 --ratios 0.5 --steps 1 --particles 2 --rounds 1".split(),
+    "lottery.py": ["--steps", "20", "--rounds", "2", "--seeds", "1"],
+    "obd.py": ["--width", "4", "--steps", "100", "--seeds", "1"],
+    "ranking.py": ["--seeds", "1", "--steps", "5", "--examples", "10"],
     "structured.py": ["--epochs", "1", "--tuning-epochs", "1", "--ratios", "0.5"],
 }
 

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import zoo
 
 import jaxprune as jp
 
@@ -48,6 +49,61 @@ def test_oracle_equals_a_loop(absolute, batch_size, problem):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert found.dtype == jnp.float32
     assert min(change) < 0  # so that the two differ
+
+
+def by_masks(groups, loss, params, *batch):
+    """The change of the loss by the masks of each unit alone."""
+    kept = ~np.eye(len(groups), dtype=bool)
+    measure = jax.jit(lambda k: loss(jp.apply_masks(params, groups.masks(k)), *batch))
+    return np.array([measure(k) for k in kept]) - measure(np.ones(len(groups), bool))
+
+
+@pytest.mark.parametrize(
+    "name, exact, batch_size",
+    [
+        ("linen_resnet_basic", True, 1),  # batch norm, and a stream through all layers
+        ("linen_lenet", True, 3),  # biases, and a flatten
+        ("jax_gqa_decoder", True, 1),  # heads
+        ("linen_squeeze_excitation", True, 1),  # sigmoid is not zero at zero
+        ("linen_lstm", True, 1),
+        ("jax_cond", True, 4),
+        ("linen_mixer", False, 1),  # what changes the result beyond its masks
+    ],
+)
+def test_oracle_equals_masks(name, exact, batch_size):
+    with jax.numpy_rank_promotion("allow"):  # of flax
+        net = zoo.NETWORKS[name]()
+        groups = jp.find_groups(net.fn, net.params, *net.inputs, exact=exact)
+
+        def loss(params, *inputs):
+            outs = jax.tree.leaves(net.fn(params, *inputs))
+            return sum(jnp.mean(jnp.sin(1.0 + jnp.arange(x.size)) * x.reshape(-1)) for x in outs)
+
+        expected = by_masks(groups, loss, net.params, *net.inputs)
+        found = jp.search.oracle(groups, loss, batch_size=batch_size)(net.params, *net.inputs)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_oracle_of_a_loss_that_unites_units(problem):
+    groups, params, batch = problem
+    united = lambda p, x, y: loss(p, x, y) + jnp.sum(p["b"] * p["b"][:, ::-1] * p["a"][:1])  # noqa: E731
+    found = jp.search.oracle(groups, united)(params, *batch)
+    expected = by_masks(groups, united, params, *batch)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_oracle_starts_where_units_meet(problem):
+    groups, params, batch = problem
+    program = jax.make_jaxpr(lambda p, *b: jp.search._oracle(loss, groups, False, 1, p, *b))
+    text = str(program(params, *batch))
+    # The dense network, each first layer without its units, then the layers after it, in a loop.
+    assert text.count("dot_general[") == 3 + (1 + 2) + (1 + 1)
+
+
+def test_oracle_without_units(problem):
+    _, params, (x, y) = problem
+    groups = jp.find_groups(lambda p, x: x @ p["a"], params, x)
+    assert jp.search.oracle(groups, loss)(params, x, y).shape == (0,)
 
 
 def test_oracle_does_not_retrace(problem):
@@ -106,6 +162,17 @@ def test_every_particle_keeps_an_exact_number(problem):
             np.testing.assert_allclose(state.least, error, rtol=1e-5)
 
 
+def test_rounds_and_sparsities_are_one_compiled_program(problem):
+    groups, params, batch = problem
+    traces = []
+    counted = lambda *a: traces.append(0) or loss(*a)  # noqa: E731
+    for sparsity in (0.5, 0.3):
+        jp.search.particle_filter(
+            groups, counted, params, sparsity, jax.random.key(0), *batch, particles=64, rounds=3
+        )
+    assert len(traces) == 1
+
+
 def test_same_key_same_result(problem):
     first, second, other = (search(problem, seed, rounds=2) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first.errors, second.errors)
@@ -155,6 +222,8 @@ def test_errors(problem):
         jp.search.particle_filter(groups, loss, params, 1.0, jax.random.key(0), *batch)
     with pytest.raises(ValueError, match="batch_size"):
         jp.search.oracle(groups, loss, batch_size=0)
+    with pytest.raises(TypeError, match="search.oracle: the loss"):
+        jp.search.oracle(groups, lambda p, x, y: network(p, x))(params, *batch)
     with pytest.raises(ValueError, match="params"):
         jp.search.oracle(groups, loss)({"a": params["a"]}, *batch)
     with pytest.raises(ValueError, match="NaN or infinite"):
