@@ -223,6 +223,41 @@ def bench_iteratively(widths, rounds):
         print(f"  {name:<30} {took:9.3f} s")
 
 
+def bench_oracle(widths, size, examples, pairs):
+    """Times the oracle beside one evaluation of the loss for every unit."""
+    keys = jax.random.split(jax.random.key(0), len(widths) + 1)
+    kernels = [
+        jax.random.normal(k, (3, 3, n, m)) * (2 / (9 * n)) ** 0.5
+        for k, n, m in zip(keys, (3, *widths), widths, strict=False)
+    ]
+    params = {"kernels": kernels, "out": jax.random.normal(keys[-1], (widths[-1], 10))}
+    x, y = jax.random.normal(keys[0], (examples, size, size, 3)), jnp.arange(examples) % 10
+
+    def chain(params, x):
+        for kernel in params["kernels"]:
+            dimensions = ("NHWC", "HWIO", "NHWC")
+            x = jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=dimensions
+            )
+            x = jax.nn.relu(x)
+        return x.mean((1, 2)) @ params["out"]
+
+    def loss(params, x, y):
+        return optax.softmax_cross_entropy_with_integer_labels(chain(params, x), y).mean()
+
+    groups = jp.find_groups(chain, params, x)
+    oracle, forward = jp.search.oracle(groups, loss), jax.jit(loss)
+
+    def each(_):
+        for _ in range(len(groups)):
+            value = jax.block_until_ready(forward(params, x, y))
+        return value
+
+    ratio, _ = paired_ratio(lambda _: oracle(params, x, y), each, [None, None], (), pairs)
+    print(f"\noracle, {len(groups)} filters of {len(widths)} convolutions, {examples} images")
+    print(f"  {ratio:.2f} x an evaluation of the loss for each filter")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--millions", type=float, nargs="+", default=[25], help="sizes to select")
@@ -236,11 +271,13 @@ def main():
         bench_select(100_000, repeats=2)
         bench_optimizers([64, 128, 128, 16], step_pairs=5, update_pairs=5)
         bench_scores([64, 128, 10], size=8, examples=2, pairs=2)
+        bench_oracle([4, 4], size=4, examples=2, pairs=1)
         bench_iteratively([64, 128, 10], rounds=10)
         return
     for millions in args.millions:
         bench_select(round(millions * 1e6), args.repeats)
     bench_optimizers([1024, 2600, 2600, 256], args.pairs, args.pairs)
+    bench_oracle([16, 16, 32, 32, 32, 64], size=16, examples=64, pairs=3)
     bench_scores([784, 1000, 1000, 10], size=256, examples=32, pairs=args.pairs // 5)
     bench_iteratively([784, 700, 600, 10], rounds=100)
 

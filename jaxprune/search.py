@@ -144,7 +144,7 @@ def particle_filter(
       rounds: how often all are evaluated.
       temperature: the :math:`T` of the equation; lower prefers the best more.
       mutation: the chance of a unit to change in a child.
-      batch_size: how many networks are evaluated at once.
+      batch_size: how many networks are evaluated at once; 1 is faster for convolutions on a CPU.
 
     Returns:
       The best masks, one score per unit for ``groups.select``, and all errors.

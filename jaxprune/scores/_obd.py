@@ -52,7 +52,9 @@ def obd_hutchinson(loss: Callable[..., jax.Array], samples: int = 100) -> Callab
     Costs one Hessian-vector product per sample. The estimate is unbiased and exact for a diagonal
     Hessian; its variance is :math:`\tfrac{1}{n} \sum_{j \ne i} H_{ij}^2`. Signs are kept: an
     estimate may be negative. Where all of the diagonal is 0, as in a piecewise linear network with
-    a linear loss, the estimate is noise around 0: there :func:`obd` raises an error.
+    a linear loss, the estimate is noise around 0: there :func:`obd` raises an error. Where weights
+    share curvature, 100 samples may be too few: a large weight with a negative estimate leaves
+    first.
 
     Args:
       loss: maps ``(params, *batch)`` to a scalar, twice differentiable.

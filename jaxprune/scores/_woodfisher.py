@@ -27,7 +27,8 @@ def woodfisher(
       loss: maps ``(params, *batch)`` to a scalar, the mean over examples. It is called with one
         example at a time, as a batch of one: batch norm needs its inference mode.
       block: how many weights share a block; 1 gives :func:`fisher`, damped.
-      damping: :math:`\lambda`.
+      damping: :math:`\lambda`. Before training has converged 1e-7 may be too little, and empty
+        a layer: try 1e-5.
 
     Returns:
       A function of ``(params, *batch)`` giving one float32 score per weight; higher is kept. All
