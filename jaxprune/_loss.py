@@ -49,8 +49,7 @@ def example_grads(name: str, loss: Callable[..., jax.Array], params: Any) -> Any
     """Gives the gradient as a function of one example, taken as a batch of one."""
 
     def grads(example):
-        scalar, floats = of_floats(name, loss, params, *jax.tree.map(lambda x: x[None], example))
-        return jax.grad(scalar)(floats)
+        return grad(name, loss, params, *jax.tree.map(lambda x: x[None], example))
 
     return grads
 
