@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -11,6 +12,14 @@ import pytest  # noqa: E402
 def rank_promotion():
     with jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def caches_cleared():
+    """Drops the programs of a module: all of them together are more mappings than Linux allows."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

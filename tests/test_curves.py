@@ -302,7 +302,7 @@ def rounds(params, sparsity, key, train):
     return last.params, last.masks
 
 
-METHODS = {  # a new criterion adds one row here
+EVERY_METHOD = {  # a new criterion adds one row here
     **{
         name: curves.method(getattr(jp.scores, name), trained=False)
         for name in ("lamp", "fpgm", "standardized_magnitude")
@@ -356,9 +356,9 @@ METHODS = {  # a new criterion adds one row here
 
 @pytest.mark.filterwarnings("ignore:obd")
 def test_every_criterion_and_recipe_takes_part(quick_compilation):
-    table = sweep(METHODS, [0.5], [0], train)
+    table = sweep(EVERY_METHOD, [0.5], [0], train)
     failed = {m: e for m, e in zip(table["method"], table["error"], strict=True) if e}
     assert not failed
-    assert set(table["method"]) == {*METHODS, "random", "magnitude", curves.DENSE}
+    assert set(table["method"]) == {*EVERY_METHOD, "random", "magnitude", curves.DENSE}
     pruned = table["method"] != curves.DENSE
     assert (table["compression"][pruned] > 1.2).all()
