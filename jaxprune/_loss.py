@@ -9,8 +9,6 @@ import numpy as np
 
 from jaxprune import _tree
 
-_CHUNK = 16  # gradients held at once
-
 
 def of_floats(name: str, loss: Callable[..., jax.Array], params: Any, *batch: Any) -> Any:
     """Gives the loss as a function of the floating leaves, and these leaves."""
@@ -55,21 +53,19 @@ def example_grads(name: str, loss: Callable[..., jax.Array], params: Any) -> Any
 
 
 def mean_squares(grads: Callable[[Any], Any], batch: Any) -> Any:
-    """Averages the squares of the gradients of all examples, in float32."""
+    """Averages the squares of the gradients of all examples, in float32.
+
+    One at a time: a square is then added where it is made, which no batched matmul allows.
+    """
     count = len(jax.tree.leaves(batch)[0])
-    chunk = next(c for c in range(_CHUNK, 0, -1) if count % c == 0)
 
-    def add(total, examples):
-        return jax.tree.map(
-            lambda t, g: t + jnp.sum(g.astype(jnp.float32) ** 2, axis=0),
-            total,
-            jax.vmap(grads)(examples),
-        ), None
+    def add(total, example):
+        squares = jax.tree.map(lambda g: g.astype(jnp.float32) ** 2, grads(example))
+        return jax.tree.map(jnp.add, total, squares), None
 
-    chunks = jax.tree.map(lambda x: jnp.reshape(x, (-1, chunk, *jnp.shape(x)[1:])), batch)
     shapes = jax.eval_shape(grads, jax.tree.map(lambda x: x[0], batch))
     zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), shapes)
-    total, _ = jax.lax.scan(add, zeros, chunks)
+    total, _ = jax.lax.scan(add, zeros, batch)
     return jax.tree.map(lambda t: t / count, total)
 
 

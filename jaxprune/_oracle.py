@@ -12,19 +12,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _analysis, _jaxpr, _loss, _tree
+from jaxprune import _analysis, _jaxpr, _loss, _progress, _tree
 from jaxprune._flat import Flat
 from jaxprune.groups import Groups
 
 _KNOWN, _SLICED, _MIXED = range(3)  # does not depend on the group, is sliced, or neither
 
 Units = tuple[np.ndarray, ...]  # the units of every axis of a value, 0 for none
+_Without = Callable[[jax.Array], jax.Array]
 
 
 def losses_without(
-    groups: Groups, loss: Callable[..., jax.Array], batch_size: int, params: Any, *batch: Any
+    groups: Groups,
+    loss: Callable[..., jax.Array],
+    memory: float,
+    bar: jax.Array | None,
+    params: Any,
+    *batch: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Gives the loss, and the loss without each unit, in float32.
+
+    As many units are evaluated at once as fit into ``memory``, and each moves the bar.
 
     Raises:
       TypeError: for a loss that is not scalar.
@@ -44,8 +52,15 @@ def losses_without(
     losses = jnp.zeros(len(groups), jnp.float32)
     for group in groups.groups:
         sliced = bool(apart[group.units].all())
-        without = _without(flat, out, units, group.units, len(found.leaves), sliced)
-        measured = jax.lax.map(without, jnp.asarray(group.units), batch_size=batch_size)
+        without, size = _without(flat, out, units, group.units, len(found.leaves), sliced)
+
+        def measure(unit: jax.Array, without: _Without = without) -> jax.Array:
+            if bar is not None:
+                _progress.advance(bar, unit)
+            return without(unit)
+
+        at_once = max(int(memory / max(size, 1)), 1)
+        measured = jax.lax.map(measure, jnp.asarray(group.units), batch_size=at_once)
         losses = losses.at[group.units - 1].set(measured)
     return flat.arrays[out].astype(jnp.float32), losses
 
@@ -75,8 +90,8 @@ def _units(
 
 def _without(
     flat: Flat, out: int, units: list[Units], group: np.ndarray, leaves: int, sliced: bool
-) -> Callable[[jax.Array], jax.Array]:
-    """Gives the loss as a function of the unit, one of a group, that is masked.
+) -> tuple[_Without, int]:
+    """Gives the loss as a function of the unit, one of a group, that is masked, and its bytes.
 
     A result is sliced if it and all operands have their units on one axis: what is contracted is an
     axis of both operands, so that the units of the result would be on a second. Never of a loop,
@@ -109,16 +124,18 @@ def _without(
         for i in outs:
             kinds[i] = kind
     mixed = [step for step in flat.steps if any(kinds[i] == _MIXED for i in step.outs)]
+    read = {i for step in mixed for i in step.ins} | {out}
+    masked = sorted(i for i in read if kinds[i] == _SLICED)
 
     def without(unit: jax.Array) -> jax.Array:
         arrays = list(flat.arrays)
-        for i in sorted({i for step in mixed for i in step.ins} | {out}):
-            if kinds[i] == _SLICED:
-                arrays[i] = jnp.where(gone(i, unit), bare[i], flat.arrays[i])
+        for i in masked:
+            arrays[i] = jnp.where(gone(i, unit), bare[i], flat.arrays[i])
         for eqn, ins, outs in mixed:
             results = _jaxpr.bind(eqn, *(arrays[i] for i in ins))
             for i, x in zip(outs, results, strict=True):
                 arrays[i] = x
         return arrays[out].astype(jnp.float32)
 
-    return without
+    made = [flat.arrays[i] for i in [*masked, *(i for step in mixed for i in step.outs)]]
+    return without, sum(x.size * x.dtype.itemsize for x in made)

@@ -42,7 +42,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from jaxprune import _files, _loss, _select, _timing, _tree, metrics, scores
+from jaxprune import _files, _loss, _progress, _select, _timing, _tree, metrics, scores
 from jaxprune._shrink import shrink
 from jaxprune._table import Table
 from jaxprune.masks import apply_masks
@@ -240,8 +240,7 @@ def sweep(
     points = [(DENSE, 0.0)] + [(name, float(s)) for name in methods for s in sparsities]
     wanted = [(name, s, seed) for seed in seeds for name, s in points]
     network = jax.jit(apply_fn)
-    seen = sys.stderr.isatty() or "ipykernel" in sys.modules
-    bar = tqdm([key for key in wanted if key not in rows], disable=not seen)
+    bar = tqdm([key for key in wanted if key not in rows], disable=not _progress.seen())
     run = functools.lru_cache(maxsize=1)(
         lambda seed: _runner(seed, init, train, evaluate, network, tuple(inputs))
     )

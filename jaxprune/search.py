@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _select, _tree
+from jaxprune import _progress, _select, _tree
 from jaxprune._oracle import losses_without
 from jaxprune._ranks import Ranks
 from jaxprune.groups import Groups
@@ -35,7 +35,7 @@ def oracle(
     loss: Callable[..., jax.Array],
     *,
     absolute: bool = False,
-    batch_size: int = 1,
+    memory: float = 0,
 ) -> Callable[..., jax.Array]:
     r"""Scores a unit by how much the loss rises without it, measured.
 
@@ -44,21 +44,23 @@ def oracle(
     with :math:`m_u` the masks that remove the unit alone. It is what :func:`jaxprune.units.taylor`
     estimates. For every unit the traced loss is evaluated again, from the first equation in which
     the units of its group meet: what comes before is computed once, so that late layers cost
-    little. In a loop, and along a residual stream, that is nearly all. All is one compiled program.
+    little. In a loop, and along a residual stream, that is nearly all. All is one compiled program,
+    which moves a progress bar in a terminal or a notebook.
 
     Args:
       groups: from ``find_groups``.
       loss: maps ``(params, *batch)`` to a scalar.
       absolute: takes :math:`|s_u|` instead, so that units whose removal improves the loss stay as
         well; Molchanov et al found that better.
-      batch_size: how many units are evaluated at once; each takes memory for the params and the
-        activations that change without it. One is fastest on a CPU; more may fill an accelerator.
+      memory: the bytes that units evaluated side by side may take, counted as all values that are
+        computed again. 0 evaluates one unit at a time, which is fastest on a CPU; more may fill an
+        accelerator.
 
     Returns:
       A function of ``(params, *batch)`` giving a float32 array of shape ``(len(groups),)``.
 
     Raises:
-      ValueError: for params that the groups were not found for.
+      ValueError: for params that the groups were not found for, or a negative ``memory``.
       TypeError: for a loss that is not scalar.
 
     Examples:
@@ -73,14 +75,22 @@ def oracle(
       Molchanov et al, `Pruning Convolutional Neural Networks for Resource Efficient Inference
       <https://arxiv.org/abs/1611.06440>`_, 2016
     """
-    _check_positive("batch_size", batch_size)
-    score = functools.partial(_oracle, loss, groups, absolute, batch_size)
-    return functools.partial(_checked, score, groups)
+    if not memory >= 0:
+        raise ValueError(f"memory must be a number of bytes, 0 or more, got {memory!r}.")
+    score = functools.partial(_oracle, loss, groups, absolute, float(memory))
+
+    def shown(params, *batch):
+        if not _progress.seen() or _tree.is_traced((params, batch)):
+            return score(None, params, *batch)
+        with _progress.compiled(len(groups), desc="oracle", unit="unit") as bar:
+            return jax.block_until_ready(score(bar, params, *batch))
+
+    return functools.partial(_checked, shown, groups)
 
 
 @functools.partial(jax.jit, static_argnums=range(4))
-def _oracle(loss, groups, absolute, batch_size, params, *batch):
-    dense, losses = losses_without(groups, loss, batch_size, params, *batch)
+def _oracle(loss, groups, absolute, memory, bar, params, *batch):
+    dense, losses = losses_without(groups, loss, memory, bar, params, *batch)
     return jnp.abs(losses - dense) if absolute else losses - dense
 
 

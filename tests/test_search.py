@@ -36,14 +36,14 @@ def error_without(groups, params, batch, kept):
     return float(loss(jp.apply_masks(params, groups.masks(np.asarray(kept))), *batch))
 
 
-@pytest.mark.parametrize("absolute, batch_size", [(False, 3), (True, 64)])
-def test_oracle_equals_a_loop(absolute, batch_size, problem):
+@pytest.mark.parametrize("absolute, memory", [(False, 2e3), (True, 1e9)])
+def test_oracle_equals_a_loop(absolute, memory, problem):
     groups, params, batch = problem
     rows = ~np.eye(10, dtype=bool)
     change = [
         error_without(groups, params, batch, row) - float(loss(params, *batch)) for row in rows
     ]
-    score = jp.search.oracle(groups, loss, absolute=absolute, batch_size=batch_size)
+    score = jp.search.oracle(groups, loss, absolute=absolute, memory=memory)
     found = score(params, *batch)
     expected = np.abs(change) if absolute else change
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
@@ -59,18 +59,18 @@ def by_masks(groups, loss, params, *batch):
 
 
 @pytest.mark.parametrize(
-    "name, exact, batch_size",
+    "name, exact, memory",
     [
-        ("linen_resnet_basic", True, 1),  # batch norm, and a stream through all layers
-        ("linen_lenet", True, 3),  # biases, and a flatten
-        ("jax_gqa_decoder", True, 1),  # heads
-        ("linen_squeeze_excitation", True, 1),  # sigmoid is not zero at zero
-        ("linen_lstm", True, 1),
-        ("jax_cond", True, 4),
-        ("linen_mixer", False, 1),  # what changes the result beyond its masks
+        ("linen_resnet_basic", True, 0),  # batch norm, and a stream through all layers
+        ("linen_lenet", True, 1e5),  # biases, and a flatten
+        ("jax_gqa_decoder", True, 0),  # heads
+        ("linen_squeeze_excitation", True, 0),  # sigmoid is not zero at zero
+        ("linen_lstm", True, 0),
+        ("jax_cond", True, 1e6),
+        ("linen_mixer", False, 0),  # what changes the result beyond its masks
     ],
 )
-def test_oracle_equals_masks(name, exact, batch_size):
+def test_oracle_equals_masks(name, exact, memory):
     with jax.numpy_rank_promotion("allow"):  # of flax
         net = zoo.NETWORKS[name]()
         groups = jp.find_groups(net.fn, net.params, *net.inputs, exact=exact)
@@ -80,7 +80,7 @@ def test_oracle_equals_masks(name, exact, batch_size):
             return sum(jnp.mean(jnp.sin(1.0 + jnp.arange(x.size)) * x.reshape(-1)) for x in outs)
 
         expected = by_masks(groups, loss, net.params, *net.inputs)
-        found = jp.search.oracle(groups, loss, batch_size=batch_size)(net.params, *net.inputs)
+        found = jp.search.oracle(groups, loss, memory=memory)(net.params, *net.inputs)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
@@ -94,10 +94,36 @@ def test_oracle_of_a_loss_that_unites_units(problem):
 
 def test_oracle_starts_where_units_meet(problem):
     groups, params, batch = problem
-    program = jax.make_jaxpr(lambda p, *b: jp.search._oracle(loss, groups, False, 1, p, *b))
+    program = jax.make_jaxpr(lambda p, *b: jp.search._oracle(loss, groups, False, 0, None, p, *b))
     text = str(program(params, *batch))
     # The dense network, each first layer without its units, then the layers after it, in a loop.
     assert text.count("dot_general[") == 3 + (1 + 2) + (1 + 1)
+
+
+def test_oracle_keeps_to_its_memory():
+    params = {"in": jnp.ones((4, 64)), "out": jnp.ones((64, 32))}
+    batch = jnp.ones((16, 4)), jnp.ones((16, 32))
+    fn = lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"]  # noqa: E731
+    loss = lambda p, x, y: jnp.mean((fn(p, x) - y) ** 2)  # noqa: E731
+    groups = jp.find_groups(fn, params, batch[0])
+
+    def temporary(memory):
+        program = jp.search._oracle.lower(loss, groups, False, memory, None, params, *batch)
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    single, few, every = (temporary(memory) for memory in (0, 1e5, 1e9))
+    assert single < few < 2e5 < every
+
+
+@pytest.mark.parametrize("memory", [0, 1e9])
+def test_oracle_shows_progress(memory, problem, monkeypatch, capsys):
+    groups, params, batch = problem
+    score = jp.search.oracle(groups, loss, memory=memory)
+    quiet = score(params, *batch)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(jp.search._progress, "seen", lambda: True)
+    np.testing.assert_array_equal(score(params, *batch), quiet)
+    assert "10/10" in capsys.readouterr().err
 
 
 def test_oracle_without_units(problem):
@@ -220,8 +246,8 @@ def test_errors(problem):
             search(problem, **options)
     with pytest.raises(ValueError, match="sparsity"):
         jp.search.particle_filter(groups, loss, params, 1.0, jax.random.key(0), *batch)
-    with pytest.raises(ValueError, match="batch_size"):
-        jp.search.oracle(groups, loss, batch_size=0)
+    with pytest.raises(ValueError, match="memory"):
+        jp.search.oracle(groups, loss, memory=-1)
     with pytest.raises(TypeError, match="search.oracle: the loss"):
         jp.search.oracle(groups, lambda p, x, y: network(p, x))(params, *batch)
     with pytest.raises(ValueError, match="params"):

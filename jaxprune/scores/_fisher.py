@@ -25,8 +25,8 @@ def fisher(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
 
     Returns:
       A function of ``(params, *batch)`` giving one float32 score per weight; higher is kept. All
-      arrays of the batch have the examples along their first axis; 16 gradients are held at once,
-      or the largest smaller number that divides the batch.
+      arrays of the batch have the examples along their first axis. Gradients are taken one after
+      the other: a thousand examples cost a thousand gradients of one example.
 
     Raises:
       ValueError: for batch arrays of different lengths and (outside jit) gradients that are not
