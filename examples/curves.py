@@ -15,6 +15,7 @@ Finished points are kept in OUT/curves.csv and not run again: delete it to begin
 import argparse
 import functools
 import pathlib
+import types
 import warnings
 
 import jax
@@ -73,82 +74,91 @@ def trainer(loss, link, x, y, steps, size=64):
     return fit
 
 
-def compare(args):
-    """Runs the sweep: gives its table, and what the report says beside it."""
-    x, y, x_test, y_test = load(args.data)
+def problem(data, epochs):
+    """Gives what every method has in common: the data, the network, its training and its groups."""
+    x, y, x_test, y_test = load(data)
     side = round(x.shape[1] ** 0.5)
     x, x_test = (jnp.asarray(a).reshape(-1, side, side, 1) for a in (x, x_test))
     y = jnp.asarray(y)
     model = CNN()
-    example = x[:1]
     apply_fn = jax.jit(model.apply)
     loss = cross_entropy(apply_fn)
     adam = optax.adam(2e-3)
-    steps = max(args.epochs * len(x) // 64, 1)
+    steps = max(epochs * len(x) // 64, 1)
     fit = trainer(loss, lambda masks: jp.enforce(adam, masks), x, y, steps)
-
-    def train(params, masks, key):
-        return fit(params, masks, key)[0]
-
-    def cubic(sparsity):
-        schedule = jp.schedules.cubic(sparsity, begin=0, end=steps)
-        return jp.gradual(adam, jp.scores.magnitude, schedule, every=5)
-
-    fit_gradually = trainer(loss, cubic, x, y, steps)
-
-    def gradual(params, sparsity, key, train):
-        params, state = fit_gradually(params, jnp.float32(sparsity), key)
-        return params, jp.get_masks(state)
 
     @jax.jit
     def evaluate(params):
         return jnp.mean(jnp.argmax(apply_fn(params, x_test), -1) == y_test)
 
-    init = jax.jit(lambda key: model.init(key, example))
-    groups = jp.find_groups(apply_fn, init(jax.random.key(0)), example)
-    synflow = jp.scores.synflow(apply_fn)
+    init = jax.jit(lambda key: model.init(key, x[:1]))
+    return types.SimpleNamespace(
+        x=x,
+        y=y,
+        data={"x": x, "y": y, "x_test": x_test, "y_test": y_test},
+        apply_fn=apply_fn,
+        loss=loss,
+        adam=adam,
+        steps=steps,
+        train=lambda params, masks, key: fit(params, masks, key)[0],
+        evaluate=evaluate,
+        init=init,
+        groups=jp.find_groups(apply_fn, init(jax.random.key(0)), x[:1]),
+    )
+
+
+def sweep(net, methods, args, store):
+    """Measures methods on the problem: gives the table."""
+    sparsities = [1 - 1 / c for c in args.compressions]
+    return jp.curves.sweep(
+        methods,
+        sparsities,
+        range(args.seeds),
+        net.train,
+        net.evaluate,
+        init=net.init,
+        apply_fn=net.apply_fn,
+        inputs=[net.x[:256]],
+        store=store,
+    )
+
+
+def nine_methods(net):
+    """Gives the methods; ``sweep`` adds random and magnitude pruning."""
+
+    def cubic(sparsity):
+        schedule = jp.schedules.cubic(sparsity, begin=0, end=net.steps)
+        return jp.gradual(net.adam, jp.scores.magnitude, schedule, every=5)
+
+    fit_gradually = trainer(net.loss, cubic, net.x, net.y, net.steps)
+
+    def gradual(params, sparsity, key, train):
+        params, state = fit_gradually(params, jnp.float32(sparsity), key)
+        return params, jp.get_masks(state)
+
+    synflow = jp.scores.synflow(net.apply_fn)
 
     def by_synaptic_flow(params, sparsity, key, train):
-        masks = jp.select_iteratively(synflow, params, sparsity, example, rounds=100)
+        masks = jp.select_iteratively(synflow, params, sparsity, net.x[:1], rounds=100)
         return train(jp.apply_masks(params, masks), masks), masks
 
-    method, scores, sample = jp.curves.method, jp.scores, (x[:512], y[:512])
+    method, scores, sample = jp.curves.method, jp.scores, (net.x[:512], net.y[:512])
     by_layer = functools.partial(jp.select, scope="layer")
     # Kernels are made for round widths: 11 and 22 filters in place of 16 and 32 run slower here.
-    filters = functools.partial(groups.select, cost="params", round_to=4)
-    methods = {
+    filters = functools.partial(net.groups.select, cost="params", round_to=4)
+    return {
         "magnitude": method(scores.magnitude),
         "magnitude by layer": method(scores.magnitude, select=by_layer),
-        "SNIP": method(scores.snip(loss), *sample, trained=False),
-        "GraSP": method(scores.grasp(cross_entropy(apply_fn, 200)), *sample, trained=False),
+        "SNIP": method(scores.snip(net.loss), *sample, trained=False),
+        "GraSP": method(scores.grasp(cross_entropy(net.apply_fn, 200)), *sample, trained=False),
         "SynFlow": by_synaptic_flow,
         "gradual": gradual,
         "L1 filters": method(
             scores.magnitude, select=functools.partial(filters, scope="layer", reduce="first")
         ),
         "Taylor filters": method(
-            scores.taylor(loss), *sample, select=functools.partial(filters, normalize="mean")
+            scores.taylor(net.loss), *sample, select=functools.partial(filters, normalize="mean")
         ),
-    }
-    table = jp.curves.sweep(
-        methods,
-        [1 - 1 / c for c in args.compressions],
-        range(args.seeds),
-        train,
-        evaluate,
-        init=init,
-        apply_fn=apply_fn,
-        inputs=[x[:256]],
-        store=args.out / "curves.csv",
-    )
-    params = init(jax.random.key(0))
-    masks = jp.select(scores.magnitude(params), 0.0)
-    return table, {
-        "summary": jp.summary(params, masks),
-        "layers": jp.metrics.layers(apply_fn, params, example),
-        "groups": groups,
-        "settings": vars(args) | {"optimizer": "adam(2e-3)", "batch": 64, "steps": 2 * steps},
-        "data": {"x": x, "y": y, "x_test": x_test, "y_test": y_test},
     }
 
 
@@ -163,20 +173,36 @@ def draw(table, out):
     plt.close(figure)
 
 
-def main():
+def options(description):
+    """Reads the command line."""
     options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--data", metavar="DIR", help="folder of MNIST IDX files")
     options.add_argument("--epochs", type=int, default=8)
     options.add_argument("--compressions", type=float, nargs="+", default=[2, 4, 8, 16, 32])
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--out", type=pathlib.Path, default=pathlib.Path("outputs"))
-    args = options.parse_args()
+    return options.parse_args()
+
+
+def main():
+    args = options(__doc__)
     warnings.filterwarnings("ignore", "round_to")  # says which widths were rounded: many
-    table, parts = compare(args)
+    net = problem(args.data, args.epochs)
+    table = sweep(net, nine_methods(net), args, args.out / "curves.csv")
     draw(table, args.out)
-    jp.report(args.out / "curves.html", title="Pruning a CNN on digits", curves=table, **parts)
+    params = net.init(jax.random.key(0))
+    jp.report(
+        args.out / "curves.html",
+        title="Pruning a CNN on digits",
+        curves=table,
+        summary=jp.summary(params, jp.select(jp.scores.magnitude(params), 0.0)),
+        layers=jp.metrics.layers(net.apply_fn, params, net.x[:1]),
+        groups=net.groups,
+        settings=vars(args) | {"optimizer": "adam(2e-3)", "batch": 64, "steps": 2 * net.steps},
+        data=net.data,
+    )
     print(jp.curves.summary(table))
     print(f"wrote curves.csv, .png, .svg and .html in {args.out}")
 

@@ -48,15 +48,26 @@ def fisher(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
 def _checked(loss, params, *batch):
     _tree.check_params(params)
     _loss.check_examples("fisher", batch)
-    scores, largest = _fisher(loss, params, batch)
+    params, batch = jax.tree.map(jnp.asarray, (params, batch))
+    count = len(jax.tree.leaves(batch)[0])
+    zeros = _tree.map_floating(lambda w: jnp.zeros_like(w, jnp.float32), params)
+    add = functools.partial(_add, loss, params, batch)
+    squares = _loss.fold(add, zeros, count, _tree.is_traced(params, batch))
+    scores, largest = _scores(params, squares, count)
     _loss.check_curvature("fisher", largest)
     return scores
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _fisher(loss, params, batch):
-    fisher = _loss.mean_squares(_loss.example_grads("fisher", loss, params), batch)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _add(loss, params, batch, squares, i):
+    grads = _loss.example_grad("fisher", loss, params, batch, i)
+    return jax.tree.map(lambda s, g: s + g.astype(jnp.float32) ** 2, squares, grads)
+
+
+@jax.jit
+def _scores(params, squares, count):
+    fisher = jax.tree.map(lambda s: s / count, squares)
     scores = jax.tree.map(
-        lambda h, w: h * jnp.asarray(w, jnp.float32) ** 2 / 2, fisher, _tree.floating(params)
+        lambda h, w: h * w.astype(jnp.float32) ** 2 / 2, fisher, _tree.floating(params)
     )
     return scores, _loss.largest(fisher)

@@ -119,27 +119,35 @@ def _obd(loss, params, *batch):
     return _scores(floats, grads, treedef.unflatten([diagonal(k) for k in range(len(leaves))]))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _obd_hutchinson(loss, samples, params, key, *batch):
+    keys = jax.random.split(key, samples)
+    params, batch = jax.tree.map(jnp.asarray, (params, batch))
+    zeros = [jnp.zeros_like(w, jnp.float32) for w in jax.tree.leaves(_tree.floating(params))]
+    add = functools.partial(_add, loss, params, keys, batch)
+    total = _loss.fold(add, zeros, samples, _tree.is_traced(params, keys, batch))
+    return _estimate(loss, params, total, samples, *batch)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _add(loss, params, keys, batch, total, i):
     scalar, floats = _loss.of_floats("obd_hutchinson", loss, params, *batch)
-    grads, product = jax.linearize(jax.grad(scalar), floats)
     leaves, treedef = jax.tree.flatten(floats)
+    signs = [  # zeros_like has the sharding of w
+        jnp.zeros_like(w) + jax.random.rademacher(k, w.shape, w.dtype)
+        for w, k in zip(leaves, jax.random.split(keys[i], len(leaves)), strict=True)
+    ]
+    _, products = jax.jvp(jax.grad(scalar), (floats,), (treedef.unflatten(signs),))
+    return [
+        t + v.astype(jnp.float32) * hv.astype(jnp.float32)
+        for t, v, hv in zip(total, signs, jax.tree.leaves(products), strict=True)
+    ]
 
-    def add(total, key):
-        keys = jax.random.split(key, len(leaves))
-        signs = [  # zeros_like has the sharding of w
-            jnp.zeros_like(w) + jax.random.rademacher(k, w.shape, w.dtype)
-            for w, k in zip(leaves, keys, strict=True)
-        ]
-        products = jax.tree.leaves(product(treedef.unflatten(signs)))
-        return [
-            t + v.astype(jnp.float32) * hv.astype(jnp.float32)
-            for t, v, hv in zip(total, signs, products, strict=True)
-        ], None
 
-    zeros = [jnp.zeros_like(w, jnp.float32) for w in leaves]
-    total, _ = jax.lax.scan(add, zeros, jax.random.split(key, samples))
-    return _scores(floats, grads, treedef.unflatten([t / samples for t in total]))
+@functools.partial(jax.jit, static_argnums=0)
+def _estimate(loss, params, total, samples, *batch):
+    scalar, floats = _loss.of_floats("obd_hutchinson", loss, params, *batch)
+    curvature = jax.tree.structure(floats).unflatten([t / samples for t in total])
+    return _scores(floats, jax.grad(scalar)(floats), curvature)
 
 
 def _scores(floats, grads, curvature):

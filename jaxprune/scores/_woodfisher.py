@@ -102,43 +102,75 @@ def _check(block, damping):
 
 
 def _score(loss, block, damping, params, *batch):
-    return _run(_woodfisher, loss, block, damping, params, (), batch)
+    return _run(lambda inverses: _scores(params, inverses), loss, block, damping, params, batch)
 
 
 def _update(loss, block, damping, params, masks, *batch):
     _tree.check_params(params)
     aligned = _tree.align_masks(params, masks)
-    return apply_masks(
-        _run(_woodfisher_update, loss, block, damping, params, aligned, batch), masks
-    )
+
+    def move(inverses):
+        return _moved(block, params, aligned, inverses)
+
+    return apply_masks(_run(move, loss, block, damping, params, batch), masks)
 
 
-def _run(f, loss, block, damping, params, masks, batch):
+def _run(f, loss, block, damping, params, batch):
     _tree.check_params(params)
     _loss.check_examples("woodfisher", batch)
     params, batch = jax.tree.map(jnp.asarray, (params, batch))
+    count = len(jax.tree.leaves(batch)[0])
     outer = bool(jax.enable_x64.value)
     with jax.enable_x64(True):
-        result, largest = f(loss, block, outer, params, masks, damping, batch)
+        grow = functools.partial(_grow, loss, block, outer, params, batch)
+        start = _start(block, params, damping)
+        inverses, largest = _loss.fold(grow, start, count, _tree.is_traced(params, batch))
+        result = f(inverses)
     _loss.check_curvature("woodfisher", largest)
     return result
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _woodfisher(loss, block, outer, params, masks, damping, batch):
-    inverses, largest = _inverses(loss, block, outer, params, damping, batch)
+@functools.partial(jax.jit, static_argnums=0)
+def _start(block, params, damping):
+    """Gives the inverses of the blocks of every floating leaf before any example, and zeros."""
 
+    def start(w):
+        rows, size = jax.eval_shape(lambda w: _blocked(w, block), w).shape
+        return jnp.broadcast_to(jnp.eye(size) / damping, (rows, size, size))
+
+    floats = _tree.floating(params)
+    return jax.tree.map(start, floats), jax.tree.map(lambda w: jnp.zeros((), w.dtype), floats)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+def _grow(loss, block, outer, params, batch, state, i):
+    """Takes one more example into the inverses, and its largest gradient."""
+    inverses, largest = state
+    count = len(jax.tree.leaves(batch)[0])
+    with jax.enable_x64(outer):
+        grad = _loss.example_grad("woodfisher", loss, params, batch, i)
+
+    def update(inverse, g):
+        g = _blocked(g.astype(jnp.float64), block)
+        v = jnp.einsum("kij,kj->ki", inverse, g)
+        scale = count + jnp.sum(v * g, axis=1)[:, None, None]
+        return inverse - v[:, :, None] * v[:, None] / scale
+
+    largest = jax.tree.map(jnp.maximum, largest, _loss.largest(grad))
+    return jax.tree.map(update, inverses, grad), largest
+
+
+@jax.jit
+def _scores(params, inverses):
     def score(w, inverse):
         diagonal = _unblocked(jnp.diagonal(inverse, axis1=1, axis2=2), w)
         return (w.astype(jnp.float64) ** 2 / (2 * diagonal)).astype(jnp.float32)
 
-    return _tree.map_floating(score, params, inverses), largest
+    return _tree.map_floating(score, params, inverses)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _woodfisher_update(loss, block, outer, params, masks, damping, batch):
-    inverses, largest = _inverses(loss, block, outer, params, damping, batch)
-
+@functools.partial(jax.jit, static_argnums=0)
+def _moved(block, params, masks, inverses):
     def move(w, inverse, mask):
         gone = ~_blocked(mask, block, fill=True)
         weights = jnp.where(gone, _blocked(w.astype(jnp.float64), block), 0)
@@ -154,38 +186,7 @@ def _woodfisher_update(loss, block, outer, params, masks, damping, batch):
         w if mask is None or inverse is None else move(w, inverse, mask)
         for w, inverse, mask in zip(leaves, inverse_leaves, masks, strict=True)
     ]
-    return _tree.rebuild(params, moved), largest
-
-
-def _inverses(loss, block, outer, params, damping, batch):
-    """Gives the inverses of the blocks of every floating leaf, and its largest gradient."""
-    grads = _loss.example_grads("woodfisher", loss, params)
-    count = len(jax.tree.leaves(batch)[0])
-
-    def start(w):
-        rows, block_size = jax.eval_shape(lambda w: _blocked(w, block), w).shape
-        return jnp.broadcast_to(jnp.eye(block_size) / damping, (rows, block_size, block_size))
-
-    def add(state, example):
-        with jax.enable_x64(outer):
-            grad = grads(example)
-
-        def update(inverse, g):
-            g = _blocked(g.astype(jnp.float64), block)
-            v = jnp.einsum("kij,kj->ki", inverse, g)
-            scale = count + jnp.sum(v * g, axis=1)[:, None, None]
-            return inverse - v[:, :, None] * v[:, None] / scale
-
-        inverses, largest = state
-        return (
-            jax.tree.map(update, inverses, grad),
-            jax.tree.map(jnp.maximum, largest, _loss.largest(grad)),
-        ), None
-
-    floats = _tree.floating(params)
-    zeros = jax.tree.map(lambda w: jnp.zeros((), w.dtype), floats)
-    (inverses, largest), _ = jax.lax.scan(add, (jax.tree.map(start, floats), zeros), batch)
-    return inverses, largest
+    return _tree.rebuild(params, moved)
 
 
 def _blocked(leaf, block, fill=0):
