@@ -173,12 +173,19 @@ def _scores(params, inverses):
 def _moved(block, params, masks, inverses):
     def move(w, inverse, mask):
         gone = ~_blocked(mask, block, fill=True)
-        weights = jnp.where(gone, _blocked(w.astype(jnp.float64), block), 0)
-        # Rows of the identity stand for what stays: so the shape is one for any masks.
-        system = jnp.where(gone[:, :, None] & gone[:, None], inverse, jnp.eye(gone.shape[1]))
-        solved = jnp.linalg.solve(system, weights[..., None])
-        change = _unblocked(jnp.matmul(inverse, solved)[..., 0], w)
-        return (w.astype(jnp.float64) - change).astype(w.dtype)
+
+        def remove(i, state):
+            # One after the other: all at once is a batched LAPACK solve, and several of these in
+            # one program wait for each other forever on CPUs with JAX 0.10.
+            weights, inverse = state
+            column = jnp.take(inverse, i, axis=2)
+            factor = jnp.where(gone[:, i], 1 / column[:, i], 0)[:, None]
+            moved = weights - factor * weights[:, i, None] * column
+            return moved, inverse - factor[:, :, None] * column[:, :, None] * column[:, None]
+
+        weights = _blocked(w.astype(jnp.float64), block)
+        weights, _ = jax.lax.fori_loop(0, weights.shape[1], remove, (weights, inverse))
+        return _unblocked(weights, w).astype(w.dtype)
 
     leaves = jax.tree.leaves(params)
     inverse_leaves = jax.tree.structure(params).flatten_up_to(inverses)
