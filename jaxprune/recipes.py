@@ -97,24 +97,27 @@ def rounds(fraction: float, count: int) -> list[float]:
       count: how many rounds.
 
     Raises:
-      ValueError: for a fraction outside [0, 1).
+      ValueError: for a fraction outside [0, 1), or fewer than one round.
 
     Examples:
       >>> [round(s, 3) for s in rounds(0.2, 3)]
       [0.2, 0.36, 0.488]
     """
     check_sparsity(fraction, "fraction")
+    if count < 1:
+        raise ValueError(f"rounds needs a count of at least one, got {count}.")
     return [1 - (1 - fraction) ** k for k in range(1, count + 1)]
 
 
 def iterative(
     params: Any,
-    train: Callable[[Any, Any], Any],
+    train: Callable[..., Any],
     score: Callable[[Any], Any],
     sparsities: Sequence[float],
     *,
     select: Callable[..., Any] = _select,
     restart: Callable[[Any, int], Any] = keep,
+    key: jax.Array | None = None,
 ) -> Iterator[Round]:
     r"""Scores, prunes and trains, once for every sparsity, and yields after every round.
 
@@ -133,6 +136,8 @@ def iterative(
       select: ``jp.select`` or ``groups.select``, or one of them with ``functools.partial``.
       restart: maps ``(params, round)`` to those that are trained: :func:`keep`,
         ``rewind(early)``, ``reinitialize(init, key)``.
+      key: folded with the number of the round and given to ``train`` as a third argument, so that
+        a round is the same after going on from the one before. By default ``train`` gets none.
 
     Returns:
       An iterator of rounds, each computed when it is asked for.
@@ -166,15 +171,16 @@ def iterative(
         if not before < after:
             raise ValueError(f"iterative needs sparsities that rise, got {before} before {after}.")
     _tree.check_params(last.params)
-    return _iterative(last, train, score, sparsities, select, restart)
+    return _iterative(last, train, score, sparsities, select, restart, key)
 
 
-def _iterative(last, train, score, sparsities, select, restart):
+def _iterative(last, train, score, sparsities, select, restart, key):
     for number, sparsity in enumerate(sparsities[last.round :], last.round + 1):
         masks = select(score(last.params), sparsity, within=last.masks)
         start = restart(last.params, number)
         _check_same(last.params, start, "restart")
-        params = train(apply_masks(start, masks), masks)
+        random = [] if key is None else [jax.random.fold_in(key, number)]
+        params = train(apply_masks(start, masks), masks, *random)
         _check_same(start, params, "train")
         _tree.check_pruned(params, masks)
         last = Round(number, sparsity, params, masks)

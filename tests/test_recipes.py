@@ -85,6 +85,22 @@ def test_iterative_goes_on_from_any_round(name):
         assert all(equal(a.params, b.params) for a, b in zip(rest, whole[done:], strict=True))
 
 
+def test_iterative_gives_every_round_its_key():
+    keys = []
+
+    def train(params, masks, key):
+        keys.append(jax.random.key_data(key).tolist())
+        return params
+
+    go = functools.partial(
+        recipes.iterative, train=train, score=jp.scores.magnitude, sparsities=SPARSITIES
+    )
+    whole = list(go(problem()[0], key=jax.random.key(5)))
+    assert len({tuple(key) for key in keys}) == 3
+    list(go(whole[0], key=jax.random.key(5)))
+    assert keys[3:] == keys[1:3]
+
+
 def test_iterative_computes_when_asked_and_compiles_once():
     calls = []
 
@@ -118,6 +134,8 @@ def test_iterative_before_training_and_with_groups():
 def test_rounds_remove_a_fraction_of_what_is_left():
     np.testing.assert_allclose(recipes.rounds(0.2, 3), [0.2, 0.36, 0.488])
     np.testing.assert_allclose(recipes.rounds(1 - (1 - 0.9) ** (1 / 4), 4)[-1], 0.9)
+    with pytest.raises(ValueError, match="at least one, got 0"):
+        recipes.rounds(0.2, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The shared table of results: ``python docs/_make/results.py outputs/curves.csv``."""
+"""A table that pages include: ``python docs/_make/results.py outputs/curves.csv``, or criteria."""
 
 import pathlib
 import sys
@@ -8,7 +8,7 @@ import numpy as np
 import jaxprune as jp
 
 INTRODUCTION = """\
-`python examples/curves.py`: a CNN of two convolutions and two dense layers, on the digits of
+`python examples/{example}.py`: a CNN of two convolutions and two dense layers, on the digits of
 scikit-learn. Test accuracy after fine-tuning, mean ± standard deviation over {seeds} seeds, 360
 test images: differences below a point are noise, and so small a set proves little. Every method
 takes the same number of training steps. The dense network reaches {dense}.
@@ -17,7 +17,8 @@ takes the same number of training steps. The dense network reaches {dense}.
 
 
 def main(path):
-    """Writes the table beside the pages that include it."""
+    """Writes the table of an example beside the pages that include it."""
+    path = pathlib.Path(path)
     mean = jp.curves.over_seeds(jp.curves.load(path))
     pairs = zip(100 * mean["after"], 100 * mean["after_std"], strict=True)
     percent = [f"{middle:.1f} ± {spread:.1f} %" for middle, spread in pairs]
@@ -29,10 +30,12 @@ def main(path):
     for method in dict.fromkeys(mean["method"].tolist()):
         rows = np.flatnonzero(mean["method"] == method)
         if method == "dense":
-            introduction = INTRODUCTION.format(seeds=mean["seeds"][rows[0]], dense=percent[rows[0]])
+            introduction = INTRODUCTION.format(
+                example=path.stem, seeds=mean["seeds"][rows[0]], dense=percent[rows[0]]
+            )
             continue
         lines.append(f"| {method} | " + " | ".join(percent[r] for r in rows) + " |")
-    target = pathlib.Path(__file__).parent.parent / "_results.md"
+    target = pathlib.Path(__file__).parent.parent / f"_{path.stem}.md"
     target.write_text(introduction + "\n".join(lines) + "\n")
 
 
