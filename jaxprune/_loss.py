@@ -1,6 +1,7 @@
 """Losses as criteria take them: of the floating leaves, scalar, or of one example at a time."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -29,7 +30,21 @@ def of_floats(name: str, loss: Callable[..., jax.Array], params: Any, *batch: An
 def grad(name: str, loss: Callable[..., jax.Array], params: Any, *batch: Any) -> Any:
     """Takes ``jax.grad`` over the floating leaves alone; `None` for the others."""
     scalar, floats = of_floats(name, loss, params, *batch)
-    return jax.grad(scalar)(floats)
+    with differentiating(name, scalar, floats):
+        return jax.grad(scalar)(floats)
+
+
+@contextlib.contextmanager
+def differentiating(name: str, scalar: Callable[..., jax.Array], floats: Any) -> Iterator[None]:
+    """Raises a `TypeError` that names the criterion where the loss runs, but has no derivative."""
+    try:
+        yield
+    except Exception as error:
+        jax.eval_shape(scalar, floats)  # an error of the loss itself stays as it is
+        raise TypeError(
+            f"{name}: the loss cannot be differentiated: {error} First derivatives are needed, and "
+            "second ones by obd, obd_hutchinson and grasp; magnitude needs none."
+        ) from error
 
 
 def check_examples(name: str, batch: Any) -> None:

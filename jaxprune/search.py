@@ -162,6 +162,7 @@ def particle_filter(
     Raises:
       ValueError: for a number that is out of range, groups without units, params that the groups
         were not found for, or an error that is never finite.
+      TypeError: for an error that is not scalar.
 
     Examples:
       >>> import jaxprune as jp
@@ -223,7 +224,13 @@ def _round(error, groups, batch_size, state, key, numbers, params, *batch):
     sparsity, temperature, mutation = numbers
 
     def measure(kept):
-        return error(apply_masks(params, groups.masks(kept)), *batch).astype(jnp.float32)
+        found = error(apply_masks(params, groups.masks(kept)), *batch)
+        if jnp.shape(found):
+            raise TypeError(
+                f"particle_filter: the error must be one number, got {jax.typeof(found)}. Average "
+                "over the examples."
+            )
+        return jnp.float32(found)
 
     kept = state.kept
     errors = jax.lax.map(measure, kept, batch_size=batch_size)

@@ -355,6 +355,17 @@ def test_a_loss_that_is_not_scalar_is_an_error(name):
         score(lambda p, x, y: (loss(p, x, y), {"aux": x}), params, batch)
 
 
+@pytest.mark.parametrize("name", ["gradient", *CURVED])
+def test_a_loss_without_a_derivative_is_an_error(name):
+    params, batch = problem()
+    score = CURVED.get(name) or (lambda f, p, b: jp.scores.gradient(f)(p, *b))
+    outside = lambda p, x, y: jax.pure_callback(np.sum, y[0, 0], p["w"])  # noqa: E731
+    with pytest.raises(TypeError, match=f"^{name}: the loss cannot be differentiated: .*callback"):
+        score(outside, params, batch)
+    with pytest.raises(TypeError, match="^dot_general"):
+        score(lambda p, x, y: jnp.sum(x @ p["v"]), params, batch)
+
+
 @pytest.mark.parametrize("name", CURVED)
 def test_a_loss_without_curvature_is_an_error(name):
     params, (x, y) = problem()

@@ -250,6 +250,10 @@ def test_errors(problem):
         jp.search.oracle(groups, loss, memory=-1)
     with pytest.raises(TypeError, match="search.oracle: the loss"):
         jp.search.oracle(groups, lambda p, x, y: network(p, x))(params, *batch)
+    with pytest.raises(TypeError, match="particle_filter: the error must be one number"):
+        jp.search.particle_filter(
+            groups, lambda p, x, y: network(p, x), params, 0.5, jax.random.key(0), *batch
+        )
     with pytest.raises(ValueError, match="params"):
         jp.search.oracle(groups, loss)({"a": params["a"]}, *batch)
     with pytest.raises(ValueError, match="NaN or infinite"):

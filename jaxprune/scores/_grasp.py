@@ -24,7 +24,7 @@ def grasp(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
 
     Raises:
       ValueError: (outside jit) for a curvature that is not finite, or 0 everywhere.
-      TypeError: for a loss that is not scalar.
+      TypeError: for a loss that is not scalar, or not differentiable twice.
 
     Examples:
       >>> loss = lambda w: jnp.sum(w**2 * jnp.array([1.0, 2.0])) / 2
@@ -49,7 +49,8 @@ def _checked(loss, params, *batch):
 def _grasp(loss, params, *batch):
     scalar, floats = _loss.of_floats("grasp", loss, params, *batch)
     grads = jax.grad(scalar)
-    _, curvature = jax.jvp(grads, (floats,), (grads(floats),))
+    with _loss.differentiating("grasp", scalar, floats):
+        _, curvature = jax.jvp(grads, (floats,), (grads(floats),))
     scores = jax.tree.map(
         lambda hg, w: w.astype(jnp.float32) * hg.astype(jnp.float32), curvature, floats
     )

@@ -27,7 +27,7 @@ def obd(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
 
     Raises:
       ValueError: (outside jit) for a curvature that is not finite, or 0 everywhere.
-      TypeError: for a loss that is not scalar.
+      TypeError: for a loss that is not scalar, or not differentiable twice.
 
     Examples:
       >>> minimum = jnp.array([3.0, -1.0])
@@ -66,7 +66,7 @@ def obd_hutchinson(loss: Callable[..., jax.Array], samples: int = 100) -> Callab
     Raises:
       ValueError: for fewer than one sample and (outside jit) a curvature that is not finite, or 0
         everywhere.
-      TypeError: for a loss that is not scalar.
+      TypeError: for a loss that is not scalar, or not differentiable twice.
 
     Examples:
       >>> minimum = jnp.array([3.0, -1.0])
@@ -102,7 +102,8 @@ def _checked(name, score, params, *args):
 @functools.partial(jax.jit, static_argnums=0)
 def _obd(loss, params, *batch):
     scalar, floats = _loss.of_floats("obd", loss, params, *batch)
-    grads, product = jax.linearize(jax.grad(scalar), floats)
+    with _loss.differentiating("obd", scalar, floats):
+        grads, product = jax.linearize(jax.grad(scalar), floats)
     leaves, treedef = jax.tree.flatten(floats)
 
     def diagonal(k):
@@ -136,7 +137,8 @@ def _add(loss, params, keys, batch, total, i):
         jnp.zeros_like(w) + jax.random.rademacher(k, w.shape, w.dtype)
         for w, k in zip(leaves, jax.random.split(keys[i], len(leaves)), strict=True)
     ]
-    _, products = jax.jvp(jax.grad(scalar), (floats,), (treedef.unflatten(signs),))
+    with _loss.differentiating("obd_hutchinson", scalar, floats):
+        _, products = jax.jvp(jax.grad(scalar), (floats,), (treedef.unflatten(signs),))
     return [
         t + v.astype(jnp.float32) * hv.astype(jnp.float32)
         for t, v, hv in zip(total, signs, jax.tree.leaves(products), strict=True)
