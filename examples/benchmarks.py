@@ -96,8 +96,31 @@ def mlp(params, x):
     return x @ params[-1]["w"] + params[-1]["b"]
 
 
-def loss(params, x, y):
-    return jnp.mean((mlp(params, x) - y) ** 2)
+def conv_params(key, widths):
+    keys = jax.random.split(key, len(widths) + 1)
+    kernels = [
+        jax.random.normal(k, (3, 3, n, m)) * (2 / (9 * n)) ** 0.5
+        for k, n, m in zip(keys, (3, *widths), widths, strict=False)
+    ]
+    return {"kernels": kernels, "out": jax.random.normal(keys[-1], (widths[-1], 10)) * 0.1}
+
+
+def convs(params, x):
+    for kernel in params["kernels"]:
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
+        x = jax.nn.relu(x)
+    return x.mean((1, 2)) @ params["out"]
+
+
+def squared_error(apply_fn):
+    def loss(params, x, y):
+        return jnp.mean((apply_fn(params, x) - y) ** 2)
+
+    return loss
+
+
+loss = squared_error(mlp)
 
 
 def whole_step(tx):
@@ -169,47 +192,46 @@ def bench_optimizers(widths, step_pairs, update_pairs):
             )
 
 
-def bench_scores(widths, size, examples, pairs):
+def bench_scores(name, apply_fn, params, x, examples, pairs):
     """Times a score beside one gradient of the same batch, and the Fisher beside one an example."""
-    params = mlp_params(jax.random.key(0), widths)
-    x = jax.random.normal(jax.random.key(1), (size, widths[0]))
-    y = jax.random.normal(jax.random.key(2), (size, widths[-1]))
+    loss = squared_error(apply_fn)
+    y = jnp.ones_like(apply_fn(params, x))
     key = jax.random.key(3)
     gradient = jax.jit(jax.grad(loss))
-    groups = jp.find_groups(mlp, params, x)
+    groups = jp.find_groups(apply_fn, params, x)
     every = {
         "gradient": jp.scores.gradient(loss),
         "taylor": jp.scores.taylor(loss),
         "snip": jp.scores.snip(loss),
-        "synflow, one round": lambda p, x, y: jp.scores.synflow(mlp)(p, x),
+        "synflow, one round, batch 1": lambda p, x, y: jp.scores.synflow(apply_fn)(p, x[:1]),
         "units.taylor_gates": jp.units.taylor_gates(groups, loss),
-        "units.activation": lambda p, x, y: jp.units.activation(groups, mlp)(p, x),
+        "units.activation": lambda p, x, y: jp.units.activation(groups, apply_fn)(p, x),
         "grasp": jp.scores.grasp(loss),
-        "obd_hutchinson, one sample": lambda *a: jp.scores.obd_hutchinson(loss, 1)(
-            a[0], key, *a[1:]
-        ),
     }
+    samples = 10
+    hutchinson = jp.scores.obd_hutchinson(loss, samples)
     single = {
         "fisher": jp.scores.fisher(loss),
         "woodfisher, blocks of 50": jp.scores.woodfisher(loss),
         "units.taylor": jp.units.taylor(groups, loss),
     }
     count = sum(p.size for p in jax.tree.leaves(params))
-    print(f"\nscores on an MLP of {count:,} params: ratios to one gradient, batch {size}")
+    print(f"\nscores on {name} of {count:,} params: ratios to one gradient, batch {len(x)}")
 
-    def show(name, score, args, plain, plain_args, times=1):
-        jitted = jax.jit(score)
+    def show(name, score, args, plain_args, times=1):
         ratio, _ = paired_ratio(
-            lambda _: jitted(*args), lambda _: plain(*plain_args), [None, None], (), pairs
+            lambda _: score(*args), lambda _: gradient(*plain_args), [None, None], (), pairs
         )
         print(f"  {name:<30} {ratio / times:6.2f} x")
 
+    batch = params, x, y
     for name, score in every.items():
-        show(name, score, (params, x, y), gradient, (params, x, y))
+        show(name, jax.jit(score), batch, batch)
+    show("obd_hutchinson, a sample", hutchinson, (params, key, x, y), batch, samples)
     print(f"  of {examples} examples: ratios to {examples} gradients, each of one")
     few, one = (params, x[:examples], y[:examples]), (params, x[:1], y[:1])
     for name, score in single.items():
-        show(name, score, few, gradient, one, examples)
+        show(name, score, few, one, examples)
 
 
 def bench_iteratively(widths, rounds):
@@ -225,27 +247,14 @@ def bench_iteratively(widths, rounds):
 
 def bench_oracle(widths, size, examples, pairs):
     """Times the oracle beside one evaluation of the loss for every unit."""
-    keys = jax.random.split(jax.random.key(0), len(widths) + 1)
-    kernels = [
-        jax.random.normal(k, (3, 3, n, m)) * (2 / (9 * n)) ** 0.5
-        for k, n, m in zip(keys, (3, *widths), widths, strict=False)
-    ]
-    params = {"kernels": kernels, "out": jax.random.normal(keys[-1], (widths[-1], 10))}
-    x, y = jax.random.normal(keys[0], (examples, size, size, 3)), jnp.arange(examples) % 10
-
-    def chain(params, x):
-        for kernel in params["kernels"]:
-            dimensions = ("NHWC", "HWIO", "NHWC")
-            x = jax.lax.conv_general_dilated(
-                x, kernel, (1, 1), "SAME", dimension_numbers=dimensions
-            )
-            x = jax.nn.relu(x)
-        return x.mean((1, 2)) @ params["out"]
+    params = conv_params(jax.random.key(0), widths)
+    x = jax.random.normal(jax.random.key(1), (examples, size, size, 3))
+    y = jnp.arange(examples) % 10
 
     def loss(params, x, y):
-        return optax.softmax_cross_entropy_with_integer_labels(chain(params, x), y).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(convs(params, x), y).mean()
 
-    groups = jp.find_groups(chain, params, x)
+    groups = jp.find_groups(convs, params, x)
     oracle, forward = jp.search.oracle(groups, loss), jax.jit(loss)
 
     def each(_):
@@ -265,12 +274,13 @@ def main():
     parser.add_argument("--pairs", type=int, default=100, help="pairs of optimizer steps")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to check that it runs")
     args = parser.parse_args()
+    key = jax.random.key(0)
     processor = platform.processor() or platform.machine()
     print(f"{processor}, {os.cpu_count()} cores, jax {jax.__version__}, {jax.default_backend()}")
     if args.tiny:
         bench_select(100_000, repeats=2)
         bench_optimizers([64, 128, 128, 16], step_pairs=5, update_pairs=5)
-        bench_scores([64, 128, 10], size=8, examples=2, pairs=2)
+        bench_scores("an MLP", mlp, mlp_params(key, [64, 32, 10]), jnp.ones((4, 64)), 2, pairs=2)
         bench_oracle([4, 4], size=4, examples=2, pairs=1)
         bench_iteratively([64, 128, 10], rounds=10)
         return
@@ -278,7 +288,13 @@ def main():
         bench_select(round(millions * 1e6), args.repeats)
     bench_optimizers([1024, 2600, 2600, 256], args.pairs, args.pairs)
     bench_oracle([16, 16, 32, 32, 32, 64], size=16, examples=64, pairs=3)
-    bench_scores([784, 1000, 1000, 10], size=256, examples=32, pairs=args.pairs // 5)
+    dense = mlp_params(key, [784, 1000, 1000, 10])
+    bench_scores(
+        "an MLP", mlp, dense, jax.random.normal(key, (256, 784)), 32, pairs=args.pairs // 5
+    )
+    small = conv_params(key, [16, 16, 32, 32, 32, 64])
+    images = jax.random.normal(key, (64, 16, 16, 3))
+    bench_scores("convolutions", convs, small, images, 32, pairs=args.pairs // 5)
     bench_iteratively([784, 700, 600, 10], rounds=100)
 
 

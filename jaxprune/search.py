@@ -27,7 +27,7 @@ from jaxprune._oracle import losses_without
 from jaxprune._ranks import Ranks
 from jaxprune.groups import Groups
 from jaxprune.masks import apply_masks
-from jaxprune.units import _check_positive, _checked
+from jaxprune.units import _checked
 
 
 def oracle(
@@ -180,7 +180,8 @@ def particle_filter(
       <https://arxiv.org/abs/1512.08571>`_, 2015
     """
     for name, value in (("particles", particles), ("rounds", rounds), ("batch_size", batch_size)):
-        _check_positive(name, value)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature!r}.")
     if not 0 <= mutation <= 1:

@@ -44,7 +44,6 @@ def taylor(
     *,
     where: Where | None = None,
     normalize: str | None = None,
-    batch_size: int = 32,
 ) -> Callable[..., jax.Array]:
     r"""Scores a unit by how much the loss of an example would change, to first order, without it.
 
@@ -70,7 +69,6 @@ def taylor(
         its gate as by default.
       normalize: ``"l2"`` divides the scores of every group by their norm, as the paper does to
         compare layers; also ``"mean"``, ``"max"`` and ``"sum"``.
-      batch_size: for how many examples gradients are held at once.
 
     Returns:
       A function of ``(params, *batch)`` giving a float32 array of shape ``(len(groups),)``. The
@@ -97,9 +95,8 @@ def taylor(
     words = (None, "l2", "mean", "max", "sum")
     if normalize not in words:
         raise ValueError(f"normalize must be one of {words}, got {normalize!r}.")
-    _check_positive("batch_size", batch_size)
-    settings = (loss, groups, _gates(groups, where), normalize, batch_size)
-    return functools.partial(_per_example, functools.partial(_taylor, *settings), groups)
+    score = functools.partial(_taylor, loss, groups, _gates(groups, where), normalize)
+    return functools.partial(_checked, score, groups)
 
 
 def taylor_gates(
@@ -228,11 +225,6 @@ def flops(groups: Groups) -> jax.Array:
     return jnp.asarray(saved[1:], jnp.float32)
 
 
-def _check_positive(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-
-
 def _gates(groups: Groups, where: Where | None) -> tuple[tuple[tuple[str, int], ...], ...]:
     """Lists for every group the leaves and axes whose slices make the gates."""
     leaves = dict(_tree.named_leaves(groups.like))
@@ -271,22 +263,23 @@ def _checked(score: Callable[..., Any], groups: Groups, params: Any, *batch: Any
     return score(params, *batch)
 
 
-def _per_example(score: Callable[..., Any], groups: Groups, params: Any, *batch: Any) -> jax.Array:
+def _taylor(loss, groups, gates, normalize, params, *batch):
     _loss.check_examples("units.taylor", batch)
-    return _checked(score, groups, params, *batch)
-
-
-@functools.partial(jax.jit, static_argnums=range(5))
-def _taylor(loss, groups, gates, normalize, batch_size, params, *batch):
-    def one(example):
-        return jnp.abs(_derivatives("units.taylor", loss, groups, gates, params, *example))
-
-    examples = jax.tree.map(lambda x: jnp.asarray(x)[:, None], batch)
-    score = jnp.mean(jax.lax.map(one, examples, batch_size=batch_size), 0)
+    params, batch = jax.tree.map(jnp.asarray, (params, batch))
+    count = len(jax.tree.leaves(batch)[0])
+    add = functools.partial(_add, loss, groups, gates, params, batch)
+    zeros = jnp.zeros(len(groups), jnp.float32)
+    score = _loss.fold(add, zeros, count, _tree.is_traced(params, batch)) / count
     if normalize is None:
         return score
     group = groups._group()
     return score / per_group(normalize, score, group, len(groups.groups))[group]
+
+
+@functools.partial(jax.jit, static_argnums=range(3), donate_argnums=5)
+def _add(loss, groups, gates, params, batch, total, i):
+    example = _loss.example(batch, i)
+    return total + jnp.abs(_derivatives("units.taylor", loss, groups, gates, params, *example))
 
 
 @functools.partial(jax.jit, static_argnums=range(3))

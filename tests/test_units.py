@@ -79,17 +79,15 @@ def test_contract(name, cnn, allow):
     assert jnp.isfinite(loss(jp.apply_masks(params, masks), *batch))
 
 
-@pytest.mark.parametrize("normalize, batch_size", [(None, 2), ("l2", 32)])
-def test_taylor_equals_gates_on_single_examples(normalize, batch_size, cnn, allow):
+@pytest.mark.parametrize("normalize", [None, "l2"])
+def test_taylor_equals_gates_on_single_examples(normalize, cnn, allow):
     groups, params, (x, y) = cnn
     single = [gate_derivatives(params, x[i : i + 1], y[i : i + 1]) for i in range(5)]
     expected = np.abs(single).mean(0)
     if normalize:
         expected[:4] /= np.linalg.norm(expected[:4])
         expected[4:] /= np.linalg.norm(expected[4:])
-    found = jp.units.taylor(
-        groups, loss, where=is_norm, normalize=normalize, batch_size=batch_size
-    )(params, x, y)
+    found = jp.units.taylor(groups, loss, where=is_norm, normalize=normalize)(params, x, y)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
@@ -250,8 +248,6 @@ def test_errors(cnn, allow):
             groups.select(scores, 0.5, **options)
     with pytest.raises(ValueError, match="normalize"):
         jp.units.taylor(groups, loss, normalize="l1")
-    with pytest.raises(ValueError, match="batch_size"):
-        jp.units.taylor(groups, loss, batch_size=0)
     with pytest.raises(ValueError, match="chooses no leaf"):
         jp.units.taylor_gates(groups, loss, where=lambda path, w: False)
     with pytest.raises(ValueError, match="needed the examples along the first axis"):

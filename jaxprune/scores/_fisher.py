@@ -60,7 +60,7 @@ def _checked(loss, params, *batch):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _add(loss, params, batch, squares, i):
-    grads = _loss.example_grad("fisher", loss, params, batch, i)
+    grads = _loss.grad("fisher", loss, params, *_loss.example(batch, i))
     return jax.tree.map(lambda s, g: s + g.astype(jnp.float32) ** 2, squares, grads)
 
 

@@ -25,9 +25,9 @@ def synflow(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Returns:
       A function of ``(params, *inputs)`` giving one float32 score per weight; higher is kept.
-      Only the shapes of floating inputs are used (`jax.ShapeDtypeStruct` will do, a batch of 1 is
-      enough); other inputs pass unchanged. Raises a `ValueError`, outside jit, if no flow reaches
-      the output.
+      Only the shapes of floating inputs are used, so that `jax.ShapeDtypeStruct` will do; a batch
+      of 1 costs least and gives the same. Other inputs pass unchanged. Raises a `ValueError`,
+      outside jit, if no flow reaches the output.
 
     Examples:
       >>> f = lambda w, x: jax.nn.relu(x @ w[0]) @ w[1]

@@ -148,7 +148,7 @@ def _grow(loss, block, outer, params, batch, state, i):
     inverses, largest = state
     count = len(jax.tree.leaves(batch)[0])
     with jax.enable_x64(outer):
-        grad = _loss.example_grad("woodfisher", loss, params, batch, i)
+        grad = _loss.grad("woodfisher", loss, params, *_loss.example(batch, i))
 
     def update(inverse, g):
         g = _blocked(g.astype(jnp.float64), block)
