@@ -110,6 +110,7 @@ def problem(data, epochs):
 def sweep(net, methods, args, store):
     """Measures methods on the problem: gives the table."""
     sparsities = [1 - 1 / c for c in args.compressions]
+    methods = {name: methods[name] for name in args.methods or methods}
     return jp.curves.sweep(
         methods,
         sparsities,
@@ -182,6 +183,7 @@ def options(description):
     options.add_argument("--epochs", type=int, default=8)
     options.add_argument("--compressions", type=float, nargs="+", default=[2, 4, 8, 16, 32])
     options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--methods", nargs="+", metavar="NAME", help="only these rows")
     options.add_argument("--out", type=pathlib.Path, default=pathlib.Path("outputs"))
     return options.parse_args()
 
