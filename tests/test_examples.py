@@ -13,7 +13,7 @@ TINY = {  # settings that run in seconds; an example that is not named here runs
     "benchmarks.py": ["--tiny"],
     "benchmark_structure.py": ["--tiny"],
     "collapse.py": ["--widths", "4", "8", "--rounds", "5", "--steps", "3", "--seeds", "1"],
-    "criteria.py": "--epochs 1 --compressions 4 --seeds 1 --methods 1:m WoodFisher movement".split(),
+    "criteria.py": "--epochs 1 --compressions 4 --seeds 1 --methods WoodFisher movement".split(),
     "curves.py": ["--epochs", "1", "--compressions", "4", "--seeds", "1"],
     "filters.py": "--seeds 1 --ratios 0.5 --steps 1 --particles 2 --rounds 1".split(),
     "large_sparse.py": ["--steps", "11", "--seeds", "1", "--sparsities", "0.9"],
