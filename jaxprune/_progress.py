@@ -22,10 +22,13 @@ def seen() -> bool:
 def compiled(total: int, **options: Any) -> Iterator[int]:
     """Draws a bar that :func:`advance` moves, and gives its number to pass to the program."""
     number = next(_numbers)
-    with tqdm(total=total, **options) as _bars[number]:
-        yield number
-        jax.effects_barrier()
-    del _bars[number]
+    with tqdm(total=total, **options) as bar:
+        _bars[number] = bar
+        try:
+            yield number
+            jax.effects_barrier()
+        finally:
+            del _bars[number]
 
 
 def advance(number: jax.Array, item: jax.Array) -> None:
