@@ -9,9 +9,9 @@ import jaxprune as jp
 
 INTRODUCTION = """\
 `python examples/{example}.py`: a CNN of two convolutions and two dense layers, on the digits of
-scikit-learn. Test accuracy in % after fine-tuning, mean ± standard deviation over {seeds} seeds, 360
-test images: differences below a point are noise, and so small a set proves little. Every method
-takes the same number of training steps. The dense network reaches {dense} %.
+scikit-learn. Test accuracy in % after fine-tuning, mean ± standard deviation over {seeds}
+seeds, 360 test images: differences below a point are noise, and so small a set proves little.
+Every method takes the same number of training steps. The dense network reaches {dense} %.
 
 """
 
