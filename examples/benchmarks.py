@@ -13,6 +13,7 @@ import os
 import platform
 import statistics
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -274,6 +275,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=100, help="pairs of optimizer steps")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to check that it runs")
     args = parser.parse_args()
+    warnings.filterwarnings("ignore", "obd")  # random weights are at no minimum
     key = jax.random.key(0)
     processor = platform.processor() or platform.machine()
     print(f"{processor}, {os.cpu_count()} cores, jax {jax.__version__}, {jax.default_backend()}")
