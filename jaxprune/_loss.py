@@ -1,6 +1,7 @@
 """Losses as criteria take them: of the floating leaves, scalar, or of one example at a time."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _tree
+from jaxprune import _mesh, _tree
 
 
 def of_floats(name: str, loss: Callable[..., jax.Array], params: Any, *batch: Any) -> Any:
@@ -60,7 +61,8 @@ def check_examples(name: str, batch: Any) -> None:
 
 def example(batch: Any, i: Any) -> Any:
     """Gives one example, as a batch of one."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), batch)
+    one = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=1)
+    return jax.tree.map(lambda x: _mesh.automatic(one, x, i), batch)
 
 
 def fold(step: Callable[[Any, Any], Any], carry: Any, count: int, traced: bool) -> Any:

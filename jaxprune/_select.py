@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _threshold, _tree, patterns
+from jaxprune import _mesh, _threshold, _tree, patterns
 from jaxprune import masks as _masks
 
 SCOPES = ("global", "layer", "erk")
@@ -86,7 +86,10 @@ def select(
     sparsity = _check_scope(scope, sparsity, paths)
     with jax.enable_x64(True):
         units = [_pool(pattern, *names[i]) for i in chosen]
-        held = [None if (m := inside[i]) is None else pattern.pool(m).astype(bool) for i in chosen]
+        held = [
+            None if (m := inside[i]) is None else _mesh.automatic(pattern.pool, m).astype(bool)
+            for i in chosen
+        ]
         shapes = [jnp.shape(names[i][1])[stacked(names[i][0]) :] for i in chosen]
         sizes = [math.prod(u.shape) for u in units]
         keep = budget(scope, sparsity, paths, sizes, shapes, pattern.share or 1.0)
@@ -101,10 +104,9 @@ def select(
                 )
     leaves: list[Any] = [None] * len(names)
     for i, mask in zip(chosen, kept, strict=True):
-        leaves[i] = pattern.spread(mask, jnp.shape(names[i][1]))
-        if mask.shape != leaves[i].shape:
-            # True, but XLA cannot see it: so the mask is sharded as the scores are.
-            leaves[i] &= (names[i][1] > 0) | jax.lax.optimization_barrier(jnp.array(True))
+        leaves[i] = mask
+        if pattern is not patterns.unstructured:
+            leaves[i] = _mesh.automatic(functools.partial(_spread, pattern), names[i][1], mask)
         if inside[i] is not None and pattern is not patterns.unstructured:
             leaves[i] &= inside[i]  # a kept unit may hold weights that are gone already
     return _tree.rebuild(scores, leaves)
@@ -112,11 +114,15 @@ def select(
 
 def _pool(pattern: patterns.Pattern, path: str, scores: Any) -> jax.Array:
     try:
-        return pattern.pool(jnp.asarray(scores))
+        return _mesh.automatic(pattern.pool, jnp.asarray(scores))
     except ValueError as error:
         raise ValueError(
             f"{_tree.show(path)}: {error} Leave this array out with `where=lambda path, s: ...`."
         ) from error
+
+
+def _spread(pattern: patterns.Pattern, scores: Any, kept: jax.Array) -> jax.Array:
+    return _mesh.follow(pattern.spread(kept, jnp.shape(scores)), scores)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
@@ -125,7 +131,10 @@ def _largest(scores, within, keep, group, limit):
     if limit is None:
         return _threshold.largest(scores, within, keep, group)
     fraction = keep / np.bincount(group, [s.size for s in scores])
-    allowed = [limit(s, m, fraction[g]) for s, m, g in zip(scores, within, group, strict=True)]
+    allowed = [
+        _mesh.automatic(limit, s, m, fraction[g])
+        for s, m, g in zip(scores, within, group, strict=True)
+    ]
     kept, bad = _threshold.largest(scores, allowed, keep, group)
     lost = [~a if m is None else m & ~a for a, m in zip(allowed, within, strict=True)]
     pairs = zip(scores, lost, strict=True)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _analysis, _tree
+from jaxprune import _analysis, _mesh, _tree
 from jaxprune._table import Shown, Table, spell
 from jaxprune._walk import Cut, take
 from jaxprune.groups import Groups
@@ -76,7 +76,8 @@ class Plan(Shown):
         """Cuts a dense tree: params, an optimizer state, an EMA, batch statistics.
 
         Every part whose paths and shapes are those of the params, or of a part of them, is cut in
-        the same way; scalars and random keys stay as they are.
+        the same way; scalars and random keys stay as they are. On a mesh what is cut is sharded as
+        before, save axes that the mesh no longer divides.
 
         Raises:
           ValueError: for an array that is not shaped as the params (Adafactor's factors, say).
@@ -84,9 +85,7 @@ class Plan(Shown):
         indices = self._indices()
 
         def cut(path: str, x: Any) -> Any:
-            for axis, kept in indices.get(path, ()):
-                x = take(x, kept, axis)
-            return x
+            return _mesh.resized(_mesh.automatic(lambda x: _cut(x, indices.get(path, ())), x), x)
 
         return self._map(tree, dict(self.shapes), cut, "dense")
 
@@ -99,12 +98,9 @@ class Plan(Shown):
         indices, dense = self._indices(), dict(self.shapes)
 
         def fill(path: str, x: Any) -> Any:
-            for axis, kept in indices.get(path, ()):
-                shape = list(jnp.shape(x))
-                shape[axis] = dense[path][axis]
-                at = (slice(None),) * axis + (kept,)
-                x = jnp.zeros(shape, x.dtype).at[at].set(x)
-            return x
+            shape = dense.get(path, jnp.shape(x))
+            filled = _mesh.automatic(lambda x: _fill(x, indices.get(path, ()), shape), x)
+            return _mesh.resized(filled, x)
 
         return self._map(small_tree, self._small(), fill, "shrunk")
 
@@ -175,7 +171,9 @@ def shrink(
     A unit leaves iff all slices of all its members are masked. What stays is masked, so the new
     function of the new params gives what ``fn`` gives with masked params. It is an ordinary
     function: jit, differentiate, vmap and export it, for inputs of any batch size or length that
-    ``fn`` takes. It traces ``fn`` for each shape of inputs, and holds no params.
+    ``fn`` takes. It traces ``fn`` for each shape of inputs, and holds no params. On a mesh the
+    small params are sharded as the dense ones, save axes that the mesh no longer divides, which are
+    replicated: ``groups.select(..., round_to=...)`` keeps them divisible.
 
     Args:
       fn: maps ``(params, *inputs)`` to arrays.
@@ -265,7 +263,7 @@ def shrink(
 
     if _abstract(params):
         return small_fn, jax.eval_shape(cut_params, like, masks), plan
-    small_params = jax.jit(cut_params)(params, masks)
+    small_params = jax.tree.map(_mesh.resized, jax.jit(cut_params)(params, masks), params)
     if verify and not _abstract(inputs):
         expected = [
             cut.take(x, v) if not v.full else x
@@ -278,6 +276,22 @@ def shrink(
         differs = differences(expected, small_fn(small_params, *inputs))
         plan = dataclasses.replace(plan, inexact=plan.inexact + differs)
     return small_fn, small_params, plan
+
+
+_Indices = Sequence[tuple[int, np.ndarray]]  # an axis, and what stays of it
+
+
+def _cut(x: Any, indices: _Indices) -> Any:
+    for axis, kept in indices:
+        x = take(x, kept, axis)
+    return x
+
+
+def _fill(x: Any, indices: _Indices, dense: Sequence[int]) -> Any:
+    for axis, kept in indices:
+        shape = (*x.shape[:axis], dense[axis], *x.shape[axis + 1 :])
+        x = jnp.zeros(shape, x.dtype).at[(slice(None),) * axis + (kept,)].set(x)
+    return x
 
 
 _BRANCHES = (

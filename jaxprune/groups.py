@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _analysis, _select, _tree
+from jaxprune import _analysis, _mesh, _select, _tree
 from jaxprune._atoms import Product
 from jaxprune._ranks import Ranks, per_group
 from jaxprune._table import Shown, Table
@@ -109,7 +109,12 @@ class Groups(Shown):
 
         An entry is kept iff none of its axes left. Leaves without a unit have the mask `None`.
         """
-        return _tree.rebuild(self.like, _masks(self, jnp.asarray(kept)))
+        return self._masks(kept, None)
+
+    def _masks(self, kept: Any, tree: Any) -> Any:
+        """Gives the masks, sharded as a tree of the params' structure is, if there is one."""
+        leaves = [None] * len(self.unit) if tree is None else _tree.align(self.like, tree)
+        return _tree.rebuild(self.like, _masks(self, jnp.asarray(kept), leaves))
 
     def select(
         self,
@@ -195,7 +200,7 @@ class Groups(Shown):
         kept = kept & given
         if not _tree.is_traced(kept):
             self._tell(np.asarray(kept), ranks, fractions, sparsity, round_to)
-        return self.masks(kept)
+        return self._masks(kept, within if self._is_per_unit(scores) else scores)
 
     def _group(self) -> np.ndarray:
         group = np.zeros(len(self), np.int32)
@@ -276,7 +281,7 @@ class Groups(Shown):
             for axis, unit in enumerate(self.unit[path]):
                 others = [i for i in range(len(self.unit[path])) if i != axis]
                 any_left = jnp.ones(len(unit), bool) if mask is None else jnp.any(mask, others)
-                kept = kept.at[unit].max(any_left)
+                kept = kept.at[unit].max(_mesh.replicated(any_left))
         return kept[1:]
 
     def _classes(
@@ -380,10 +385,10 @@ class Groups(Shown):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _masks(groups: Groups, kept: jax.Array) -> list[Any]:
+def _masks(groups: Groups, kept: jax.Array, follow: list[Any]) -> list[Any]:
     kept = jnp.concatenate([jnp.ones(1, bool), kept])
     leaves: list[Any] = []
-    for path, leaf in _tree.named_leaves(groups.like):
+    for (path, leaf), sharded in zip(_tree.named_leaves(groups.like), follow, strict=True):
         mask = None
         for axis, unit in enumerate(groups.unit[path]):
             if unit.any():
@@ -391,6 +396,8 @@ def _masks(groups: Groups, kept: jax.Array) -> list[Any]:
                 shape[axis] = -1
                 stays = jnp.broadcast_to(kept[unit].reshape(shape), leaf.shape)
                 mask = stays if mask is None else mask & stays
+        if mask is not None and sharded is not None:
+            mask = _mesh.follow(mask, sharded)
         leaves.append(mask)
     return leaves
 
@@ -408,7 +415,7 @@ def _reduced(reduce, axes, count, arrays, slices, owner):  # type: ignore[no-unt
       owner: the unit of every such sum, or 0; rising.
     """
     sums = [
-        jnp.sum(a, [i for i in range(a.ndim) if i != axis], dtype=jnp.float32)
+        _mesh.replicated(_mesh.exact_sum(a, [i for i in range(a.ndim) if i != axis]))
         for a, axis in zip(arrays, axes, strict=True)
     ]
     values = jax.ops.segment_sum(jnp.concatenate(sums), slices, len(owner))

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _tree
+from jaxprune import _mesh, _tree
 
 Masks = Any
 
@@ -114,7 +114,7 @@ def pack(masks: Masks) -> Any:
       >>> pack(jnp.array([True, False, True])).tolist()
       [160]
     """
-    return jax.tree.map(lambda m: jnp.packbits(m), masks)
+    return jax.tree.map(lambda m: _mesh.automatic(jnp.packbits, m), masks)
 
 
 def unpack(packed: Any, params: Any) -> Masks:
@@ -145,5 +145,6 @@ def unpack(packed: Any, params: Any) -> Masks:
         unpacked = None
         if bits is not None:
             unpacked = jnp.unpackbits(bits, count=size).astype(bool).reshape(jnp.shape(leaf))
+            unpacked = _mesh.follow(unpacked, leaf)
         masks.append(unpacked)
     return _tree.rebuild(params, masks)

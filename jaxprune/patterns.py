@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _threshold
+from jaxprune._mesh import exact_sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +101,12 @@ def block(shape: Sequence[int]) -> Pattern:
                 f"blocks of {lengths} need {len(lengths)} axes, got shape {scores.shape}."
             )
         scores, count = scores.astype(jnp.float32), np.ones((1,) * first, np.float32)
-        for axis, length in enumerate(lengths, first):  # one by one, as a mesh may shard them
+        for axis, length in enumerate(lengths, first):
             n, blocks = scores.shape[axis], -(-scores.shape[axis] // length)
             pad = [(0, 0)] * scores.ndim
             pad[axis] = (0, blocks * length - n)
             split = (*scores.shape[:axis], blocks, length, *scores.shape[axis + 1 :])
-            scores = jnp.sum(jnp.pad(scores, pad).reshape(split), axis + 1)
+            scores = exact_sum(jnp.pad(scores, pad).reshape(split), axis + 1)
             full = np.minimum(length, n - length * np.arange(blocks)).astype(np.float32)
             count = np.multiply.outer(count, full)
         return scores / count
@@ -153,7 +154,8 @@ def axis(*axes: int) -> Pattern:
         return tuple(set(range(len(shape))) - {a % len(shape) for a in axes})
 
     def pool(scores):
-        return jnp.mean(scores, others(scores.shape), dtype=jnp.float32)
+        away = others(scores.shape)
+        return exact_sum(scores, away) / max(math.prod(scores.shape[a] for a in away), 1)
 
     def spread(kept, shape):
         return jnp.broadcast_to(jnp.expand_dims(kept, others(shape)), shape)

@@ -11,15 +11,15 @@ Each adds the gradient of a penalty to that of the loss, which stays as it is:
 [-0.1  0.1]
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec as P
 
-from jaxprune import _tree
+from jaxprune import _mesh, _tree
 from jaxprune.groups import Groups
 from jaxprune.optimizer import _fit, _need
 from jaxprune.scores._slimming import check_scales, is_scale
@@ -108,14 +108,6 @@ def group_lasso(groups: Groups, strength: float) -> optax.GradientTransformation
     if not len(groups):
         raise ValueError(f"Nothing can leave, so there is nothing to penalise.\n{groups}")
 
-    def slices(path):
-        axes = range(len(groups.unit[path]))
-        return [
-            (unit, tuple(i for i in axes if i != axis))
-            for axis, unit in enumerate(groups.unit[path])
-            if unit.any()
-        ]
-
     def init(params):
         if jax.tree.leaves(params):
             _tree.align(params, groups.like, "groups")
@@ -123,16 +115,13 @@ def group_lasso(groups: Groups, strength: float) -> optax.GradientTransformation
 
     def update(updates, state, params=None, **extra_args):
         _need(params, "group_lasso")
-        squares = jnp.zeros(len(groups) + 1)
-        for path, w in _tree.named_leaves(params):
-            for unit, others in slices(path):
-                square = jnp.sum(jnp.square(w.astype(jnp.float32)), others)
-                squares = squares.at[unit].add(_replicated(square))
-        squares = squares.at[0].set(0.0)  # what stays
-        pull = strength * jnp.where(squares > 0, jax.lax.rsqrt(squares), 0.0)
+        pull = _pull(groups, params)
 
         def term(path, w):
-            pulls = [jnp.expand_dims(pull[unit], others) for unit, others in slices(path)]
+            pulls = [
+                jnp.expand_dims(strength * pull[unit], others)
+                for unit, others in _slices(groups, path)
+            ]
             return w * sum(pulls) if pulls else None
 
         return _add(updates, params, term), state
@@ -207,10 +196,26 @@ def growing(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _replicated(x: jax.Array) -> jax.Array:
-    """Spreads an array over an explicit mesh, since a scatter needs operands of one sharding."""
-    sharding = jax.typeof(x).sharding
-    return x if sharding.mesh.empty else jax.sharding.reshard(x, sharding.update(spec=P()))
+def _slices(groups: Groups, path: str) -> list[tuple[Any, tuple[int, ...]]]:
+    """Lists the units along every axis of a leaf that has some, and its other axes."""
+    axes = range(len(groups.unit[path]))
+    return [
+        (unit, tuple(i for i in axes if i != axis))
+        for axis, unit in enumerate(groups.unit[path])
+        if unit.any()
+    ]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pull(groups: Groups, params: Any) -> jax.Array:
+    """Gives 1 / norm of every unit; 0 for those at zero, and for number 0, which stays."""
+    squares = jnp.zeros(len(groups) + 1)
+    for path, w in _tree.named_leaves(params):
+        for unit, others in _slices(groups, path):
+            square = jnp.sum(jnp.square(w.astype(jnp.float32)), others)
+            squares = squares.at[unit].add(_mesh.replicated(square))
+    squares = squares.at[0].set(0.0)
+    return jnp.where(squares > 0, jax.lax.rsqrt(squares), 0.0)
 
 
 def _add(updates: Any, params: Any, term: Callable[[str, jax.Array], Any]) -> Any:

@@ -225,7 +225,7 @@ def _round(error, groups, batch_size, state, key, numbers, params, *batch):
     sparsity, temperature, mutation = numbers
 
     def measure(kept):
-        found = error(apply_masks(params, groups.masks(kept)), *batch)
+        found = error(apply_masks(params, groups._masks(kept, params)), *batch)
         if jnp.shape(found):
             raise TypeError(
                 f"particle_filter: the error must be one number, got {jax.typeof(found)}. Average "

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _loss, _tree
+from jaxprune import _loss, _mesh, _tree
 from jaxprune._ranks import per_group
 from jaxprune._reads import reads
 from jaxprune.groups import Group, Groups
@@ -292,23 +292,27 @@ def _activation(apply_fn, groups, statistic, params, *inputs):
     score = jnp.zeros(len(groups), jnp.float32)
     for x, axis, unit in reads(groups, apply_fn, params, *inputs):
         own, place = np.unique(unit, return_inverse=True)
-        entries = np.bincount(place).astype(np.float32)[None]
-
-        def mean(a, place=place, entries=entries):  # of every example and unit
-            sums = jnp.zeros((len(a), entries.size), jnp.float32)
-            return sums.at[:, place].add(jnp.mean(a, 1)) / entries
-
-        a = jnp.moveaxis(x, axis, -1).astype(jnp.float32)
-        a = a.reshape(len(a) if a.ndim > 1 else 1, -1, a.shape[-1])  # example, position, index
-        if statistic == "mean":
-            found = jnp.mean(mean(jnp.abs(a)), 0)
-        elif statistic == "std":
-            centre = jnp.mean(mean(a), 0)[place]
-            found = jnp.sqrt(jnp.mean(mean((a - centre[None, None]) ** 2), 0))
-        else:
-            found = jnp.linalg.norm(mean(jnp.abs(a)), axis=0)
+        found = _mesh.automatic(functools.partial(_statistic, statistic, axis, place), x)
         score = score.at[own[own > 0] - 1].set(found[own > 0])
     return score
+
+
+def _statistic(statistic, axis, place, x):
+    """Gives one number for all entries of a value that are at the same place along an axis."""
+    entries = np.bincount(place).astype(np.float32)[None]
+
+    def mean(a):  # of every example and place
+        sums = jnp.zeros((len(a), entries.size), jnp.float32)
+        return sums.at[:, place].add(jnp.mean(a, 1)) / entries
+
+    a = jnp.moveaxis(x, axis, -1).astype(jnp.float32)
+    a = a.reshape(len(a) if a.ndim > 1 else 1, -1, a.shape[-1])  # example, position, index
+    if statistic == "mean":
+        return jnp.mean(mean(jnp.abs(a)), 0)
+    if statistic == "std":
+        centre = jnp.mean(mean(a), 0)[place]
+        return jnp.sqrt(jnp.mean(mean((a - centre[None, None]) ** 2), 0))
+    return jnp.linalg.norm(mean(jnp.abs(a)), axis=0)
 
 
 def _derivatives(name, loss, groups, gates, params, *batch):
@@ -319,7 +323,8 @@ def _derivatives(name, loss, groups, gates, params, *batch):
     for group, gate in zip(groups.groups, gates, strict=True):
         for path, axis in gate:
             product = grads[path].astype(jnp.float32) * jnp.asarray(weights[path], jnp.float32)
-            slices = jnp.sum(product, [i for i in range(product.ndim) if i != axis])
+            others = [i for i in range(product.ndim) if i != axis]
+            slices = _mesh.replicated(jnp.sum(product, others))
             unit = groups.unit[path][axis]
             own = np.flatnonzero(np.isin(unit, group.units))
             total = total.at[unit[own] - 1].add(slices[own])

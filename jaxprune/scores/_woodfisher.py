@@ -4,9 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
-from jaxprune import _loss, _tree
+from jaxprune import _loss, _mesh, _tree
 from jaxprune.masks import apply_masks
 
 
@@ -199,17 +198,9 @@ def _moved(block, params, masks, inverses):
 def _blocked(leaf, block, fill=0):
     """Cuts a leaf into rows of ``block`` consecutive entries, the last one filled up."""
     block = max(min(block, leaf.size), 1)
-    flat = _replicated(leaf).ravel()
+    flat = _mesh.replicated(leaf).ravel()
     return jnp.pad(flat, (0, -flat.size % block), constant_values=fill).reshape(-1, block)
 
 
 def _unblocked(blocks, leaf):
     return blocks.ravel()[: leaf.size].reshape(leaf.shape)
-
-
-def _replicated(leaf):
-    """Gathers what a mesh with explicit axes would not let reshape."""
-    sharding = jax.typeof(leaf).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
-        return leaf
-    return reshard(leaf, NamedSharding(sharding.mesh, PartitionSpec()))

@@ -1,0 +1,82 @@
+"""Arrays on meshes: what needs care where leaves are spread over devices."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, auto_axes, use_abstract_mesh
+from jax.sharding import PartitionSpec as P
+
+
+def is_explicit(x: Any) -> bool:
+    """Says whether the type of an array tells how it is sharded."""
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def fitting(sharding: NamedSharding, before: Sequence[int], after: Sequence[int]) -> NamedSharding:
+    """Shards an array of a new shape along the axes that still divide, if it has as many axes."""
+    spec = [*sharding.spec, *[None] * (len(before) - len(sharding.spec))]
+    if len(before) != len(after):
+        return sharding.update(spec=P())
+    for i, (axis, size) in enumerate(zip(spec, after, strict=True)):
+        names = (axis,) if isinstance(axis, str) else tuple(axis or ())
+        if size % math.prod(sharding.mesh.shape[name] for name in names):
+            spec[i] = None
+    return sharding.update(spec=P(*spec))
+
+
+def automatic(f: Callable[..., jax.Array], leaf: Any, *args: Any) -> jax.Array:
+    """Calls a function that may sort, reshape and slice arrays, however they are sharded.
+
+    On a mesh with explicit axes every such operation would need a sharding: there the compiler is
+    left to choose them. The result is sharded as the leaf is, the first array, where that fits it.
+    """
+    if not is_explicit(leaf):
+        return f(leaf, *args)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (leaf, *args))
+    sharding = jax.typeof(leaf).sharding
+    out = fitting(sharding, leaf.shape, jax.eval_shape(f, *shapes).shape)
+    with use_abstract_mesh(sharding.mesh):
+        return auto_axes(f, out_sharding=out)(leaf, *args)
+
+
+def resized(x: jax.Array, leaf: Any) -> jax.Array:
+    """Places what was cut from a leaf as the leaf was, along the axes that the mesh still divides."""
+    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    return jax.device_put(x, fitting(sharding, leaf.shape, x.shape))
+
+
+def follow(mask: jax.Array, leaf: Any) -> jax.Array:
+    """Shards a mask as its leaf is."""
+    # True, but XLA cannot see it.
+    return mask & ((leaf > 0) | jax.lax.optimization_barrier(jnp.array(True)))
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """Spreads a small array over an explicit mesh: some operations need operands of one sharding."""
+    sharding = jax.typeof(x).sharding
+    return jax.sharding.reshard(x, sharding.update(spec=P())) if is_explicit(x) else x
+
+
+def exact_sum(x: jax.Array, axes: int | Sequence[int]) -> jax.Array:
+    """Sums float32 in integers: in no order, so that a mesh makes no difference in the last bit.
+
+    An entry is cut to a multiple of the power of two of which the largest entry is nearly 2⁶²,
+    divided by how many there are; that is finer than a sum in float32.
+    """
+    with jax.enable_x64(True):
+        x = x.astype(jnp.float32)
+        finite = jnp.isfinite(x)
+        odd = jnp.sum(jnp.where(finite, 0, x), axes)
+        x = jnp.where(finite, x, 0)
+        largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
+        bits = 62 - (x.size // max(largest.size, 1)).bit_length()
+        shift = bits - jnp.frexp(largest)[1]
+        half = jnp.ldexp(jnp.float32(1), shift // 2)  # the whole power may be beyond float32
+        rest = jnp.ldexp(jnp.float32(1), shift - shift // 2)
+        total = jnp.sum((x * half * rest).astype(jnp.int64), axes, keepdims=True)
+        return (total.astype(jnp.float32) / half / rest).reshape(odd.shape) + odd
