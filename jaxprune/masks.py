@@ -7,12 +7,13 @@
 """
 
 import math
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _tree
+from jaxprune import _compact, _tree
 
 Masks = Any
 
@@ -147,3 +148,66 @@ def unpack(packed: Any, params: Any) -> Masks:
             unpacked = jnp.unpackbits(bits, count=size).astype(bool).reshape(jnp.shape(leaf))
         masks.append(unpacked)
     return _tree.rebuild(params, masks)
+
+
+def save(path: str | os.PathLike[str], params: Any, masks: Masks) -> None:
+    r"""Saves a sparse model in little space: the weights that are kept, and a bit for each.
+
+    A leaf of n weights of b bytes, k of them kept, takes :math:`k b + n / 8` bytes. The file is a
+    safetensors file: ``path/values`` (k,) and ``path/bitmap`` (uint8) for a leaf with a mask, and
+    ``path`` for any other, whatever its dtype. It is written whole or not at all, leaf by leaf; a
+    file that was there stays until then.
+
+    Kept weights are stored bit by bit, with NaN and -0. Pruned ones come back as 0, so they must
+    be zero. Of PRNG keys the data and the kind are stored.
+
+    Args:
+      path: of the file, such as ``"model.safetensors"``.
+      params: a pytree of arrays that this process holds.
+      masks: their masks.
+
+    Raises:
+      ValueError: if paths or shapes differ, masked weights are not zero, or the file cannot be
+        written.
+      TypeError: for a leaf that safetensors has no type for, or a mask that is not bool.
+
+    Examples:
+      >>> import tempfile
+      >>> params, masks = jnp.array([0.0, 2.0, 3.0]), jnp.array([False, True, True])
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(f"{folder}/model.safetensors", params, masks)
+      ...     load(f"{folder}/model.safetensors", like=params)[0].tolist()
+      [0.0, 2.0, 3.0]
+    """
+    _compact.write(path, params, masks)
+
+
+def load(path: str | os.PathLike[str], like: Any) -> tuple[Any, Masks]:
+    """Loads params and masks from a file of :func:`save`.
+
+    A checksum covers all that is loaded. Nothing is executed: the file holds JSON and numbers.
+
+    Args:
+      path: of the file.
+      like: arrays or ``jax.ShapeDtypeStruct`` in the structure of the params that were saved, such
+        as ``jax.eval_shape(init, key)``. A leaf is placed as it is sharded here; NumPy arrays are
+        given for NumPy arrays.
+
+    Returns:
+      The params, and their masks, `None` for a leaf without one.
+
+    Raises:
+      ValueError: for a file that is missing, cut short, damaged, or of a newer version, and for
+        other paths, shapes or dtypes than those of ``like``. The message names file and leaf.
+
+    Examples:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(f"{folder}/model.safetensors", jnp.ones(2), jnp.array([True, True]))
+      ...     params, masks = load(
+      ...         f"{folder}/model.safetensors", like=jax.ShapeDtypeStruct((2,), jnp.float32)
+      ...     )
+      >>> masks.tolist()
+      [True, True]
+    """
+    return _compact.read(path, like)
