@@ -272,7 +272,7 @@ def _check(path: Any, leaf: Leaf, like: Any, key: Any) -> None:
 
 
 def _spell(dtype: str, shape: tuple[int, ...], kind: Any) -> str:
-    return f"{dtype} of shape {shape}" + (f", a {kind:.60} key" if kind else "")
+    return f"{dtype} of shape {shape}" + ("" if kind is None else f", a {kind!s:.60} key")
 
 
 def _read(
@@ -301,6 +301,7 @@ def _place(entries: np.ndarray, like: Any, key: Any = None) -> Any:
         return entries.item()
     if isinstance(like, np.ndarray | np.generic):
         return entries
-    array = jax.random.wrap_key_data(entries, impl=_key_kind(like)) if key else entries  # type: ignore[arg-type]
-    # What was not committed to a device stays so, or a jitted step compiles twice.
-    return jax.device_put(array, like.sharding if getattr(like, "committed", True) else None)
+    array = jax.numpy.asarray(entries)
+    return _tree.place(
+        jax.random.wrap_key_data(array, impl=_key_kind(like)) if key else array, like
+    )

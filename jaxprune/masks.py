@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 from jaxprune import _compact, _tree
 
@@ -111,15 +112,30 @@ def combine(masks: Masks, *more: Masks) -> Masks:
 def pack(masks: Masks) -> Any:
     r"""Packs masks to bits: a leaf of n weights becomes :math:`\lceil n / 8 \rceil` bytes.
 
+    Leaves that are not bool stay. So an optimizer state, or all of a training, can be packed for a
+    checkpoint with the masks in it.
+
     Examples:
       >>> pack(jnp.array([True, False, True])).tolist()
       [160]
     """
-    return jax.tree.map(lambda m: jnp.packbits(m), masks)
+    return jax.tree.map(lambda m: _bits(m) if _tree.dtype(m) == jnp.bool_ else m, masks)
+
+
+def _bits(mask: jax.Array) -> jax.Array:
+    mesh = jax.typeof(mask).sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:  # to flatten a sharded last axis is an error there
+        mask = reshard(mask, NamedSharding(mesh, PartitionSpec()))
+    return jnp.packbits(mask)
 
 
 def unpack(packed: Any, params: Any) -> Masks:
     """Unpacks what :func:`pack` packed, to the shapes of the params.
+
+    Args:
+      packed: what was packed.
+      params: arrays or ``jax.ShapeDtypeStruct`` of the shapes of the masks, or all that was packed.
+        A mask is placed as its leaf is here.
 
     Raises:
       ValueError: if a leaf has no entry, or the wrong number of bytes.
@@ -127,6 +143,9 @@ def unpack(packed: Any, params: Any) -> Masks:
     Examples:
       >>> unpack(pack(jnp.array([True, False, True])), jnp.zeros(3)).tolist()
       [True, False, True]
+      >>> state = {"count": jnp.array(5), "masks": jnp.array([True, False, True])}
+      >>> unpack(pack(state), state)["count"].tolist()
+      5
     """
     entries = _tree.named_entries(packed)
     masks = []
@@ -136,18 +155,22 @@ def unpack(packed: Any, params: Any) -> Masks:
                 f"{_tree.show(path)}: packed masks have no entry for this leaf; they have "
                 f"{sorted(entries)[:10]}. Unpack with the params they are for."
             )
-        bits = entries[path]
-        size = math.prod(jnp.shape(leaf))
-        if bits is not None and bits.shape != (-(-size // 8),):
-            raise ValueError(
-                f"{_tree.show(path)}: packed masks hold {bits.shape} bytes, needed "
-                f"{-(-size // 8)} for shape {jnp.shape(leaf)}. Unpack with the params they are for."
-            )
-        unpacked = None
-        if bits is not None:
-            unpacked = jnp.unpackbits(bits, count=size).astype(bool).reshape(jnp.shape(leaf))
-        masks.append(unpacked)
+        masks.append(_unpacked(path, entries[path], leaf))
     return _tree.rebuild(params, masks)
+
+
+def _unpacked(path: str, entry: Any, leaf: Any) -> Any:
+    shape, size = jnp.shape(leaf), math.prod(jnp.shape(leaf))
+    is_same = entry is not None and _tree.dtype(entry) == _tree.dtype(leaf)
+    if entry is None or (is_same and jnp.shape(entry) == shape):  # was not bool, so was not packed
+        return entry
+    if _tree.dtype(entry) != jnp.uint8 or jnp.shape(entry) != (-(-size // 8),):
+        raise ValueError(
+            f"{_tree.show(path)}: packed masks hold {_tree.dtype(entry)} of shape "
+            f"{jnp.shape(entry)}, needed {-(-size // 8)} bytes for shape {shape}. Unpack with the "
+            "params they are for."
+        )
+    return _tree.place(jnp.unpackbits(entry, count=size).astype(bool).reshape(shape), leaf)
 
 
 def save(path: str | os.PathLike[str], params: Any, masks: Masks) -> None:
