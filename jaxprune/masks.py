@@ -161,8 +161,10 @@ def unpack(packed: Any, params: Any) -> Masks:
 
 def _unpacked(path: str, entry: Any, leaf: Any) -> Any:
     shape, size = jnp.shape(leaf), math.prod(jnp.shape(leaf))
-    is_same = entry is not None and _tree.dtype(entry) == _tree.dtype(leaf)
-    if entry is None or (is_same and jnp.shape(entry) == shape):  # was not bool, so was not packed
+    if entry is None:
+        return None
+    is_bits = _tree.dtype(entry) == jnp.uint8 != _tree.dtype(leaf)
+    if not is_bits and jnp.shape(entry) == shape:  # was not bool, so was not packed
         return entry
     if _tree.dtype(entry) != jnp.uint8 or jnp.shape(entry) != (-(-size // 8),):
         raise ValueError(

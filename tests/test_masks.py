@@ -48,6 +48,13 @@ def test_packing_a_whole_state_on_a_mesh(kind, spec):
     assert mask.dtype == bool and mask.sharding == state.masks["w"].sharding
 
 
+def test_packing_a_round():
+    last = jp.recipes.Round(1, 0.5, {"w": jnp.ones(1)}, {"w": jnp.array([True])})
+    packed = jp.masks.pack(last)
+    assert packed.masks["w"].tolist() == [128] and jp.masks.unpack(packed, last) == last
+    assert jp.masks.unpack(packed.masks, last.params) == last.masks
+
+
 def test_pruned_nan_and_infinity_become_zero():
     w, m = jnp.array([jnp.nan, jnp.inf, 2.0]), jnp.array([False, False, True])
     assert jp.apply_masks(w, m).tolist() == [0.0, 0.0, 2.0]
