@@ -113,7 +113,7 @@ def pack(masks: Masks) -> Any:
     r"""Packs masks to bits: a leaf of n weights becomes :math:`\lceil n / 8 \rceil` bytes.
 
     Leaves that are not bool stay. So an optimizer state, or all of a training, can be packed for a
-    checkpoint with the masks in it.
+    checkpoint with the masks in it. Abstract leaves are packed too, for what restores by them.
 
     Examples:
       >>> pack(jnp.array([True, False, True])).tolist()
@@ -122,7 +122,13 @@ def pack(masks: Masks) -> Any:
     return jax.tree.map(lambda m: _bits(m) if _tree.dtype(m) == jnp.bool_ else m, masks)
 
 
-def _bits(mask: jax.Array) -> jax.Array:
+def _bits(mask: Any) -> Any:
+    if isinstance(mask, jax.ShapeDtypeStruct):
+        sharding = mask.sharding
+        if isinstance(sharding, NamedSharding):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec())
+        size = -(-math.prod(mask.shape) // 8)
+        return jax.ShapeDtypeStruct((size,), jnp.uint8, sharding=sharding)
     mesh = jax.typeof(mask).sharding.mesh
     if AxisType.Explicit in mesh.axis_types:  # to flatten a sharded last axis is an error there
         mask = reshard(mask, NamedSharding(mesh, PartitionSpec()))
@@ -138,7 +144,7 @@ def unpack(packed: Any, params: Any) -> Masks:
         A mask is placed as its leaf is here.
 
     Raises:
-      ValueError: if a leaf has no entry, or the wrong number of bytes.
+      ValueError: if a leaf has no entry, an entry no leaf, or for the wrong number of bytes.
 
     Examples:
       >>> unpack(pack(jnp.array([True, False, True])), jnp.zeros(3)).tolist()
@@ -155,7 +161,12 @@ def unpack(packed: Any, params: Any) -> Masks:
                 f"{_tree.show(path)}: packed masks have no entry for this leaf; they have "
                 f"{sorted(entries)[:10]}. Unpack with the params they are for."
             )
-        masks.append(_unpacked(path, entries[path], leaf))
+        masks.append(_unpacked(path, entries.pop(path), leaf))
+    if lone := [path for path, entry in entries.items() if entry is not None]:
+        raise ValueError(
+            f"{_tree.show(lone[0])}: packed masks have an entry here, the params have none. Unpack "
+            "with the params they are for."
+        )
     return _tree.rebuild(params, masks)
 
 

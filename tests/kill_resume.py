@@ -87,7 +87,7 @@ def restored(manager, like):
     last = manager.latest_step()
     if last is None:
         return None
-    abstract = jax.eval_shape(jp.masks.pack, like)
+    abstract = jp.masks.pack(jax.eval_shape(lambda: like))
     return unpack(manager.restore(last, args=ocp.args.StandardRestore(abstract)), like)
 
 
@@ -175,7 +175,7 @@ def main():
     # Forked from a process that has imported JAX, not started it: an import takes seconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jax", "optax", "orbax.checkpoint", "jaxprune"])
-    seen, length = collections.Counter(), 0.0
+    seen, wanted, length = collections.Counter(), [], 0.0
     with tempfile.TemporaryDirectory() as parent:
         # Children read their programs from here: to compile takes longer than to train.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{parent}/cache"
@@ -185,9 +185,10 @@ def main():
             process, pipe = started(context, folder)
             assert received(pipe) == "ready"
             middle = time.perf_counter()
-            wanted = received(pipe)
+            wanted.append(received(pipe))
             process.join()
             startup, length = middle - begin, max(length, time.perf_counter() - middle)
+        assert wanted[0] == wanted[1], "to resume what had ended changed it"
         print(f"a training takes {length:.1f} s, its start {startup:.1f} s")
         folder = Path(parent) / "0"
         while seen["kills"] < arguments.trials:
@@ -201,7 +202,7 @@ def main():
             process.join()
             check_file(folder)
             if process.exitcode == 0:  # it was faster
-                check(folder, pipe, wanted)
+                check(folder, pipe, wanted[0])
                 seen["trainings resumed to their end"] += 1
                 folder = Path(parent) / str(seen["trainings resumed to their end"])
                 continue
@@ -211,7 +212,7 @@ def main():
             print(f"\r{seen['kills']} of {arguments.trials}", end="", flush=True)
         process, pipe = started(context, folder)
         assert received(pipe) == "ready"
-        check(folder, pipe, wanted)
+        check(folder, pipe, wanted[0])
         seen["trainings resumed to their end"] += 1
     print()
     for what, count in seen.items():

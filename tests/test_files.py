@@ -1,11 +1,16 @@
 import collections
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import fuzz_files
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -117,6 +122,54 @@ def test_tensors_are_aligned(tmp_path, model):
     for name, entry in header.items():
         if name != "__metadata__":
             assert entry["data_offsets"][0] % np.dtype(_files._DTYPES[entry["dtype"]]).itemsize == 0
+
+
+@pytest.mark.filterwarnings("ignore")  # Orbax has much to say
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_orbax_restores_a_training_onto_another_mesh(tmp_path, kind):
+    def training(mesh, axes):
+        place = lambda w, *spec: jax.device_put(w, NamedSharding(mesh, P(*spec)))  # noqa: E731
+        keys = jax.random.split(jax.random.key(0), 2)
+        w = place(jax.random.normal(keys[0], (16, 8)), None, axes[0])
+        params = {"w": w, "b": place(jax.random.normal(keys[1], (8,)), axes[-1])}
+        masks = jp.select(jp.scores.magnitude(params), 0.5)
+        params = jp.apply_masks(params, masks)
+        last = jp.recipes.Round(1, 0.5, params, masks)
+        state = jp.enforce(optax.adam(0.1), masks).init(params)
+        return {"params": params, "state": state, "last": last, "key": jax.random.key(3)}
+
+    saved = training(jax.make_mesh((8,), ("x",), axis_types=(kind,)), "x")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "packed", jp.masks.pack(saved))
+        checkpointer.save(tmp_path / "plain", saved)
+    other = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind, kind))
+    wanted = training(other, "ab")
+    like = jax.tree.map(
+        lambda w: w if isinstance(w, int | float)
+        else jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding),
+        wanted,
+    )  # fmt: skip
+    with ocp.StandardCheckpointer() as checkpointer:
+        packed = checkpointer.restore(tmp_path / "packed", jp.masks.pack(like))
+        plain = checkpointer.restore(tmp_path / "plain", like)
+    assert packed["state"].masks["w"].nbytes == 16 * 8 // 8
+    for found in (jp.masks.unpack(packed, like), plain):
+        assert bits(found) == bits(wanted)
+        places = [
+            (w.sharding, v.sharding) for w, v in zip(*map(jax.tree.leaves, (found, wanted)),
+            strict=True) if isinstance(w, jax.Array)
+        ]  # fmt: skip
+        assert all(w.is_equivalent_to(v, 2) for w, v in places if isinstance(v, NamedSharding))
+        train = lambda params, masks: params  # noqa: E731
+        (after,) = jp.recipes.iterative(found["last"], train, jp.scores.magnitude, [0.5, 0.75])
+        assert (after.round, after.sparsity) == (2, 0.75)
+
+
+def test_killed_trainings_lose_nothing():
+    argv = [sys.executable, Path(__file__).with_name("kill_resume.py"), "--trials", "10"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "kills: 10" in done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
