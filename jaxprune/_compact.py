@@ -261,7 +261,6 @@ def _check(path: Any, leaf: Leaf, like: Any, key: Any) -> None:
             f"{path}: {_tree.show(leaf.path)}: the file has {_spell(*found)}, `like` has "
             f"{_spell(*wanted)}. Load with `like` of the shapes and dtypes that were saved."
         )
-
     if isinstance(like, jax.Array | jax.ShapeDtypeStruct):
         narrow = jax.dtypes.canonicalize_dtype(wanted[0])
         if narrow != wanted[0]:
@@ -301,7 +300,7 @@ def _place(entries: np.ndarray, like: Any, key: Any = None) -> Any:
         return entries.item()
     if isinstance(like, np.ndarray | np.generic):
         return entries
-    array = jax.numpy.asarray(entries)
-    return _tree.place(
-        jax.random.wrap_key_data(array, impl=_key_kind(like)) if key else array, like
-    )
+    if key:
+        data = jax.numpy.asarray(entries)
+        return _tree.place(jax.random.wrap_key_data(data, impl=_key_kind(like)), like)
+    return jax.numpy.asarray(_tree.place(entries, like))  # no leaf goes to one device first

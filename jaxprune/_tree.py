@@ -188,7 +188,7 @@ def rebuild(params: Tree, leaves: Sequence[Any]) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
-def place(array: jax.Array, like: Any) -> jax.Array:
+def place(array: Any, like: Any) -> Any:
     """Puts an array where another is, or is to be, with the same shape."""
     if isinstance(like, jax.Array) and is_traced(like, array):
         sharding = jax.typeof(like).sharding

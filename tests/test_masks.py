@@ -22,7 +22,9 @@ def test_unpacking_for_other_params_is_an_error():
     packed = {"w": jp.masks.pack(jnp.ones(9, bool))}
     with pytest.raises(ValueError, match="v: packed masks have no entry"):
         jp.masks.unpack(packed, {"v": jnp.ones(9)})
-    with pytest.raises(ValueError, match="w: packed masks have an entry here, the params have none"):
+    with pytest.raises(
+        ValueError, match="w: packed masks have an entry here, the params have none"
+    ):
         jp.masks.unpack(packed, {"a": None})
     with pytest.raises(ValueError, match="w: packed masks hold float32 of shape"):
         jp.masks.unpack({"w": jnp.ones(8)}, {"w": jnp.ones((4, 6))})
