@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxprune import _files, _select, _stream
+from jaxprune import _compact, _files, _select, _stream
 from jaxprune._files import Checkpoint, FileError, Tensor
 from jaxprune._table import Table, spell
 from jaxprune.metrics import Row, Summary
@@ -132,11 +132,22 @@ def _progress(arguments: argparse.Namespace) -> Iterator[_Progress]:
 def _inspect(arguments: argparse.Namespace) -> int:
     with _progress(arguments) as progress, _files.opened(arguments.file, progress.tick) as source:
         progress.expect(sum(t.bytes for t in source.tensors))
-        zeros = [_stream.zeros(t) for t in source.tensors]
-    rows = [
-        (t.path, t.dtype, t.shape, math.prod(t.shape), z, t.bytes)
-        for t, z in zip(source.tensors, zeros, strict=True)
-    ]
+        rows = [
+            (
+                leaf.path,
+                leaf.values.dtype,
+                leaf.shape,
+                math.prod(leaf.shape),
+                _zeros(leaf),
+                leaf.bytes,
+            )
+            for leaf in _compact.leaves(arguments.file, source)
+        ]
+        metadata = {
+            k: v
+            for k, v in source.metadata.items()
+            if k not in _compact.INTERNAL or not _compact.is_compact(source)
+        }
     size, stored = sum(row[3] for row in rows), sum(row[5] for row in rows)
     found = sum(row[4] or 0 for row in rows)
     if arguments.json:
@@ -146,7 +157,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
             format=source.format,
             tensors=[dict(zip(names, row, strict=True)) for row in rows],
             total={"size": size, "zeros": found, "bytes": stored},
-            metadata=source.metadata,
+            metadata=metadata,
         )
         return 0
 
@@ -158,11 +169,16 @@ def _inspect(arguments: argparse.Namespace) -> int:
     lines.append(("total", "", f"{size:,}", *cells(size, found, stored)))
     header = ("path", "dtype", "shape", "zeros", "sparsity", "bytes")
     print(Table(header, lines, left=(0, 1, 2), total=True))
-    if source.metadata:
-        said = [(_printable(k), _printable(str(v))) for k, v in source.metadata.items()]
+    if metadata:
+        said = [(_printable(k), _printable(str(v))) for k, v in metadata.items()]
         print()
         print(Table(("metadata", ""), said, left=(0, 1)))
     return 0
+
+
+def _zeros(leaf: _compact.Leaf) -> int | None:
+    zeros = _stream.zeros(leaf.values)
+    return zeros if leaf.bitmap is None else math.prod(leaf.shape) - leaf.values.size + (zeros or 0)
 
 
 def _prune(arguments: argparse.Namespace) -> int:
@@ -181,11 +197,18 @@ def _prune(arguments: argparse.Namespace) -> int:
         raise FileError(str(error)) from None
     kept: dict[str, int] = {}
     with _progress(arguments) as progress, _files.opened(arguments.file, progress.tick) as source:
+        if _compact.is_compact(source):
+            raise FileError(
+                f"{arguments.file}: holds kept weights alone. Prune further with "
+                "`jp.masks.load`, `jp.select(..., within=masks)` and `jp.masks.save`."
+            )
         _files.check_output(arguments.out, source.format)
         tensors = _prunable(arguments.file, source, arguments.exclude, limit)
         progress.expect(sum(t.bytes for t in source.tensors))
         try:
             cuts = _stream.select(tensors, sparsity, arguments.scope, limit, progress.expect)
+        except FileError:
+            raise
         except ValueError as error:
             raise FileError(f"{arguments.file}: {error}") from None
 

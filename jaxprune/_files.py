@@ -52,7 +52,7 @@ _PACKED = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # bits; several to a byte, so r
 Edit = Callable[["Tensor"], "Iterable[tuple[int, np.ndarray]] | None"]
 
 
-class FileError(Exception):
+class FileError(ValueError):
     """What is wrong with a file or a request, in one line."""
 
 
@@ -168,7 +168,8 @@ def replacing(out: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _saving(out: Path) -> Iterator[Path]:
+def saving(out: Path) -> Iterator[Path]:
+    """Like :func:`replacing`, and what the system refuses is a `FileError`."""
     try:
         with replacing(out) as new:
             yield new
@@ -216,7 +217,7 @@ def _open_safetensors(
         tensors.append(Tensor(name, _DTYPES.get(kind, kind), shape, dtype, size, read))
 
     def save(out: Path, edit: Edit) -> None:
-        with _saving(out) as new:
+        with saving(out) as new:
             with open(new, "xb") as target:
                 target.write(start + header)
                 for tensor, (*_, first, _stop) in zip(tensors, entries, strict=True):
@@ -253,6 +254,8 @@ def _parse(
 
     try:
         found = json.loads(header.decode(), object_pairs_hook=unique)
+    except FileError:
+        raise
     except (ValueError, RecursionError) as error:
         raise FileError(
             f"{path}: not a safetensors file: its header is no JSON object ({_reason(error)})."
@@ -365,7 +368,7 @@ def _open_orbax(path: str, tick: Callable[[int], object]) -> Checkpoint:
                 for at, values in pieces:
                     flat[at : at + len(values)] = values
                 leaves[places[tensor.path]] = flat.reshape(tensor.shape)
-        with _saving(out) as new, _quiet(path):
+        with saving(out) as new, _quiet(path):
             pairs = zip(names, leaves, strict=True)
             leaves = [
                 jax.random.wrap_key_data(w, impl=keys[n]) if n in keys else w for n, w in pairs

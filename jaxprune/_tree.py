@@ -188,6 +188,16 @@ def rebuild(params: Tree, leaves: Sequence[Any]) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
+def place(array: Any, like: Any) -> Any:
+    """Puts an array where another is, or is to be, with the same shape."""
+    if isinstance(like, jax.Array) and is_traced(like, array):
+        sharding = jax.typeof(like).sharding
+        return array if sharding.mesh.empty else jax.sharding.reshard(array, sharding)
+    # What is not committed to a device stays so: to commit one array would compile a step twice.
+    sharding = getattr(like, "sharding", None) if getattr(like, "committed", True) else None
+    return array if sharding is None else jax.device_put(array, sharding)
+
+
 def zero_means(tree: Tree) -> Tree:
     """Zeroes the leaves named ``mean``: the running means of a batch norm."""
     return jax.tree_util.tree_map_with_path(

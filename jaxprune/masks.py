@@ -7,12 +7,14 @@
 """
 
 import math
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxprune import _mesh, _tree
+from jaxprune import _compact, _mesh, _tree
 
 Masks = Any
 
@@ -110,22 +112,43 @@ def combine(masks: Masks, *more: Masks) -> Masks:
 def pack(masks: Masks) -> Any:
     r"""Packs masks to bits: a leaf of n weights becomes :math:`\lceil n / 8 \rceil` bytes.
 
+    Leaves that are not bool stay. So an optimizer state, or all of a training, can be packed for a
+    checkpoint with the masks in it. Abstract leaves are packed too, for what restores by them.
+
     Examples:
       >>> pack(jnp.array([True, False, True])).tolist()
       [160]
     """
-    return jax.tree.map(lambda m: _mesh.automatic(jnp.packbits, m), masks)
+    return jax.tree.map(lambda m: _bits(m) if _tree.dtype(m) == jnp.bool_ else m, masks)
+
+
+def _bits(mask: Any) -> Any:
+    if isinstance(mask, jax.ShapeDtypeStruct):
+        sharding = mask.sharding
+        if isinstance(sharding, NamedSharding):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec())
+        size = -(-math.prod(mask.shape) // 8)
+        return jax.ShapeDtypeStruct((size,), jnp.uint8, sharding=sharding)
+    return _mesh.automatic(jnp.packbits, mask)
 
 
 def unpack(packed: Any, params: Any) -> Masks:
     """Unpacks what :func:`pack` packed, to the shapes of the params.
 
+    Args:
+      packed: what was packed.
+      params: arrays or ``jax.ShapeDtypeStruct`` of the shapes of the masks, or all that was packed.
+        A mask is placed as its leaf is here.
+
     Raises:
-      ValueError: if a leaf has no entry, or the wrong number of bytes.
+      ValueError: if a leaf has no entry, an entry no leaf, or for the wrong number of bytes.
 
     Examples:
       >>> unpack(pack(jnp.array([True, False, True])), jnp.zeros(3)).tolist()
       [True, False, True]
+      >>> state = {"count": jnp.array(5), "masks": jnp.array([True, False, True])}
+      >>> unpack(pack(state), state)["count"].tolist()
+      5
     """
     entries = _tree.named_entries(packed)
     masks = []
@@ -135,16 +158,89 @@ def unpack(packed: Any, params: Any) -> Masks:
                 f"{_tree.show(path)}: packed masks have no entry for this leaf; they have "
                 f"{sorted(entries)[:10]}. Unpack with the params they are for."
             )
-        bits = entries[path]
-        size = math.prod(jnp.shape(leaf))
-        if bits is not None and bits.shape != (-(-size // 8),):
-            raise ValueError(
-                f"{_tree.show(path)}: packed masks hold {bits.shape} bytes, needed "
-                f"{-(-size // 8)} for shape {jnp.shape(leaf)}. Unpack with the params they are for."
-            )
-        unpacked = None
-        if bits is not None:
-            unpacked = jnp.unpackbits(bits, count=size).astype(bool).reshape(jnp.shape(leaf))
-            unpacked = _mesh.follow(unpacked, leaf)
-        masks.append(unpacked)
+        masks.append(_unpacked(path, entries.pop(path), leaf))
+    if lone := [path for path, entry in entries.items() if entry is not None]:
+        raise ValueError(
+            f"{_tree.show(lone[0])}: packed masks have an entry here, the params have none. Unpack "
+            "with the params they are for."
+        )
     return _tree.rebuild(params, masks)
+
+
+def _unpacked(path: str, entry: Any, leaf: Any) -> Any:
+    shape, size = jnp.shape(leaf), math.prod(jnp.shape(leaf))
+    if entry is None:
+        return None
+    is_bits = _tree.dtype(entry) == jnp.uint8 != _tree.dtype(leaf)
+    if not is_bits and jnp.shape(entry) == shape:  # was not bool, so was not packed
+        return entry
+    if _tree.dtype(entry) != jnp.uint8 or jnp.shape(entry) != (-(-size // 8),):
+        raise ValueError(
+            f"{_tree.show(path)}: packed masks hold {_tree.dtype(entry)} of shape "
+            f"{jnp.shape(entry)}, needed {-(-size // 8)} bytes for shape {shape}. Unpack with the "
+            "params they are for."
+        )
+    return _tree.place(jnp.unpackbits(entry, count=size).astype(bool).reshape(shape), leaf)
+
+
+def save(path: str | os.PathLike[str], params: Any, masks: Masks) -> None:
+    r"""Saves a sparse model in little space: the weights that are kept, and a bit for each.
+
+    A leaf of n weights of b bytes, k of them kept, takes :math:`k b + n / 8` bytes. The file is a
+    safetensors file: ``path/values`` (k,) and ``path/bitmap`` (uint8) for a leaf with a mask, and
+    ``path`` for any other, whatever its dtype. It is written whole or not at all, leaf by leaf; a
+    file that was there stays until then.
+
+    Kept weights are stored bit by bit, with NaN and -0. Pruned ones come back as 0, so they must
+    be zero. Of PRNG keys the data and the kind are stored.
+
+    Args:
+      path: of the file, such as ``"model.safetensors"``.
+      params: a pytree of arrays that this process holds.
+      masks: their masks.
+
+    Raises:
+      ValueError: if paths or shapes differ, masked weights are not zero, or the file cannot be
+        written.
+      TypeError: for a leaf that safetensors has no type for, or a mask that is not bool.
+
+    Examples:
+      >>> import tempfile
+      >>> params, masks = jnp.array([0.0, 2.0, 3.0]), jnp.array([False, True, True])
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(f"{folder}/model.safetensors", params, masks)
+      ...     load(f"{folder}/model.safetensors", like=params)[0].tolist()
+      [0.0, 2.0, 3.0]
+    """
+    _compact.write(path, params, masks)
+
+
+def load(path: str | os.PathLike[str], like: Any) -> tuple[Any, Masks]:
+    """Loads params and masks from a file of :func:`save`.
+
+    A checksum covers all that is loaded. Nothing is executed: the file holds JSON and numbers.
+
+    Args:
+      path: of the file.
+      like: arrays or ``jax.ShapeDtypeStruct`` in the structure of the params that were saved, such
+        as ``jax.eval_shape(init, key)``. A leaf is placed as it is sharded here; NumPy arrays are
+        given for NumPy arrays.
+
+    Returns:
+      The params, and their masks, `None` for a leaf without one.
+
+    Raises:
+      ValueError: for a file that is missing, cut short, damaged, or of a newer version, and for
+        other paths, shapes or dtypes than those of ``like``. The message names file and leaf.
+
+    Examples:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(f"{folder}/model.safetensors", jnp.ones(2), jnp.array([True, True]))
+      ...     params, masks = load(
+      ...         f"{folder}/model.safetensors", like=jax.ShapeDtypeStruct((2,), jnp.float32)
+      ...     )
+      >>> masks.tolist()
+      [True, True]
+    """
+    return _compact.read(path, like)

@@ -218,19 +218,10 @@ def _fit(params: Any, masks: Any) -> Any:
     """Copies masks, or a donated step would delete the caller's, to where their params are."""
     leaves, treedef = jax.tree.flatten(params)
     placed = [
-        m if m is None or _is_abstract(m) else _place(jnp.copy(m), w)
+        m if m is None or _is_abstract(m) else _tree.place(jnp.copy(m), w)
         for m, w in zip(_tree.align_masks(params, masks), leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, placed)
-
-
-def _place(mask: jax.Array, like: Any) -> jax.Array:
-    if not isinstance(like, jax.Array):
-        return mask
-    if not _tree.is_traced(like, mask):  # to commit one mask alone would compile a step twice
-        return jax.device_put(mask, like.sharding) if like.committed else mask
-    sharding = jax.typeof(like).sharding
-    return mask if sharding.mesh.empty else jax.sharding.reshard(mask, sharding)
 
 
 def _masked(inner, updates, masks, inner_state, params, extra_args):

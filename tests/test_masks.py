@@ -2,7 +2,10 @@ import hypothesis
 import hypothesis.extra.numpy as hnp
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 
@@ -19,8 +22,41 @@ def test_unpacking_for_other_params_is_an_error():
     packed = {"w": jp.masks.pack(jnp.ones(9, bool))}
     with pytest.raises(ValueError, match="v: packed masks have no entry"):
         jp.masks.unpack(packed, {"v": jnp.ones(9)})
-    with pytest.raises(ValueError, match="w: packed masks hold .* needed 3 for shape"):
+    with pytest.raises(
+        ValueError, match="w: packed masks have an entry here, the params have none"
+    ):
+        jp.masks.unpack(packed, {"a": None})
+    with pytest.raises(ValueError, match="w: packed masks hold float32 of shape"):
+        jp.masks.unpack({"w": jnp.ones(8)}, {"w": jnp.ones((4, 6))})
+    with pytest.raises(ValueError, match="w: packed masks hold .* needed 3 bytes for shape"):
         jp.masks.unpack(packed, {"w": jnp.ones((4, 6))})
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P("x", "y")])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_packing_a_whole_state_on_a_mesh(kind, spec):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    params = {"w": jax.random.normal(jax.random.key(0), (16, 12)), "b": jnp.ones(16)}
+    params["w"] = jax.device_put(params["w"], NamedSharding(mesh, spec))
+    masks = jp.select(jp.scores.magnitude(params), 0.5)
+    state = jp.enforce(optax.adam(0.1), masks).init(params)
+    packed = jp.masks.pack(state)
+    assert packed.masks["w"].nbytes == 16 * 12 // 8 and packed.inner is not state.inner
+    like = jax.tree.map(
+        lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding), state
+    )
+    unpacked = jp.masks.unpack(packed, like)
+    assert jax.tree.structure(unpacked) == jax.tree.structure(state)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), unpacked, state))
+    mask = unpacked.masks["w"]
+    assert mask.dtype == bool and mask.sharding == state.masks["w"].sharding
+
+
+def test_packing_a_round():
+    last = jp.recipes.Round(1, 0.5, {"w": jnp.ones(1)}, {"w": jnp.array([True])})
+    packed = jp.masks.pack(last)
+    assert packed.masks["w"].tolist() == [128] and jp.masks.unpack(packed, last) == last
+    assert jp.masks.unpack(packed.masks, last.params) == last.masks
 
 
 def test_pruned_nan_and_infinity_become_zero():

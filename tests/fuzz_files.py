@@ -1,0 +1,218 @@
+"""Fuzzes the files of `jp.masks.save`: ``python tests/fuzz_files.py --cases 10000``.
+
+Half of the cases are round trips of random trees, half are damaged files, which must load to what
+was saved, or not at all.
+"""
+
+import argparse
+import collections
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import ml_dtypes  # noqa: F401  # names its types to NumPy
+import numpy as np
+
+import jaxprune as jp
+from jaxprune import _compact, _files
+
+DTYPES = [name for name in _files._DTYPES.values() if name != "float8_e8m0fnu"]  # has no zero
+seeds = st.integers(0, 2**32 - 1)
+
+
+@st.composite
+def trees(draw):
+    """Draws params of random bits, so with NaN, infinity and -0, and masks."""
+    params, masks = {}, {}
+    for name in draw(st.lists(st.sampled_from(["a", "b", "ключ", "c/d"]), unique=True, min_size=1)):
+        shape = draw(st.lists(st.integers(0, 6), max_size=3))
+        rng, dtype = np.random.default_rng(draw(seeds)), np.dtype(draw(st.sampled_from(DTYPES)))
+        bits = rng.integers(0, 256, [int(np.prod(shape)), dtype.itemsize], np.uint8)
+        leaf = (bits % 2 if dtype.kind == "b" else bits).view(dtype).reshape(shape)
+        density = draw(st.sampled_from([None, 0.0, 0.1, 0.5, 1.0]))
+        mask = None if density is None else rng.random(shape) < density
+        params[name] = leaf if mask is None else np.where(mask, leaf, np.zeros((), dtype))
+        masks[name] = mask
+    return {"layer": params, "last": [params.pop("b", np.float32(1))]}, {
+        "layer": masks,
+        "last": [masks.pop("b", None)],
+    }
+
+
+def bits(tree):
+    """Gives all that two equal trees have in common."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [(np.shape(w), np.asarray(w).dtype, np.asarray(w).tobytes()) for w in leaves]
+
+
+def parts(data):
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def joined(header, body):
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def resigned(data):
+    """Makes the checksum right again, where there is one."""
+    try:
+        header, body = parts(data)
+        metadata = header.pop("__metadata__")
+        digests = {}
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            dtype = _files._DTYPES[entry["dtype"]]
+            entries = np.frombuffer(body[start:stop], np.uint8)
+            digests[name] = _compact._digest(dtype, entry["shape"], entries)
+        metadata["checksum"] = _compact._checksum(metadata, digests)
+        return joined({"__metadata__": metadata, **header}, body)
+    except (ValueError, KeyError, TypeError, AttributeError, MemoryError):
+        return data
+
+
+NUMBERS = st.one_of(
+    st.integers(-2, 70),
+    st.sampled_from([2**31, 2**62, 2**64, 10**30, 1.0, True, None, "1", [], {}]),
+)
+
+
+@st.composite
+def lies(draw, data):
+    """Draws a header that says something else."""
+    header, body = parts(data)
+    metadata, names = header["__metadata__"], [n for n in header if n != "__metadata__"]
+    name, other = draw(st.sampled_from(names)), draw(st.sampled_from(names))
+    entry = header[name]
+    kind = draw(
+        st.sampled_from("dtype shape dim offset swap rename drop more metadata table".split())
+    )
+    if kind == "dtype":
+        kinds = [*_files._DTYPES, *_files._PACKED, "F31", 3, None]
+        entry["dtype"] = draw(st.sampled_from(kinds))
+    elif kind == "shape":
+        entry["shape"] = draw(st.one_of(NUMBERS, st.lists(NUMBERS, max_size=4)))
+    elif kind == "dim" and entry["shape"]:
+        entry["shape"][draw(st.integers(0, len(entry["shape"]) - 1))] = draw(NUMBERS)
+    elif kind == "offset":
+        entry["data_offsets"][draw(st.integers(0, 1))] = draw(NUMBERS)
+    elif kind == "swap":
+        key = draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
+        entry[key], header[other][key] = header[other][key], entry[key]
+    elif kind == "rename":
+        header[draw(st.sampled_from([other, "new", "", "../x", "a/values"]))] = header.pop(name)
+    elif kind == "drop":
+        del header[name]
+    elif kind == "more":
+        header["more"] = {"dtype": "F32", "shape": [0], "data_offsets": [len(body)] * 2}
+    elif kind == "metadata":
+        key = draw(st.sampled_from([*metadata, "new"]))
+        values = ["", "0", "2", "10", "jaxprune", "{}", "[]", "null", "[" * 9999, 3, None, {}]
+        metadata[key] = draw(st.sampled_from(values))
+    else:
+        key = draw(st.sampled_from(_compact.INTERNAL))
+        table = json.loads(metadata[key])
+        table[draw(st.sampled_from([*table, name, "new"]))] = draw(
+            st.one_of(NUMBERS, st.lists(NUMBERS, max_size=3))
+        )
+        metadata[key] = json.dumps(table)
+    return joined(header, body)
+
+
+@st.composite
+def damages(draw, data):
+    """Draws what became of a file: a word for it, and its bytes."""
+    kind = draw(
+        st.sampled_from("cut flip flip overwrite insert delete length lie lie resign".split())
+    )
+    at = draw(st.integers(0, len(data) - 1))
+    some = draw(st.binary(min_size=1, max_size=16))
+    if kind == "cut":
+        return kind, data[:at]
+    if kind == "flip":
+        flipped = bytearray(data)
+        for place in [at, *draw(st.lists(st.integers(0, len(data) - 1), max_size=2))]:
+            flipped[place] ^= 1 << draw(st.integers(0, 7))
+        return kind, bytes(flipped)
+    if kind == "overwrite":
+        return kind, data[:at] + some + data[at + len(some) :]
+    if kind == "insert":
+        return kind, data[:at] + some + data[at:]
+    if kind == "delete":
+        return kind, data[:at] + data[at + len(some) :]
+    if kind == "length":
+        length = draw(st.one_of(st.integers(0, len(data)), st.integers(0, 2**64 - 1)))
+        return kind, length.to_bytes(8, "little") + data[8:]
+    if kind == "lie":
+        return kind, draw(lies(data))
+    return kind, resigned(draw(st.one_of(lies(data), damages(data).map(lambda d: d[1]))))
+
+
+def check_round_trip(path, tree):
+    params, masks = tree
+    jp.masks.save(path, params, masks)
+    assert bits(jp.masks.load(path, params)) == bits(tree)
+
+
+def check_damaged(path, tree, kind, data):
+    """Says whether a damaged file is refused, and checks that it is or loads to what was saved."""
+    Path(path).write_bytes(data)
+    try:
+        loaded = jp.masks.load(path, tree[0])
+    except ValueError as error:  # of NumPy or JSON it would not name the file
+        assert str(error).startswith(f"{path}: "), error
+        return True
+    if kind == "resign":  # is another file, and as good
+        assert [w[:2] for w in bits(loaded[0])[1]] == [w[:2] for w in bits(tree[0])[1]]
+        leaves = [jax.tree.leaves(t, is_leaf=lambda m: m is None) for t in loaded]
+        assert not any((w[~m] != 0).any() for w, m in zip(*leaves, strict=True) if m is not None)
+    else:
+        assert bits(loaded) == bits(tree)
+    return False
+
+
+def fuzz(path, cases, found):
+    """Runs half of the cases as round trips, and half on damaged files."""
+
+    def settings(count):
+        return hypothesis.settings(
+            max_examples=count, deadline=None, database=None,
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )  # fmt: skip
+
+    @settings(cases // 2)
+    @hypothesis.given(trees())
+    def round_trips(tree):
+        check_round_trip(path, tree)
+        found["round trip"] += 1
+
+    @settings(cases - cases // 2)
+    @hypothesis.given(trees(), st.data())
+    def damaged(tree, data):
+        jp.masks.save(path, *tree)
+        kind, damage = data.draw(damages(Path(path).read_bytes()))
+        refused = check_damaged(path, tree, kind, damage)
+        found[f"{kind} {'refused' if refused else 'loaded'}"] += 1
+
+    round_trips()
+    damaged()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=10_000)
+    found, start = collections.Counter(), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        fuzz(f"{folder}/model.safetensors", parser.parse_args().cases, found)
+    for what, count in sorted(found.items()):
+        print(f"{what:20} {count:8,}")
+    print(f"{sum(found.values()):,} cases in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,342 @@
+import collections
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fuzz_files
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors import safe_open
+from safetensors.flax import save_file
+
+import jaxprune as jp
+from jaxprune import _files
+from jaxprune.__main__ import main
+
+
+@pytest.fixture
+def model():
+    """Gives a sparse model with leaves of every kind."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "dense": {"kernel": jax.random.normal(keys[0], (24, 10)), "bias": jnp.zeros(10)},
+        "half": [jax.random.normal(keys[1], (8, 16), jnp.bfloat16)],
+        "steps": jnp.array(3),
+        "flags": jnp.array([True, False]),
+        "empty": jnp.zeros((0, 4)),
+        "rngs": (jax.random.key(7), jax.random.split(jax.random.key(1, impl="rbg"), 2)),
+    }
+    masks = jp.select(jp.scores.magnitude(params), 0.9)
+    return jp.apply_masks(params, masks), masks
+
+
+def bits(tree):
+    """Gives all of a tree but where it is."""
+
+    def is_key(w):
+        return jax.dtypes.issubdtype(getattr(w, "dtype", None), jax.dtypes.prng_key)
+
+    data = jax.tree.map(lambda w: (str(w.dtype), jax.random.key_data(w)) if is_key(w) else w, tree)
+    leaves, treedef = jax.tree.flatten(data)
+    return treedef, [(type(w), np.asarray(w).dtype, np.asarray(w).tobytes()) for w in leaves]
+
+
+def test_fuzzing(tmp_path):
+    found = collections.Counter()
+    fuzz_files.fuzz(str(tmp_path / "file"), 300, found)
+    assert found["round trip"] == 150 and found["flip refused"] > 10
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_what_is_saved_is_loaded(tmp_path, model, abstract):
+    path = tmp_path / "model"
+    jp.masks.save(path, *model)
+    like = jax.eval_shape(lambda: model[0]) if abstract else model[0]
+    assert bits(jp.masks.load(path, like)) == bits(model)
+    assert not jax.tree.leaves(jp.masks.load(path, like)[0])[0].committed
+
+
+def test_leaves_of_numpy_and_python_stay_what_they_are(tmp_path):
+    params = {
+        "wide": np.array([[np.nan, 0.0, -0.0, 1e300]]),
+        "big": np.arange(3, dtype=">f4"),
+        "scalar": np.int64(2**60),
+        "python": [1.5, 3, True],
+    }
+    masks = {**dict.fromkeys(params), "wide": np.array([[True, False, True, True]])}
+    jp.masks.save(tmp_path / "file", params, masks)
+    loaded, found = jp.masks.load(tmp_path / "file", params)
+    assert loaded["wide"].tobytes() == params["wide"].tobytes() and found["wide"].dtype == bool
+    assert loaded["big"].tolist() == [0, 1, 2] and loaded["scalar"] == 2**60
+    assert loaded["python"] == [1.5, 3, True] and loaded["python"][2] is True
+    like = {**params, "wide": jax.ShapeDtypeStruct((1, 4), np.float64)}
+    with pytest.raises(ValueError, match="file: wide: .*jax_enable_x64"):
+        jp.masks.load(tmp_path / "file", like)
+
+
+def test_a_bare_array_and_masks_with_holes(tmp_path):
+    w, mask = jnp.array([0.0, 2.0]), jnp.array([False, True])
+    jp.masks.save(tmp_path / "file", w, mask)
+    assert bits(jp.masks.load(tmp_path / "file", w)) == bits((w, mask))
+    jp.masks.save(tmp_path / "file", {"a": {"b": w}}, {"a": None})
+    assert jp.masks.load(tmp_path / "file", {"a": {"b": w}})[1] == {"a": {"b": None}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99])
+def test_size_on_disk(tmp_path, dtype, sparsity):
+    params = {f"layer_{i}": jax.random.normal(jax.random.key(i), (400, 400)) for i in range(8)}
+    masks = jp.select(jp.scores.magnitude(params), sparsity)
+    params = jax.tree.map(lambda w: w.astype(dtype), jp.apply_masks(params, masks))
+    jp.masks.save(tmp_path / "file", params, masks)
+    size = sum(int(m.sum()) * w.dtype.itemsize + w.size / 8
+               for w, m in zip(*map(jax.tree.leaves, (params, masks)), strict=True))  # fmt: skip
+    assert size < (tmp_path / "file").stat().st_size <= 1.05 * size
+
+
+def test_the_safetensors_library_reads_and_writes_it(tmp_path, model):
+    jp.masks.save(tmp_path / "file", *model)
+    with safe_open(tmp_path / "file", "flax") as file:
+        metadata, found = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}
+    kernel, mask = model[0]["dense"]["kernel"], model[1]["dense"]["kernel"]
+    assert found["dense/kernel/values"].tolist() == kernel[mask].tolist()
+    assert found["dense/kernel/bitmap"].tolist() == jp.masks.pack(mask).tolist()
+    assert found["dense/bias"].shape == (10,) and metadata["version"] == "1"
+    save_file(dict(sorted(found.items())), tmp_path / "again", metadata)
+    assert bits(jp.masks.load(tmp_path / "again", model[0])) == bits(model)
+
+
+def test_tensors_are_aligned(tmp_path, model):
+    jp.masks.save(tmp_path / "file", *model)
+    data = (tmp_path / "file").read_bytes()
+    header = fuzz_files.parts(data)[0]
+    assert int.from_bytes(data[:8], "little") % 8 == 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            assert entry["data_offsets"][0] % np.dtype(_files._DTYPES[entry["dtype"]]).itemsize == 0
+
+
+@pytest.mark.filterwarnings("ignore")  # Orbax has much to say
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_orbax_restores_a_training_onto_another_mesh(tmp_path, kind):
+    def training(mesh, axes):
+        place = lambda w, *spec: jax.device_put(w, NamedSharding(mesh, P(*spec)))  # noqa: E731
+        keys = jax.random.split(jax.random.key(0), 2)
+        w = place(jax.random.normal(keys[0], (16, 8)), None, axes[0])
+        params = {"w": w, "b": place(jax.random.normal(keys[1], (8,)), axes[-1])}
+        masks = jp.select(jp.scores.magnitude(params), 0.5)
+        params = jp.apply_masks(params, masks)
+        last = jp.recipes.Round(1, 0.5, params, masks)
+        state = jp.enforce(optax.adam(0.1), masks).init(params)
+        return {"params": params, "state": state, "last": last, "key": jax.random.key(3)}
+
+    saved = training(jax.make_mesh((8,), ("x",), axis_types=(kind,)), "x")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "packed", jp.masks.pack(saved))
+        checkpointer.save(tmp_path / "plain", saved)
+    other = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind, kind))
+    wanted = training(other, "ab")
+    like = jax.tree.map(
+        lambda w: w if isinstance(w, int | float)
+        else jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding),
+        wanted,
+    )  # fmt: skip
+    with ocp.StandardCheckpointer() as checkpointer:
+        packed = checkpointer.restore(tmp_path / "packed", jp.masks.pack(like))
+        plain = checkpointer.restore(tmp_path / "plain", like)
+    assert packed["state"].masks["w"].nbytes == 16 * 8 // 8
+    for found in (jp.masks.unpack(packed, like), plain):
+        assert bits(found) == bits(wanted)
+        places = [
+            (w.sharding, v.sharding) for w, v in zip(*map(jax.tree.leaves, (found, wanted)),
+            strict=True) if isinstance(w, jax.Array)
+        ]  # fmt: skip
+        assert all(w.is_equivalent_to(v, 2) for w, v in places if isinstance(v, NamedSharding))
+        train = lambda params, masks: params  # noqa: E731
+        (after,) = jp.recipes.iterative(found["last"], train, jp.scores.magnitude, [0.5, 0.75])
+        assert (after.round, after.sparsity) == (2, 0.75)
+
+
+def test_killed_trainings_lose_nothing():
+    argv = [sys.executable, Path(__file__).with_name("kill_resume.py"), "--trials", "10"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "kills: 10" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_leaves_load_onto_another_mesh(tmp_path, kind):
+    params = {"w": jnp.arange(64.0).reshape(8, 8), "b": jnp.ones(8)}
+    masks = jp.select(jp.scores.magnitude(params), 0.5)
+    params = jp.apply_masks(params, masks)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    sharding = NamedSharding(mesh, P("x"))
+    jp.masks.save(tmp_path / "file", *jax.device_put((params, masks), sharding))
+    other = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind, kind))
+    shardings = {"w": NamedSharding(other, P("b", "a")), "b": NamedSharding(other, P("a"))}
+    like = jax.tree.map(
+        lambda w, s: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=s), params, shardings
+    )
+    loaded = jp.masks.load(tmp_path / "file", like)
+    assert bits(loaded) == bits((params, masks))
+    for tree in loaded:
+        for name, w in tree.items():
+            assert w is None or w.sharding == shardings[name]
+
+
+ONE, HALF = jnp.array([True]), jnp.array([True, False])
+SAVES = {  # what cannot be saved, and what is said
+    "other paths": ({"a": 1}, {"b": None}, "a: masks have no entry"),
+    "floats": ({"w": HALF}, {"w": jnp.ones(2)}, "w: masks must be bool"),
+    "not zero": ({"w": jnp.ones(2)}, {"w": HALF}, "w: 1 masked weights are not .*apply_masks"),
+    "pruned NaN": ({"w": jnp.full(1, jnp.nan)}, {"w": ~ONE}, "w: 1 masked weights are not zero"),
+    "no array": ({"name": "x"}, None, "name: params to save must be arrays, got str"),
+    "abstract": (jax.ShapeDtypeStruct((), "f4"), None, "itself.: params .* got ShapeDtypeStruct"),
+    "dtype": ({"w": jnp.ones(2, jnp.int4)}, None, "w: safetensors has no int4, only bool"),
+    "key": ({"k": jax.random.key(0)}, {"k": ONE[0]}, "k: a PRNG key has no weights to mask"),
+    "two of a name": ({"a": {"b": 1}, "a/b": 2}, None, "a/b: two leaves have this path"),
+    "a taken name": ({"a": ONE, "a/values": 2}, {"a": ONE, "a/values": None}, "a/values: .* twice"),
+    "metadata": ({"__metadata__": 1}, None, "__metadata__: this name is needed twice"),
+}
+
+
+@pytest.mark.parametrize("name", SAVES)
+def test_what_cannot_be_saved_leaves_the_old_file(tmp_path, name):
+    params, masks, words = SAVES[name]
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises((ValueError, TypeError), match=words):
+        jp.masks.save(path, params, masks)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, model, monkeypatch, name):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, name, fail)
+    with pytest.raises(ValueError, match="file: could not be written .No space left"):
+        jp.masks.save(path, *model)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+    monkeypatch.undo()
+    jp.masks.save(path, *model)
+    assert path.stat().st_mode & 0o777 == 0o640
+    with pytest.raises(ValueError, match="no/file: there is no folder"):
+        jp.masks.save(tmp_path / "no" / "file", *model)
+    with pytest.raises(ValueError, match="is no regular file"):
+        jp.masks.save(tmp_path, *model)
+
+
+def metadata(**changes):
+    def change(data):
+        header, body = fuzz_files.parts(data)
+        header["__metadata__"] |= changes
+        return fuzz_files.joined(header, body)
+
+    return change
+
+
+def flipped(data):
+    """Flips a bit of the last kept weight of the kernel."""
+    header, body = fuzz_files.parts(data)
+    body = bytearray(body)
+    body[header["dense/kernel/values"]["data_offsets"][1] - 1] ^= 1
+    return fuzz_files.joined(header, body)
+
+
+LOADS = {  # what became of a file, and what is said
+    "cut short": (lambda data: data[:-1], "truncated or damaged"),
+    "empty": (lambda data: b"", "not a safetensors file"),
+    "pickle": (lambda data: b"cos\nsystem\n(S'exit'\ntR.", "not a safetensors file"),
+    "a flipped bit": (flipped, "is damaged: its checksum is not that"),
+    "checksum": (metadata(checksum="0" * 64), "is damaged: its checksum"),
+    "newer": (metadata(version="2"), "has version '2' of its format, needed '1'.*upgrade jaxprune"),
+    "another format": (metadata(format="pt"), "was not written by `jp.masks.save`"),
+    "shapes": (metadata(shapes="[1"), "metadata need 'shapes', a JSON object"),
+    "keys": (metadata(keys="[]"), "metadata need 'keys', a JSON object"),
+    "no values": (metadata(shapes='{"a": [2]}'), "'a' needs a shape, values and a bitmap"),
+    "a larger shape": (metadata(shapes='{"dense/kernel": [24, 11]}'), "bitmap .* does not fit"),
+    "a huge shape": (metadata(shapes='{"dense/kernel": [1%s]}' % ("0" * 30)), "does not fit"),
+    "a small shape": (metadata(shapes='{"dense/kernel": [1]}'), "values of 'dense/kernel' are"),
+    "a turned shape": (metadata(shapes=json.dumps(
+                           {"dense/kernel": [10, 24], "half/0": [8, 16], "empty": [0, 4]})),
+                       r"dense/kernel: the file has float32 of shape \(10, 24\), `like` has"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_damaged_files_are_refused(tmp_path, model, name):
+    change, words = LOADS[name]
+    path = tmp_path / "file"
+    jp.masks.save(path, *model)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=words) as error:
+        jp.masks.load(path, model[0])
+    assert str(error.value).startswith(f"{path}: ")
+
+
+def test_a_bitmap_that_keeps_another_number_is_refused(tmp_path, model):
+    jp.masks.save(tmp_path / "file", *model)
+    data = bytearray((tmp_path / "file").read_bytes())
+    header, body = fuzz_files.parts(data)
+    start = header["dense/kernel/bitmap"]["data_offsets"][0]
+    data[len(data) - len(body) + start] ^= 255
+    (tmp_path / "file").write_bytes(fuzz_files.resigned(bytes(data)))
+    with pytest.raises(ValueError, match="'dense/kernel' has 21 values, its bitmap keeps"):
+        jp.masks.load(tmp_path / "file", model[0])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda p: {**p, "more": 1}, "more: only `like` has this leaf"),
+        (lambda p: {**p, "dense": {"bias": p["dense"]["bias"]}}, "dense/kernel: only the file has"),
+        (
+            lambda p: {**p, "steps": jnp.array(3.0)},
+            "steps: the file has int32 .* `like` has float32",
+        ),
+        (lambda p: {**p, "empty": jnp.zeros((4, 0))}, "empty: the file has float32 of shape .0, 4"),
+        (lambda p: {**p, "rngs": p["rngs"][::-1]}, "rngs/0: .* a threefry2x32 key, .* a rbg key"),
+        (lambda p: {**p, "rngs": (jnp.zeros(2, "uint32"), 1)}, "rngs/0: .* a threefry2x32 key, "),
+        (lambda p: {**p, "flags": jax.random.key(0)}, "flags: the file has bool of .* a threefry"),
+    ],
+)
+def test_another_structure_is_refused(tmp_path, model, change, words):
+    jp.masks.save(tmp_path / "file", *model)
+    with pytest.raises(ValueError, match="file: " + words):
+        jp.masks.load(tmp_path / "file", change(model[0]))
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="missing: No such file"):
+        jp.masks.load(tmp_path / "missing", jnp.ones(1))
+    with pytest.raises(ValueError, match="is a folder, needed a file. Orbax"):
+        jp.masks.load(tmp_path, jnp.ones(1))
+
+
+def test_the_command_line_knows_these_files(tmp_path, capsys, model):
+    path = str(tmp_path / "file")
+    jp.masks.save(path, *model)
+    assert main(["inspect", path, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["path"]: row for row in found["tensors"]}
+    row = rows["dense/kernel"]
+    assert row["shape"] == [24, 10] and row["size"] - row["zeros"] == 21
+    assert row["bytes"] == 21 * 4 + 30 and rows["dense/bias"]["zeros"] == 10
+    assert found["metadata"].keys() == {"format", "version", "checksum"}
+    assert main(["inspect", path]) == 0 and "24×10" in capsys.readouterr().out
+    assert main(["prune", path, path, "--sparsity", "0.5"]) == 2
+    assert "holds kept weights alone" in capsys.readouterr().err
