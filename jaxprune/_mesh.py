@@ -1,7 +1,7 @@
 """Arrays on meshes: what needs care where leaves are spread over devices."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,23 @@ from jax.sharding import PartitionSpec as P
 def is_explicit(x: Any) -> bool:
     """Says whether the type of an array tells how it is sharded."""
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def check_together(leaves: Iterable[tuple[str, Any]]) -> None:
+    """Raises a `ValueError` that names the first array on other devices than those before."""
+    placed = [
+        (path, x.sharding)
+        for path, x in leaves
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.committed
+    ]
+    for path, sharding in placed:
+        if sharding.device_set != placed[0][1].device_set:
+            raise ValueError(
+                f"{path}: lies on other devices ({sharding}) than {placed[0][0]} "
+                f"({placed[0][1]}). Put all on one mesh, as with `jax.device_put(array, "
+                "NamedSharding(mesh, spec))`; an axis that the mesh does not divide is replicated, "
+                "by `None` in the spec."
+            )
 
 
 def fitting(sharding: NamedSharding, before: Sequence[int], after: Sequence[int]) -> NamedSharding:
