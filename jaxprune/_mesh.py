@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, auto_axes, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
@@ -60,7 +61,7 @@ def automatic(f: Callable[..., jax.Array], leaf: Any, *args: Any) -> jax.Array:
 
 
 def resized(x: jax.Array, leaf: Any) -> jax.Array:
-    """Places what was cut from a leaf as the leaf was, along the axes that the mesh still divides."""
+    """Places what was cut from a leaf as it was, along the axes that the mesh still divides."""
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding) or isinstance(x, jax.ShapeDtypeStruct):
         return x
@@ -74,9 +75,18 @@ def follow(mask: jax.Array, leaf: Any) -> jax.Array:
 
 
 def replicated(x: jax.Array) -> jax.Array:
-    """Spreads a small array over an explicit mesh: some operations need operands of one sharding."""
+    """Spreads a small array over an explicit mesh, for operations that need one sharding."""
     sharding = jax.typeof(x).sharding
     return jax.sharding.reshard(x, sharding.update(spec=P())) if is_explicit(x) else x
+
+
+def read(x: Any) -> np.ndarray:
+    """Reads an array, parts of which may be in other processes."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+        # jit, not `reshard`, so that it works on automatic axes as well.
+        whole = NamedSharding(x.sharding.mesh, P())  # type: ignore[attr-defined]
+        x = jax.jit(lambda x: x, out_shardings=whole)(x)
+    return np.asarray(x)
 
 
 def exact_sum(x: jax.Array, axes: int | Sequence[int]) -> jax.Array:

@@ -209,10 +209,15 @@ def test_structure_on_a_mesh(kind, quick_compilation):
         assert found.groups[0].members == groups().groups[0].members
         for score, expected in (
             (jp.units.taylor_gates(found, loss), jp.units.taylor_gates(groups(), plain)),
+            (jp.units.taylor(found, loss), jp.units.taylor(groups(), plain)),
             (jp.units.activation(found, fn), jp.units.activation(groups(), apply_fn)),
             (jp.search.oracle(found, loss), jp.search.oracle(groups(), plain)),
         ):
             np.testing.assert_allclose(score(placed, x), expected(*here), rtol=1e-3, atol=1e-5)
+        curved = jp.scores.fisher(loss)(placed, x)["up"]  # one example of a sharded batch at a time
+        assert curved.sharding.is_equivalent_to(placed["up"].sharding, 2)
+        expected = jp.scores.fisher(plain)(*here)["up"]
+        np.testing.assert_allclose(curved, expected, rtol=1e-3, atol=1e-5)
         for cost in ("params", "flops"):
             masks = found.select(jp.scores.magnitude(placed), 0.3, cost=cost)
             check(masks, groups().select(jp.scores.magnitude(here[0]), 0.3, cost=cost), placed)

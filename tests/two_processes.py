@@ -48,6 +48,15 @@ def digests() -> Iterator[str]:
     masks = jp.select_iteratively(jp.scores.magnitude, params, 0.8, rounds=3)
     yield from tell("iteratively", masks)
 
+    apply_fn = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"]  # noqa: E731
+    x = jax.make_array_from_callback(
+        (8, 16), NamedSharding(mesh, P("data")), np.ones((8, 16), np.float32).__getitem__
+    )
+    masks = jp.find_groups(apply_fn, params, x).select(scores, 0.5)
+    yield from tell("units", masks)
+    _, small, plan = jp.shrink(apply_fn, params, masks, x)
+    assert small["up"].sharding.is_equivalent_to(params["up"].sharding, 2) and not plan.inexact
+
     halve = lambda p: jp.select(jp.scores.magnitude(p), 0.5)  # noqa: E731
     schedule = jp.schedules.linear(0.8, 0, 3)
     for name, tx in (
