@@ -1,11 +1,13 @@
 """Arrays on meshes: what needs care where leaves are spread over devices."""
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, auto_axes, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
@@ -13,6 +15,23 @@ from jax.sharding import PartitionSpec as P
 def is_explicit(x: Any) -> bool:
     """Says whether the type of an array tells how it is sharded."""
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def check_together(leaves: Iterable[tuple[str, Any]]) -> None:
+    """Raises a `ValueError` that names the first array on other devices than those before."""
+    placed = [
+        (path, x.sharding)
+        for path, x in leaves
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.committed
+    ]
+    for path, sharding in placed:
+        if sharding.device_set != placed[0][1].device_set:
+            raise ValueError(
+                f"{path}: lies on other devices ({sharding}) than {placed[0][0]} "
+                f"({placed[0][1]}). Put all on one mesh, as with `jax.device_put(array, "
+                "NamedSharding(mesh, spec))`; an axis that the mesh does not divide is replicated, "
+                "by `None` in the spec."
+            )
 
 
 def fitting(sharding: NamedSharding, before: Sequence[int], after: Sequence[int]) -> NamedSharding:
@@ -43,7 +62,7 @@ def automatic(f: Callable[..., jax.Array], leaf: Any, *args: Any) -> jax.Array:
 
 
 def resized(x: jax.Array, leaf: Any) -> jax.Array:
-    """Places what was cut from a leaf as the leaf was, along the axes that the mesh still divides."""
+    """Places what was cut from a leaf as it was, along the axes that the mesh still divides."""
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding) or isinstance(x, jax.ShapeDtypeStruct):
         return x
@@ -57,26 +76,40 @@ def follow(mask: jax.Array, leaf: Any) -> jax.Array:
 
 
 def replicated(x: jax.Array) -> jax.Array:
-    """Spreads a small array over an explicit mesh: some operations need operands of one sharding."""
+    """Spreads a small array over an explicit mesh, for operations that need one sharding."""
     sharding = jax.typeof(x).sharding
     return jax.sharding.reshard(x, sharding.update(spec=P())) if is_explicit(x) else x
 
 
-def exact_sum(x: jax.Array, axes: int | Sequence[int]) -> jax.Array:
-    """Sums float32 in integers: in no order, so that a mesh makes no difference in the last bit.
+def read(x: Any) -> np.ndarray:
+    """Reads an array, parts of which may be in other processes."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+        # jit, not `reshard`, so that it works on automatic axes as well.
+        whole = NamedSharding(x.sharding.mesh, P())  # type: ignore[attr-defined]
+        x = jax.jit(lambda x: x, out_shardings=whole)(x)
+    return np.asarray(x)
 
-    An entry is cut to a multiple of the power of two of which the largest entry is nearly 2⁶²,
-    divided by how many there are; that is finer than a sum in float32.
+
+@functools.partial(jax.jit, static_argnums=1)
+def exact_sum(x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
+    """Sums to float32 in no order, so that a mesh makes no difference in the last bit.
+
+    Entries are rounded to multiples of a power of two, 2⁴⁶ of which hold as many of the largest as
+    there are: float64 adds those exactly, also where it is two float32. Finer than float32 up to
+    millions of entries.
     """
     with jax.enable_x64(True):
         x = x.astype(jnp.float32)
-        finite = jnp.isfinite(x)
-        odd = jnp.sum(jnp.where(finite, 0, x), axes)
-        x = jnp.where(finite, x, 0)
         largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
-        bits = 62 - (x.size // max(largest.size, 1)).bit_length()
-        shift = bits - jnp.frexp(largest)[1]
+        finite = jnp.isfinite(largest)
+        shift = 46 - (x.size // max(largest.size, 1)).bit_length() - jnp.frexp(largest)[1]
         half = jnp.ldexp(jnp.float32(1), shift // 2)  # the whole power may be beyond float32
         rest = jnp.ldexp(jnp.float32(1), shift - shift // 2)
-        total = jnp.sum((x * half * rest).astype(jnp.int64), axes, keepdims=True)
-        return (total.astype(jnp.float32) / half / rest).reshape(odd.shape) + odd
+        scale = half.astype(jnp.float64) * rest
+        total = jnp.sum(jnp.round(x * scale), axes, keepdims=True) / scale
+
+        def odd():  # NaN and infinities have an order neither, but no largest multiple
+            return jnp.where(finite, total, jnp.sum(x, axes, keepdims=True))
+
+        total = jax.lax.cond(jnp.all(finite), lambda: total, odd)
+        return jnp.squeeze(total.astype(jnp.float32), axes)

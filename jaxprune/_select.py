@@ -52,7 +52,7 @@ def select(
     Raises:
       ValueError: for a sparsity outside [0, 1), an unknown scope or path, no leaf to prune, other
         paths or shapes in ``within``, a leaf that the pattern does not fit, and (outside jit)
-        scores that are not finite.
+        scores that are not finite or on different devices.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -81,6 +81,9 @@ def select(
     for i in chosen:
         if not hasattr(names[i][1], "dtype"):
             raise TypeError(f"{_tree.show(names[i][0])}: scores must be arrays.")
+    _mesh.check_together(
+        [(_tree.show(names[i][0]), x) for i in chosen for x in (names[i][1], inside[i])]
+    )
     if sparsity is None and pattern.share is not None:
         sparsity = 0.0
     sparsity = _check_scope(scope, sparsity, paths)

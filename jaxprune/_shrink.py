@@ -332,7 +332,7 @@ def _masked_slices(params: Any, masks: Any) -> Removed:
         path: mask for (path, leaf), mask in aligned if mask is not None and _tree.is_floating(leaf)
     }
     return {
-        (path, axis): np.flatnonzero(gone)
+        (path, axis): np.flatnonzero(_mesh.read(gone))
         for path, axes in _gone(own).items()
         for axis, gone in enumerate(axes)
     }
@@ -422,7 +422,7 @@ def differences(expected: Sequence[Any], shrunk: Any) -> tuple[str, ...]:
     for (path, small), dense in zip(_tree.named_leaves(shrunk), expected, strict=True):
         if not _tree.is_floating(dense) or not dense.size:
             continue
-        a, b = (np.asarray(x, np.float64) for x in (dense, small))
+        a, b = (_mesh.read(x).astype(np.float64) for x in (dense, small))
         error = np.abs(a - b).max() / max(np.abs(a).max(), np.finfo(np.float32).tiny)
         tolerance = 1e-4 if jnp.finfo(dense.dtype).bits > 16 else 5e-2
         if not error <= tolerance:

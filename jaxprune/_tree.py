@@ -14,6 +14,8 @@ import numpy as np
 import optax
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
+from jaxprune import _mesh
+
 Tree = Any
 ARRAYS = (jax.Array, np.ndarray, np.generic, int, float, complex, jax.ShapeDtypeStruct)
 
@@ -167,6 +169,8 @@ def map_masks(f: Callable[[Any, Any], Any], params: Tree, masks: Tree) -> Tree:
     """Maps over params and their masks; leaves without a mask stay as they are."""
     leaves, treedef = jax.tree.flatten(params)
     aligned = align_masks(params, masks)
+    for (path, w), m in zip(named_leaves(params), aligned, strict=True):
+        _mesh.check_together([(f"the params at {show(path)}", w), (f"the mask of {show(path)}", m)])
     return jax.tree.unflatten(
         treedef, [w if m is None else f(w, m) for w, m in zip(leaves, aligned, strict=True)]
     )

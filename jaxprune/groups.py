@@ -415,7 +415,7 @@ def _reduced(reduce, axes, count, arrays, slices, owner):  # type: ignore[no-unt
       owner: the unit of every such sum, or 0; rising.
     """
     sums = [
-        _mesh.replicated(_mesh.exact_sum(a, [i for i in range(a.ndim) if i != axis]))
+        _mesh.replicated(_mesh.exact_sum(a, tuple(i for i in range(a.ndim) if i != axis)))
         for a, axis in zip(arrays, axes, strict=True)
     ]
     values = jax.ops.segment_sum(jnp.concatenate(sums), slices, len(owner))
