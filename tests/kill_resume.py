@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 
 import jaxprune as jp
 
+jax.config.update("jax_disable_most_optimizations", True)  # it compiles much and runs little
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 STEPS, ROUNDS = 24, [0.6, 0.65, 0.7, 0.75, 0.8, 0.85]
