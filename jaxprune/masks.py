@@ -180,7 +180,8 @@ def _unpacked(path: str, entry: Any, leaf: Any) -> Any:
             f"{jnp.shape(entry)}, needed {-(-size // 8)} bytes for shape {shape}. Unpack with the "
             "params they are for."
         )
-    return _tree.place(jnp.unpackbits(entry, count=size).astype(bool).reshape(shape), leaf)
+    mask = jnp.unpackbits(entry, count=size).astype(bool).reshape(shape)
+    return _mesh.follow(mask, leaf) if _tree.is_traced(leaf) else _tree.place(mask, leaf)
 
 
 def save(path: str | os.PathLike[str], params: Any, masks: Masks) -> None:
