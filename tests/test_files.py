@@ -52,7 +52,8 @@ def bits(tree):
 def test_fuzzing(tmp_path):
     found = collections.Counter()
     fuzz_files.fuzz(str(tmp_path / "file"), 300, found)
-    assert found["round trip"] == 150 and found["flip refused"] > 10
+    refused = sum(count for what, count in found.items() if what.endswith("refused"))
+    assert found["round trip"] == 150 and refused > 100
 
 
 @pytest.mark.parametrize("abstract", [False, True])
