@@ -16,7 +16,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import optax
-from curves import options, problem, sweep
+from curves import options, problem, sweep, trainer
 
 import jaxprune as jp
 
@@ -80,48 +80,30 @@ def trained_scores(net):
 
 def penalties(net, filters):
     """Gives group lasso, and growing regularisation in the later half of the first epochs."""
-
-    def descend(link, steps):
-        @jax.jit
-        def step(params, state, masks, key):
-            batch = jax.random.randint(key, (64,), 0, len(net.x))
-            grads = jax.grad(net.loss)(params, net.x[batch], net.y[batch])
-            updates, state = link(masks).update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        def fit(params, masks, key):
-            state = link(masks).init(params)
-            for step_key in jax.random.split(key, steps):
-                params, state = step(params, state, masks, step_key)
-            return params
-
-        return fit
-
     half = max(net.steps // 2, 1)
-    with_lasso = descend(
-        lambda masks: optax.chain(jp.regularizers.group_lasso(net.groups, 1e-3), net.adam),
-        net.steps,
-    )
-    plainly = descend(lambda masks: net.adam, half)
+    fit = functools.partial(trainer, net.loss, x=net.x, y=net.y)
+    lasso = optax.chain(jp.regularizers.group_lasso(net.groups, 1e-3), net.adam)
+    with_lasso = fit(lambda masks: lasso, steps=net.steps)
+    plainly = fit(lambda masks: net.adam, steps=half)
     # The factor must beat the loss within `half` steps; Adam would take its size away.
-    pressed = descend(
+    pressed = fit(
         lambda masks: optax.chain(
             optax.scale_by_adam(),
             jp.regularizers.growing(masks, 0.1, every=5, limit=100.0),
             optax.scale(-2e-3),
         ),
-        half,
+        steps=half,
     )
 
     def group_lasso(params, sparsity, key, train):
-        params = with_lasso(params, None, key)
+        params, _ = with_lasso(params, None, key)
         return params, filters(jp.scores.magnitude(params), sparsity)
 
     def growing(params, sparsity, key, train):
         first, second = jax.random.split(key)
-        params = plainly(params, None, first)
+        params, _ = plainly(params, None, first)
         masks = filters(jp.scores.magnitude(params), sparsity)
-        return pressed(params, masks, second), masks
+        return pressed(params, masks, second)[0], masks
 
     return {"group lasso, filters": group_lasso, "growing, filters": growing}
 
@@ -139,9 +121,8 @@ def of_weights(net):
     def adapted(params, sparsity, key, train):
         params = train(params)
         masks = jp.select(scores.woodfisher(net.loss, damping=1e-5)(params, *sample), sparsity)
-        return scores_update(params, masks, *sample), masks
-
-    scores_update = scores.woodfisher_update(net.loss, damping=1e-5)
+        update = scores.woodfisher_update(net.loss, damping=1e-5)
+        return update(params, masks, *sample), masks
 
     def one_of_m(params, sparsity, key, train):
         params = train(params)
