@@ -6,13 +6,14 @@
 [1.0, 0.0]
 """
 
+import functools
 import math
 import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from jaxprune import _compact, _mesh, _tree
 
@@ -112,8 +113,10 @@ def combine(masks: Masks, *more: Masks) -> Masks:
 def pack(masks: Masks) -> Any:
     r"""Packs masks to bits: a leaf of n weights becomes :math:`\lceil n / 8 \rceil` bytes.
 
-    Leaves that are not bool stay. So an optimizer state, or all of a training, can be packed for a
-    checkpoint with the masks in it. Abstract leaves are packed too, for what restores by them.
+    Eight masks become a byte along the last axis that 8 divides, so that a mask spread over a mesh
+    is packed where it is; where there is no such axis the bytes are one row. Leaves that are not
+    bool stay: an optimizer state, or all of a training, can be packed for a checkpoint with the
+    masks in it. Abstract leaves are packed too, for what restores by them.
 
     Examples:
       >>> pack(jnp.array([True, False, True])).tolist()
@@ -122,14 +125,19 @@ def pack(masks: Masks) -> Any:
     return jax.tree.map(lambda m: _bits(m) if _tree.dtype(m) == jnp.bool_ else m, masks)
 
 
+def _byte_axis(shape: tuple[int, ...]) -> int | None:
+    """Gives the last axis that 8 divides, along which bits are packed."""
+    return max((i for i, size in enumerate(shape) if size and size % 8 == 0), default=None)
+
+
 def _bits(mask: Any) -> Any:
-    if isinstance(mask, jax.ShapeDtypeStruct):
-        sharding = mask.sharding
-        if isinstance(sharding, NamedSharding):
-            sharding = NamedSharding(sharding.mesh, PartitionSpec())
-        size = -(-math.prod(mask.shape) // 8)
-        return jax.ShapeDtypeStruct((size,), jnp.uint8, sharding=sharding)
-    return _mesh.automatic(jnp.packbits, mask)
+    pack_bits = functools.partial(jnp.packbits, axis=_byte_axis(mask.shape))
+    if not isinstance(mask, jax.ShapeDtypeStruct):
+        return _mesh.automatic(pack_bits, mask)
+    packed = jax.eval_shape(pack_bits, jax.ShapeDtypeStruct(mask.shape, mask.dtype))
+    if isinstance(mask.sharding, NamedSharding):
+        return packed.update(sharding=_mesh.fitting(mask.sharding, mask.shape, packed.shape))
+    return packed.update(sharding=mask.sharding)
 
 
 def unpack(packed: Any, params: Any) -> Masks:
@@ -168,19 +176,26 @@ def unpack(packed: Any, params: Any) -> Masks:
 
 
 def _unpacked(path: str, entry: Any, leaf: Any) -> Any:
-    shape, size = jnp.shape(leaf), math.prod(jnp.shape(leaf))
+    shape = jnp.shape(leaf)
     if entry is None:
         return None
     is_bits = _tree.dtype(entry) == jnp.uint8 != _tree.dtype(leaf)
     if not is_bits and jnp.shape(entry) == shape:  # was not bool, so was not packed
         return entry
-    if _tree.dtype(entry) != jnp.uint8 or jnp.shape(entry) != (-(-size // 8),):
+    needed = _bits(jax.ShapeDtypeStruct(shape, jnp.bool_)).shape
+    if _tree.dtype(entry) != jnp.uint8 or jnp.shape(entry) != needed:
         raise ValueError(
             f"{_tree.show(path)}: packed masks hold {_tree.dtype(entry)} of shape "
-            f"{jnp.shape(entry)}, needed {-(-size // 8)} bytes for shape {shape}. Unpack with the "
-            "params they are for."
+            f"{jnp.shape(entry)}, needed uint8 of shape {needed} for a mask of shape {shape}. "
+            "Unpack with the params they are for."
         )
-    mask = jnp.unpackbits(entry, count=size).astype(bool).reshape(shape)
+    axis = _byte_axis(shape)
+
+    def unpack_bits(bits: jax.Array) -> jax.Array:
+        count = math.prod(shape) if axis is None else None
+        return jnp.unpackbits(bits, axis, count).astype(bool).reshape(shape)
+
+    mask = _mesh.automatic(unpack_bits, jnp.asarray(entry))
     return _mesh.follow(mask, leaf) if _tree.is_traced(leaf) else _tree.place(mask, leaf)
 
 

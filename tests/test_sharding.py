@@ -116,7 +116,6 @@ OPERATIONS = {  # a new one adds one entry here: params to masks, or to what has
     "slimming": lambda p: link(jp.regularizers.slimming(0.5, where=lambda path, w: True), p),
     "growing": lambda p: link(jp.regularizers.growing(halved(p), 0.5, 1), p),
 }
-GATHERS = ("unpack",)  # bits lie in one row, however the leaf is spread
 
 
 def link(transformation, params):
@@ -171,8 +170,7 @@ def test_operation_on_a_mesh(name, layout, kind, quick_compilation):
     _, placed = spread(layout, kind)
     compiled = jax.jit(OPERATIONS[name]).lower(placed).compile()
     check(compiled(placed), on_one_device(name), placed)
-    if name not in GATHERS:
-        assert not gathered(compiled.as_text(), SIZE)
+    assert not gathered(compiled.as_text(), SIZE)
 
 
 def test_a_gather_is_seen():
