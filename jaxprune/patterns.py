@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _threshold
-from jaxprune._mesh import exact_sum
+from jaxprune import _mesh, _threshold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,21 +99,14 @@ def block(shape: Sequence[int]) -> Pattern:
             raise ValueError(
                 f"blocks of {lengths} need {len(lengths)} axes, got shape {scores.shape}."
             )
-        scores, count = scores.astype(jnp.float32), np.ones((1,) * first, np.float32)
-        for axis, length in enumerate(lengths, first):
-            n, blocks = scores.shape[axis], -(-scores.shape[axis] // length)
-            pad = [(0, 0)] * scores.ndim
-            pad[axis] = (0, blocks * length - n)
-            split = (*scores.shape[:axis], blocks, length, *scores.shape[axis + 1 :])
-            scores = exact_sum(jnp.pad(scores, pad).reshape(split), axis + 1)
-            full = np.minimum(length, n - length * np.arange(blocks)).astype(np.float32)
-            count = np.multiply.outer(count, full)
-        return scores / count
+        count = np.ones((1,) * first, np.float32)
+        for n, length in zip(scores.shape[first:], lengths, strict=True):
+            full = np.minimum(length, n - length * np.arange(-(-n // length)))
+            count = np.multiply.outer(count, full.astype(np.float32))
+        return _mesh.exact_block_sum(scores, lengths) / count
 
     def spread(kept, shape):
-        for axis, length in enumerate(lengths, len(shape) - len(lengths)):
-            kept = jnp.repeat(kept, length, axis)
-        return jax.lax.slice(kept, (0,) * len(shape), shape)
+        return _mesh.spread_blocks(kept, lengths, shape)
 
     return Pattern(pool, spread)
 
@@ -155,7 +147,7 @@ def axis(*axes: int) -> Pattern:
 
     def pool(scores):
         away = others(scores.shape)
-        return exact_sum(scores, away) / max(math.prod(scores.shape[a] for a in away), 1)
+        return _mesh.exact_sum(scores, away) / max(math.prod(scores.shape[a] for a in away), 1)
 
     def spread(kept, shape):
         return jnp.broadcast_to(jnp.expand_dims(kept, others(shape)), shape)

@@ -77,6 +77,7 @@ OPERATIONS = {  # a new one adds one entry here: params to masks, or to what has
     "2:4": magnitude(select, pattern=patterns.n_of_m(2, 4)),
     "n:8": magnitude(select, sparsity=0.6, pattern=patterns.n_of_m(None, 8, -1)),
     "block": magnitude(select, sparsity=0.5, pattern=patterns.block((4, 4))),
+    "uneven block": magnitude(select, sparsity=0.5, pattern=patterns.block((5, 3))),
     "axis": magnitude(select, sparsity=0.5, pattern=patterns.axis(-1)),
     "axes": magnitude(select, sparsity=0.5, pattern=patterns.axis(-2, -1)),
     "within": lambda p: select(
