@@ -92,46 +92,7 @@ def read(x: Any) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=1)
 def exact_sum(x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
-    """Sums to float32 in no order, so that a mesh makes no difference in the last bit."""
-    axes = tuple(axis % x.ndim for axis in ((axes,) if isinstance(axes, int) else axes))
-
-    def reduce(op: Any, x: jax.Array) -> jax.Array:
-        return jnp.expand_dims(jax.lax.reduce(x, jnp.zeros((), x.dtype), op, axes), axes)
-
-    count = math.prod(x.shape[axis] for axis in axes)
-    return jnp.squeeze(_exactly(x, reduce, lambda total: total, count), axes)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def exact_block_sum(x: jax.Array, block: tuple[int, ...]) -> jax.Array:
-    """Sums blocks of the last axes as :func:`exact_sum` does.
-
-    A block is a window: devices send each other the blocks that they share. Cutting an axis into
-    blocks by a reshape gathers it where shards are no whole number of blocks.
-    """
-    block = (1,) * (x.ndim - len(block)) + block
-
-    def reduce(op: Any, x: jax.Array) -> jax.Array:
-        pad = [(0, -size % length) for size, length in zip(x.shape, block, strict=True)]
-        return jax.lax.reduce_window(x, jnp.zeros((), x.dtype), op, block, block, pad)
-
-    return _exactly(x, reduce, lambda total: spread_blocks(total, block, x.shape), math.prod(block))
-
-
-def spread_blocks(x: jax.Array, block: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
-    """Repeats an entry per block all over its block."""
-    for axis, length in enumerate(block, len(shape) - len(block)):
-        x = jnp.repeat(x, length, axis)
-    return jax.lax.slice(x, (0,) * len(shape), shape)
-
-
-def _exactly(
-    x: jax.Array,
-    reduce: Callable[[Any, jax.Array], jax.Array],
-    spread: Callable[[jax.Array], jax.Array],
-    count: int,
-) -> jax.Array:
-    """Sums at most ``count`` entries at a time, in no order.
+    """Sums to float32 in no order, so that a mesh makes no difference in the last bit.
 
     Entries are rounded to multiples of a power of two, 2⁴⁶ of which hold as many of the largest as
     there are: float64 adds those exactly, also where it is two float32. Finer than float32 up to
@@ -139,16 +100,60 @@ def _exactly(
     """
     with jax.enable_x64(True):
         x = x.astype(jnp.float32)
-        largest = reduce(jax.lax.max, jnp.abs(x))
+        largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
         finite = jnp.isfinite(largest)
-        shift = 46 - max(count, 1).bit_length() - jnp.frexp(largest)[1]
+        shift = 46 - (x.size // max(largest.size, 1)).bit_length() - jnp.frexp(largest)[1]
         half = jnp.ldexp(jnp.float32(1), shift // 2)  # the whole power may be beyond float32
         rest = jnp.ldexp(jnp.float32(1), shift - shift // 2)
         scale = half.astype(jnp.float64) * rest
-        total = reduce(jax.lax.add, jnp.round(x * spread(scale))) / scale
+        total = jnp.sum(jnp.round(x * scale), axes, keepdims=True) / scale
 
         def odd():  # NaN and infinities have an order neither, but no largest multiple
-            return jnp.where(finite, total, reduce(jax.lax.add, x))
+            return jnp.where(finite, total, jnp.sum(x, axes, keepdims=True))
 
         total = jax.lax.cond(jnp.all(finite), lambda: total, odd)
-        return total.astype(jnp.float32)
+        return jnp.squeeze(total.astype(jnp.float32), axes)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def exact_block_sum(x: jax.Array, block: tuple[int, ...]) -> jax.Array:
+    """Sums blocks of the last axes to float32 in no order.
+
+    A block is a window: devices send each other the blocks that they share. Cutting an axis into
+    blocks by a reshape gathers it where shards are no whole number of blocks. TPUs have no windows
+    of float64. So integers are added, as many bits at a time as an int32 can hold the sums of, from
+    the leading bits of the largest entry down to where those of a float32 sum end.
+    """
+    window = (1,) * (x.ndim - len(block)) + block
+    pad = [(0, -size % length) for size, length in zip(x.shape, window, strict=True)]
+
+    def reduce(op: Callable[..., Any], x: jax.Array) -> jax.Array:
+        return jax.lax.reduce_window(x, jnp.zeros((), x.dtype), op, window, window, pad)
+
+    x = x.astype(jnp.float32)
+    largest = reduce(jax.lax.max, jnp.abs(x))
+    finite = jnp.isfinite(largest)
+    exponent = jnp.frexp(jnp.where(finite, largest, 1))[1]
+    # Two factors, since one may be beyond float32; powers of two, so that nothing is rounded.
+    powers = [jnp.ldexp(jnp.float32(1), e) for e in (exponent // 2, exponent - exponent // 2)]
+    rest = x
+    for power in powers:
+        rest *= spread_blocks(1 / power, block, x.shape)
+    bits = math.prod(block).bit_length()
+    width = 31 - bits
+    total = jnp.zeros_like(largest)
+    for i in range(1, 1 + -(-(24 + bits) // width)):
+        rest *= 2.0**width
+        whole = jnp.round(rest)
+        rest -= whole
+        part = reduce(jax.lax.add, jax.lax.optimization_barrier(whole.astype(jnp.int32)))
+        total += part.astype(jnp.float32) * 2.0 ** (-i * width)
+    # NaN and infinities have an order neither, but no leading bits.
+    return jnp.where(finite, total * powers[0] * powers[1], reduce(jax.lax.add, x))
+
+
+def spread_blocks(x: jax.Array, block: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
+    """Repeats the entry of a block all over it."""
+    for axis, length in enumerate(block, len(shape) - len(block)):
+        x = jnp.repeat(x, length, axis)
+    return jax.lax.slice(x, (0,) * len(shape), shape)

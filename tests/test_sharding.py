@@ -233,18 +233,35 @@ def test_structure_on_a_mesh(kind, quick_compilation):
     assert small["up"].sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 2)
 
 
-def test_sums_have_no_order():
-    values = np.random.default_rng(0).normal(size=(3, 4096)).astype(np.float32)
-    values *= np.exp(np.random.default_rng(1).normal(size=values.shape) * 5).astype(np.float32)
-    sums = [np.asarray(_mesh.exact_sum(jnp.asarray(v), 1)) for v in (values, values[:, ::-1])]
+def of_axis(x):
+    return _mesh.exact_sum(x, x.ndim - 1)
+
+
+def of_blocks(x):
+    return _mesh.exact_block_sum(x, x.shape[-1:])[..., 0]
+
+
+@pytest.mark.parametrize("total", [of_axis, of_blocks])
+@pytest.mark.parametrize("size", [16, 4096, 2**17])
+def test_sums_have_no_order(total, size):
+    random = np.random.default_rng(0)
+    values = random.normal(size=(3, size)) * np.exp(random.normal(size=(3, size)) * 5)
+    values = values.astype(np.float32)
+    sums = [np.asarray(total(jnp.asarray(v))) for v in (values, values[:, ::-1])]
     np.testing.assert_array_equal(*sums)
-    np.testing.assert_allclose(sums[0], values.astype(np.float64).sum(1), rtol=3e-7)
+    values = values.astype(np.float64)
+    assert (np.abs(sums[0] - values.sum(1)) < 2e-7 * np.abs(values).sum(1)).all()
     for scale in (1e-35, 1e35):  # the power of two that makes integers is beyond float32
-        found = _mesh.exact_sum(jnp.array([1.0, 2.0, -0.5]) * jnp.float32(scale), 0)
+        found = total(jnp.array([1.0, 2.0, -0.5]) * jnp.float32(scale))
         np.testing.assert_allclose(found, np.float32(2.5) * np.float32(scale), rtol=3e-7)
     odd = jnp.array([[1.0, jnp.nan], [jnp.inf, 1.0], [-jnp.inf, 1.0], [jnp.inf, -jnp.inf]])
-    np.testing.assert_array_equal(_mesh.exact_sum(odd, 1), odd.sum(1))
+    np.testing.assert_array_equal(total(odd), odd.sum(1))
+    assert total(jnp.zeros((2, 3))).tolist() == [0, 0]
+
+
+def test_sums_of_nothing():
     assert _mesh.exact_sum(jnp.zeros((2, 0)), 1).tolist() == [0, 0]
+    assert _mesh.exact_block_sum(jnp.zeros((2, 0)), (2,)).shape == (2, 0)
 
 
 def test_arrays_on_different_devices_are_named():
