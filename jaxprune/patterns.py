@@ -221,7 +221,7 @@ def _n_of_m(n: int | None, m: int, axis: int, pad: bool) -> Pattern:
         key, tie = jnp.expand_dims(key, at + 1), jnp.expand_dims(tie, at + 1)
         better = (other > key) | ((other == key) & (other_tie > tie))
         kept = (jnp.sum(better, at + 1, dtype=jnp.int32) < most) & (key > 0).squeeze(at + 1)
-        kept = kept.reshape(*shape[:at], -1, *shape[at + 1 :])
+        kept = kept.reshape(*shape[:at], groups[at] * m, *shape[at + 1 :])
         return jax.lax.slice_in_dim(kept, 0, shape[at], axis=at)
 
     return Pattern(check, _same_mask, limit, None if n is None else n / m)

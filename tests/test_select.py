@@ -1,8 +1,10 @@
+import collections
 import functools
 import os
 import subprocess
 import sys
 
+import fuzz_select
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -118,6 +120,12 @@ def test_matches_numpy_whatever_the_scores(scores, sparsity):
     assert (~mask).sum() == round(sparsity * scores.size)
     if mask.any() and not mask.all():
         assert scores[mask].min() >= scores[~mask].max()
+
+
+def test_fuzzing(quick_compilation):
+    found = collections.Counter()
+    fuzz_select.fuzz(100, found)
+    assert found["masks"] == 20 and sum(found.values()) == 100
 
 
 def test_ties_spread_evenly_over_equal_leaves():

@@ -1,0 +1,210 @@
+"""Fuzzes what becomes of scores: ``python tests/fuzz_select.py --cases 10000``.
+
+Most cases select, with any scope, pattern and earlier masks, from random trees of all floating
+dtypes, with ties, zeros, subnormals, NaN and infinities. The others apply and enforce masks where
+weights and gradients are random bits. What comes out is checked with NumPy.
+"""
+
+import argparse
+import collections
+import functools
+import time
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  # names its types to NumPy
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+from jaxprune import _tree
+
+DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
+SHAPES = [(), (0, 3), (1, 1), (7,), (8,), (4, 6), (5, 7), (8, 16), (2, 4, 8), (3, 3, 2, 4)]
+PATTERNS = {
+    "unstructured": jp.patterns.unstructured,
+    "2:4": jp.patterns.n_of_m(2, 4, -1, pad=True),
+    "n:4": jp.patterns.n_of_m(None, 4, -1, pad=True),
+    "block": jp.patterns.block((3,)),
+    "axis": jp.patterns.axis(-1),
+}
+seeds = st.integers(0, 2**32 - 1)
+
+
+@functools.cache
+def structure(number):
+    """Gives a tree of shapes: of one to four leaves, and `None`."""
+    rng = np.random.default_rng(number)
+    first, *rest = (
+        jax.ShapeDtypeStruct(SHAPES[rng.integers(len(SHAPES))], np.dtype(rng.choice(DTYPES)))
+        for _ in range(rng.integers(1, 5))
+    )
+    return [first, {"a": None, "b": rest[1:]}, tuple(rest[:1])] if number % 3 else {"w": first}
+
+
+@st.composite
+def scored(draw, structures):
+    """Draws scores, of which some are not finite."""
+    kind, rng = draw(st.sampled_from(["normal", "tie", "equal", "any size", "odd"])), np.random
+    rng = rng.default_rng(draw(seeds))
+
+    def leaf(s):
+        array = rng.normal(size=s.shape)
+        if kind == "tie":
+            array = np.sign(array) * rng.integers(0, 2, s.shape)
+        elif kind == "equal":
+            array = np.full(s.shape, rng.choice([0.0, -0.0, 1.0]))
+        elif kind == "any size":
+            array = array * np.exp2(rng.integers(-149, 120, s.shape))
+        most = float(jnp.finfo(s.dtype).max)
+        array = np.clip(array, -most, most)
+        if kind == "odd":
+            array = np.where(rng.random(s.shape) < 0.1, rng.choice([np.nan, np.inf]), array)
+        return np.asarray(array, s.dtype)
+
+    return jax.tree.map(leaf, draw(structures))
+
+
+def random_masks(seed, tree):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda w: rng.random(np.shape(w)) < 0.7, tree)
+
+
+def check_select(scores, sparsity, scope, name, within):
+    """Selects, says what the case was, and checks counts, order, units, nesting and errors."""
+    pattern = PATTERNS[name]
+
+    def select(scores, sparsity=sparsity):
+        return jp.select(
+            scores, sparsity, scope=scope, pattern=pattern, within=within,
+            where=lambda path, w: w.ndim > 0,
+        )  # fmt: skip
+
+    read = {p: np.asarray(w, np.float32) for p, w in _tree.named_leaves(scores) if w.ndim > 0}
+    if not read:
+        with pytest.raises(ValueError, match="^select found no leaf to prune"):
+            select(scores)
+        return "nothing to prune"
+    before = {p: True for p in read} if within is None else dict(_tree.named_leaves(within))
+    # The score of a unit is that of all its weights.
+    counted = {p: name in ("block", "axis") or before[p] for p in read}
+    odd = [p for p, s in read.items() if (~np.isfinite(s) & counted[p]).any()]
+    if odd:
+        with pytest.raises(ValueError) as error:
+            select(scores)
+        assert str(error.value).split(": ")[0] in odd
+        select = jax.jit(select)  # there NaN is lowest
+    masks = {p: np.asarray(m) for p, m in _tree.named_leaves(select(scores))}
+    assert masks.keys() == read.keys()
+    assert all(m.dtype == bool and m.shape == read[p].shape for p, m in masks.items())
+    assert all((m <= before[p]).all() for p, m in masks.items())
+    units = {p: np.asarray(pattern.pool(jnp.asarray(m, jnp.float32))) for p, m in masks.items()}
+    if within is None:
+        assert all(np.isin(u, [0, 1]).all() for u in units.values())  # none is kept in part
+    for group in [list(read)] if scope == "global" else [[p] for p in read]:
+        n = sum(units[p].size for p in group)
+        keep, found = n - round(sparsity * n), sum(int((units[p] > 0).sum()) for p in group)
+        if name in ("2:4", "n:4"):
+            assert found <= keep
+        elif name == "unstructured":
+            left = sum(int(np.broadcast_to(before[p], read[p].shape).sum()) for p in group)
+            assert found == min(keep, left)
+        elif within is None and all(read[p].size for p in group):
+            assert found == keep
+        if name == "unstructured" or (within is None and name in ("block", "axis")):
+            pooled = {p: np.asarray(pattern.pool(jnp.asarray(read[p]))) for p in group}
+            pooled = {p: np.where(np.isnan(s), -np.inf, s) for p, s in pooled.items()}
+            here = [pooled[p][units[p] > 0] for p in group]
+            lost = [pooled[p][(units[p] == 0) & before[p]] for p in group]
+            least = min((x.min() for x in here if x.size), default=np.inf)
+            assert all(x.max() <= least for x in lost if x.size)
+    if name == "2:4":
+        for m in masks.values():
+            padded = np.pad(m, [(0, 0)] * (m.ndim - 1) + [(0, -m.shape[-1] % 4)])
+            assert (padded.reshape(-1, 4).sum(1) <= 2).all()
+    if name != "n:4" and not odd:  # another sparsity takes more of the same
+        more = dict(_tree.named_leaves(select(scores, (1 + sparsity) / 2)))
+        assert all((np.asarray(more[p]) <= m).all() for p, m in masks.items())
+    return name + ", not finite" * bool(odd)
+
+
+@functools.cache
+def update(tx):
+    return jax.jit(tx.update)
+
+
+TX = optax.chain(optax.clip(1.0), optax.sgd(0.1))
+
+
+def check_masks(shapes, seed):
+    """Applies, enforces and packs random masks: pruned is zero, kept is as it was."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(s):
+        bits = rng.integers(0, 256, [int(np.prod(s.shape)), s.dtype.itemsize], np.uint8)
+        return jnp.asarray(bits.view(s.dtype).reshape(s.shape))
+
+    params, grads = jax.tree.map(leaf, shapes), jax.tree.map(leaf, shapes)
+    masks = random_masks(seed, shapes)
+    masked = jp.apply_masks(params, masks)
+    for w, v, m in zip(*map(jax.tree.leaves, (params, masked, masks)), strict=True):
+        assert v.dtype == w.dtype
+        np.testing.assert_array_equal(*(np.asarray(x, np.float32)[m] for x in (v, w)))
+        assert not np.asarray(v, np.float32)[~m].any()
+    tx = jp.enforce(TX, masks)
+    after = optax.apply_updates(masked, tx.update(grads, tx.init(masked), masked)[0])
+    for v, m in zip(jax.tree.leaves(after), jax.tree.leaves(masks), strict=True):
+        assert not np.asarray(v, np.float32)[~m].any()
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: (np.asarray(a) == b).all(), unpacked(masks, params), masks)
+    )
+    return "masks"
+
+
+def unpacked(masks, params):
+    return jp.masks.unpack(jp.masks.pack(masks), params)
+
+
+def fuzz(cases, found):
+    """Runs four cases in five on `select`, a few hundred for each structure, which is compiled."""
+    structures = st.integers(0, cases // 250).map(structure)
+
+    def settings(count):
+        return hypothesis.settings(
+            max_examples=count, deadline=None, database=None,
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )  # fmt: skip
+
+    @settings(cases - cases // 5)
+    @hypothesis.given(
+        scored(structures), st.floats(0, 0.999), st.sampled_from(["global", "layer"]),
+        st.sampled_from(list(PATTERNS)), st.none() | seeds,
+    )  # fmt: skip
+    def selections(scores, sparsity, scope, name, seed):
+        within = None if seed is None else random_masks(seed, scores)
+        found[check_select(scores, sparsity, scope, name, within)] += 1
+
+    @settings(cases // 5)
+    @hypothesis.given(structures, seeds)
+    def masks(shapes, seed):
+        found[check_masks(shapes, seed)] += 1
+
+    selections()
+    masks()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=10_000)
+    found, start = collections.Counter(), time.perf_counter()
+    fuzz(parser.parse_args().cases, found)
+    for what, count in sorted(found.items()):
+        print(f"{what:26} {count:8,}")
+    print(f"{sum(found.values()):,} cases in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
