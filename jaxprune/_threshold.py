@@ -20,6 +20,7 @@ from jax import lax
 
 _BITS = 2  # settled per round; more candidates a round cost more than the rounds they save
 _INFINITY = 0xFF800000  # the key of +inf
+_INT32_END, UINT32_END = 2**31, 2**32  # from here on counts and indices take 64 bits
 
 
 def largest(
@@ -42,7 +43,7 @@ def largest(
     offsets = [0]
     for s in scores:
         offsets.append(offsets[-1] + s.size)
-    index_dtype = jnp.uint32 if offsets[-1] < 2**32 else jnp.uint64
+    index_dtype = jnp.uint32 if offsets[-1] < UINT32_END else jnp.uint64
 
     def total(counts):  # one (c,) per leaf -> (g, c)
         zeros = jnp.zeros((*keep.shape, *counts[0].shape), jnp.int64)
@@ -123,7 +124,7 @@ def hashed(shape: tuple[int, ...], offset: jax.Array) -> jax.Array:
 
 def _count(marks: Sequence[jax.Array]) -> jax.Array:
     """Counts the true entries of arrays of one shape, in one pass: shape (c,), int64."""
-    dtype = jnp.int32 if marks[0].size < 2**31 else jnp.int64
+    dtype = jnp.int32 if marks[0].size < _INT32_END else jnp.int64
 
     def apart(*ones):
         return tuple(jnp.sum(o, dtype=dtype) for o in ones)

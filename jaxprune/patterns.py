@@ -214,7 +214,7 @@ def _n_of_m(n: int | None, m: int, axis: int, pad: bool) -> Pattern:
         def grouped(x):
             return jnp.pad(x, missing).reshape(groups)
 
-        index = jnp.uint32(0) if math.prod(shape) < 2**32 else jnp.uint64(0)
+        index = jnp.uint32(0) if math.prod(shape) < _threshold.UINT32_END else jnp.uint64(0)
         key = grouped(_threshold.ordered(scores, within))  # 0 is never kept
         tie = grouped(_threshold.hashed(shape, index))
         other, other_tie = jnp.expand_dims(key, at + 2), jnp.expand_dims(tie, at + 2)

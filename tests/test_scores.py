@@ -9,8 +9,8 @@ import jaxprune as jp
 
 
 def apply_fn(params, x):
-    hidden = jax.nn.relu(x @ params["w"] + params["b"])
-    return hidden @ params["v"]
+    w, b, v = (params[k].astype(x.dtype) for k in "wbv")  # JAX multiplies no 8-bit floats
+    return jax.nn.relu(x @ w + b) @ v
 
 
 def loss(params, x, y):
@@ -19,15 +19,16 @@ def loss(params, x, y):
 
 def problem(dtype="float32"):
     keys = jax.random.split(jax.random.key(0), 3)
+    wide = "float32" if dtype.startswith("float8") else dtype
     params = {
-        "w": jax.random.normal(keys[0], (4, 5), dtype),
+        "w": jax.random.normal(keys[0], (4, 5), wide).astype(dtype),
         "b": jnp.zeros((1, 5), dtype),
-        "v": jax.random.normal(keys[1], (5, 2), dtype),
+        "v": jax.random.normal(keys[1], (5, 2), wide).astype(dtype),
         "step": jnp.array(3),
         "key": jax.random.key(7),
         "none": None,
     }
-    return params, (jax.random.normal(keys[2], (6, 4), dtype), jnp.ones((6, 2), dtype))
+    return params, (jax.random.normal(keys[2], (6, 4), wide), jnp.ones((6, 2), wide))
 
 
 SCORES = {  # a new score adds one row here: (params, batch) -> scores
@@ -50,9 +51,14 @@ SCORES = {  # a new score adds one row here: (params, batch) -> scores
 
 
 @pytest.mark.filterwarnings("ignore:obd")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16", "float8_e5m2"])
 @pytest.mark.parametrize("name", SCORES)
-def test_score_contract(name, dtype):
+def test_score_contract(name, dtype, quick_compilation):
+    with jax.enable_x64(dtype == "float64"):
+        check_score(name, dtype)
+
+
+def check_score(name, dtype):
     params, batch = problem(dtype)
     traces = []
     score = jax.jit(lambda *a: traces.append(0) or SCORES[name](*a))

@@ -1,5 +1,6 @@
 import collections
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
-from jaxprune import _threshold
+from jaxprune import _select, _threshold
 
 SCOPES = ["global", "layer", "erk", {"a/w": 0.25}]  # a new scope adds one entry here
 
@@ -268,6 +269,37 @@ def test_hash_of_the_index_is_one_to_one_and_spreads(dtype):
     assert hashed.dtype == dtype and len(np.unique(hashed)) == hashed.size
     share = (hashed < np.iinfo(hashed.dtype).max // 2).mean((1, 2))
     assert abs(share - 0.5).max() < 0.08
+
+
+@pytest.mark.parametrize("pattern", [jp.patterns.unstructured, jp.patterns.n_of_m(2, 3, 0)])
+def test_counts_and_indices_of_64_bits(monkeypatch, pattern):
+    scores = {"ties": jnp.ones((33, 65)), "w": jax.random.normal(jax.random.key(0), (33, 67))}
+    monkeypatch.setattr(_threshold, "_INT32_END", 100)
+    monkeypatch.setattr(_threshold, "UINT32_END", 100)
+    wide = jp.select(scores, 0.6, pattern=pattern)
+    monkeypatch.undo()
+    jax.clear_caches()
+    narrow = jp.select(scores, 0.6, pattern=pattern)
+    assert sum(removed(wide).values()) == round(0.6 * 33 * (65 + 67))
+    assert (wide["w"] == narrow["w"]).all() and not (wide["ties"] == narrow["ties"]).all()
+
+
+@pytest.mark.parametrize("scope", SCOPES[:3])
+def test_more_weights_than_32_bits_count(scope):
+    shapes = {"a": (2**17, 2**15 + 3), "b": (3, 2**16, 2**15)}
+    abstract = {k: jax.ShapeDtypeStruct(s, jnp.bfloat16) for k, s in shapes.items()}
+    for pattern in (jp.patterns.unstructured, jp.patterns.n_of_m(2, 4), jp.patterns.block((8, 8))):
+        masks = jax.eval_shape(
+            lambda s, p=pattern: jp.select(s, 0.9, scope=scope, pattern=p), abstract
+        )
+        assert {k: (m.shape, m.dtype) for k, m in masks.items()} == {
+            k: (s, jnp.bool_) for k, s in shapes.items()
+        }
+    sizes = [math.prod(s) for s in shapes.values()]
+    kept = _select.budget(scope, 0.9, list(shapes), sizes, list(shapes.values()))
+    assert sum(kept) == sum(sizes) - sum(
+        round(0.9 * n) for n in ([sum(sizes)] if scope != "layer" else sizes)
+    )
 
 
 def best_of(scores, n, m, axis):

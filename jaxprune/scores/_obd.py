@@ -156,7 +156,9 @@ def _scores(floats, grads, curvature):
     """Gives the scores, the largest curvature by leaf, and the size of both orders."""
     weights = jax.tree.map(lambda w: w.astype(jnp.float32), floats)
     scores = jax.tree.map(lambda h, w: h.astype(jnp.float32) * w**2 / 2, curvature, weights)
-    products = jax.tree.map(lambda w, g: jnp.sum(jnp.abs(w * g)), weights, grads)
+    products = jax.tree.map(
+        lambda w, g: jnp.sum(jnp.abs(w * g.astype(jnp.float32))), weights, grads
+    )
     first = sum(jax.tree.leaves(products))
     second = sum(jnp.sum(jnp.abs(s)) for s in jax.tree.leaves(scores))
     return scores, _loss.largest(curvature), first, second
