@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxprune import _files, _tree
+from jaxprune import _files, _mesh, _tree
 from jaxprune._files import Checkpoint, FileError, Tensor
 
 FORMAT, VERSION = "jaxprune", "1"
@@ -251,6 +251,7 @@ def read(path: str | os.PathLike[str], like: Any) -> tuple[Any, Any]:
 
 
 def _check(path: Any, leaf: Leaf, like: Any, key: Any) -> None:
+    _mesh.check_held(f"{path}: {_tree.show(leaf.path)}", like)
     kind = _key_kind(like)
     if kind is not None:
         like = jax.eval_shape(jax.random.key_data, like)

@@ -34,6 +34,18 @@ def check_together(leaves: Iterable[tuple[str, Any]]) -> None:
             )
 
 
+def check_held(path: str, like: Any) -> None:
+    """Raises a `ValueError` that names an abstract leaf which its mesh does not divide."""
+    if isinstance(like, jax.ShapeDtypeStruct) and like.sharding is not None:
+        try:
+            like.sharding.shard_shape(like.shape)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: its mesh cannot hold this leaf of shape {like.shape}: {error}. Replicate "
+                "an axis that the mesh does not divide, by `None` in the spec."
+            ) from error
+
+
 def fitting(sharding: NamedSharding, before: Sequence[int], after: Sequence[int]) -> NamedSharding:
     """Shards an array of a new shape along the axes that still divide, if it has as many axes."""
     spec = [*sharding.spec, *[None] * (len(before) - len(sharding.spec))]

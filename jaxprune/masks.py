@@ -118,10 +118,15 @@ def pack(masks: Masks) -> Any:
     bool stay: an optimizer state, or all of a training, can be packed for a checkpoint with the
     masks in it. Abstract leaves are packed too, for what restores by them.
 
+    Raises:
+      ValueError: for an abstract leaf that its mesh does not divide.
+
     Examples:
       >>> pack(jnp.array([True, False, True])).tolist()
       [160]
     """
+    for path, leaf in _tree.named_leaves(masks):
+        _mesh.check_held(_tree.show(path), leaf)
     return jax.tree.map(lambda m: _bits(m) if _tree.dtype(m) == jnp.bool_ else m, masks)
 
 
@@ -149,7 +154,8 @@ def unpack(packed: Any, params: Any) -> Masks:
         A mask is placed as its leaf is here.
 
     Raises:
-      ValueError: if a leaf has no entry, an entry no leaf, or for the wrong number of bytes.
+      ValueError: if a leaf has no entry, an entry no leaf, for the wrong number of bytes, or for a
+        mesh that does not divide a leaf.
 
     Examples:
       >>> unpack(pack(jnp.array([True, False, True])), jnp.zeros(3)).tolist()
@@ -189,6 +195,7 @@ def _unpacked(path: str, entry: Any, leaf: Any) -> Any:
             f"{jnp.shape(entry)}, needed uint8 of shape {needed} for a mask of shape {shape}. "
             "Unpack with the params they are for."
         )
+    _mesh.check_held(_tree.show(path), leaf)
     axis = _byte_axis(shape)
 
     def unpack_bits(bits: jax.Array) -> jax.Array:
@@ -247,7 +254,8 @@ def load(path: str | os.PathLike[str], like: Any) -> tuple[Any, Masks]:
 
     Raises:
       ValueError: for a file that is missing, cut short, damaged, or of a newer version, and for
-        other paths, shapes or dtypes than those of ``like``. The message names file and leaf.
+        other paths, shapes or dtypes than those of ``like``, or a mesh that does not divide a leaf.
+        The message names file and leaf.
 
     Examples:
       >>> import tempfile

@@ -193,6 +193,19 @@ def test_sharded_leaves_load_onto_another_mesh(tmp_path, kind):
             assert w is None or w.sharding == shardings[name]
 
 
+def test_a_mesh_that_cannot_hold_a_leaf_is_named(tmp_path):
+    params, masks = {"w": jnp.ones((6, 4))}, {"w": jnp.ones((6, 4), bool)}
+    sharding = NamedSharding(jax.make_mesh((4,), ("x",)), P("x"))
+    like = {"w": jax.ShapeDtypeStruct((6, 4), jnp.float32, sharding=sharding)}
+    jp.masks.save(tmp_path / "file", params, masks)
+    with pytest.raises(ValueError, match="file: w: its mesh cannot hold this leaf .*by `None` in"):
+        jp.masks.load(tmp_path / "file", like)
+    with pytest.raises(ValueError, match="^w: its mesh cannot hold this leaf of shape .6, 4.: "):
+        jp.masks.unpack(jp.masks.pack(masks), like)
+    with pytest.raises(ValueError, match="^w: its mesh cannot hold this leaf of shape .6, 4.: "):
+        jp.masks.pack(like)  # before Orbax would say so of no leaf
+
+
 ONE, HALF = jnp.array([True]), jnp.array([True, False])
 SAVES = {  # what cannot be saved, and what is said
     "other paths": ({"a": 1}, {"b": None}, "a: masks have no entry"),
