@@ -84,7 +84,7 @@ def resized(x: jax.Array, leaf: Any) -> jax.Array:
 def follow(mask: jax.Array, leaf: Any) -> jax.Array:
     """Shards a mask as its leaf is."""
     # True, but XLA cannot see it.
-    return mask & ((leaf > 0) | jax.lax.optimization_barrier(jnp.array(True)))
+    return mask & (jnp.greater(leaf, 0) | jax.lax.optimization_barrier(jnp.array(True)))
 
 
 def replicated(x: jax.Array) -> jax.Array:

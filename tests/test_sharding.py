@@ -72,6 +72,8 @@ halved = functools.partial(jp.select, sparsity=0.5)
 OPERATIONS = {  # a new one adds one entry here: params to masks, or to what has their structure
     "global": magnitude(select, sparsity=0.6),
     "layer": magnitude(select, sparsity=0.6, scope="layer"),
+    "standardized": lambda p: halved(jp.scores.standardized_magnitude(p)),
+    "random": lambda p: halved(jp.scores.random(p, jax.random.key(0))),
     "erk": magnitude(select, sparsity=0.6, scope="erk"),
     "path": magnitude(select, sparsity=0.2, scope={"up": 0.7}),
     "2:4": magnitude(select, pattern=patterns.n_of_m(2, 4)),

@@ -3,7 +3,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _tree
+from jaxprune import _mesh, _tree
 
 
 def standardized_magnitude(params: Any) -> Any:
@@ -43,5 +43,8 @@ def _standardized_magnitude(params):
 def _leaf(w):
     w = jnp.asarray(w, jnp.float32)
     limits = jnp.finfo(jnp.float32)
+    axes = tuple(range(w.ndim))
+    mean = _mesh.exact_sum(w, axes) / max(w.size, 1)
+    deviation = jnp.sqrt(_mesh.exact_sum((w - mean) ** 2, axes) / max(w.size, 1))
     # Of equal weights the deviation is 0: their scores are large, and finite.
-    return jnp.minimum(jnp.abs(w) / jnp.maximum(jnp.std(w), limits.tiny), limits.max)
+    return jnp.minimum(jnp.abs(w) / jnp.maximum(deviation, limits.tiny), limits.max)
