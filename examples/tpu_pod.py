@@ -169,20 +169,22 @@ def lowered(program, mesh, params):
 
 
 def collectives(text):
-    """Counts the arrays that chips send each other, by kind, dtype and shape on a chip."""
-    found = collections.Counter()
-    for types, kind, start in re.findall(rf" = (.+?) ({KINDS})(-start)?\(", text):
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", types)
+    """Counts how often chips exchange what arrays, by kind: those of a chip, as `bf16[1,4096]`."""
+    found = {}
+    pattern = rf" = (.+?) ({KINDS})(-start)?\(.*?channel_id=(\d+)"
+    for types, kind, start, channel in re.findall(pattern, text):
+        arrays = re.findall(r"\w+\[[\d,]*\]", types)
         if start and kind != "all-reduce":  # operands, results, and two scalars of context
-            arrays = [a for a in arrays if a != ("u32", "")]
+            arrays = [array for array in arrays if array != "u32[]"]
             arrays = arrays[len(arrays) // 2 :]
-        found.update((kind, dtype, shape) for dtype, shape in arrays)
-    return found
+        found[channel] = kind, " ".join(arrays)  # each fusion that overlaps one repeats its text
+    return collections.Counter(found.values())
 
 
-def is_scalar(dtype, shape, chips):
-    """Says whether one number is sent; for one of 64 bits, the TPU sums a slot for each chip."""
-    return set(shape.split(",")) <= {"", "1"} or (dtype in ("u32", "f32") and shape == str(chips))
+def are_scalars(arrays, chips):
+    """Says whether only numbers are sent; for one of 64 bits, a TPU sums a slot for each chip."""
+    slots = f"u32[{chips}]", f"f32[{chips}]"
+    return all(x in slots or re.fullmatch(r"\w+\[[1,]*\]", x) for x in arrays.split())
 
 
 def measure(model, topology, program):
@@ -197,7 +199,7 @@ def measure(model, topology, program):
     seconds = time.perf_counter() - start
     memory = done.memory_analysis()
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    sent = collectives(done.as_text()).items()
+    sent = [(*key, n) for key, n in collectives(done.as_text()).items()]
     return {
         "model": model,
         "params": sum(w.size for w in jax.tree.leaves(params)),
@@ -208,14 +210,14 @@ def measure(model, topology, program):
         "arguments": memory.argument_size_in_bytes / 2**30,
         "outputs": fresh / 2**30,
         "temporary": memory.temp_size_in_bytes / 2**30,
-        "arrays": [[*key, n] for key, n in sent if not is_scalar(*key[1:], side**2)],
-        "scalars": [[*key, n] for key, n in sent if is_scalar(*key[1:], side**2)],
+        "arrays": [key for key in sent if not are_scalars(key[1], side**2)],
+        "scalars": [key for key in sent if are_scalars(key[1], side**2)],
     }
 
 
 def counted(sent):
     totals = collections.Counter()
-    for kind, *_, n in sent:
+    for kind, _, n in sent:
         totals[kind] += n
     return ", ".join(f"{n} {kind}" for kind, n in sorted(totals.items())) or "-"
 

@@ -286,5 +286,6 @@ def _iterate(score, select, outer, params, sparsities, batch):
     masks = jax.eval_shape(lambda: select(scored(None), 0.0))
     pairs = zip(jax.tree.leaves(params), _tree.align(params, masks, "scores"), strict=True)
     start = _tree.rebuild(masks, [jnp.ones_like(w, bool) for w, m in pairs if m is not None])
-    masks, bad = jax.lax.scan(round_, start, sparsities)
+    # Behind a barrier: XLA copies masks in every round if it knows what they hold in the first.
+    masks, bad = jax.lax.scan(round_, jax.lax.optimization_barrier(start), sparsities)
     return masks, jnp.any(bad, axis=0)

@@ -30,7 +30,7 @@ def found(tmp_path_factory):
 
 
 def sent(row, name):
-    return collections.Counter({tuple(key): n for *key, n in row[name]})
+    return collections.Counter({(kind, arrays): n for kind, arrays, n in row[name]})
 
 
 @pytest.mark.parametrize("program", ["select", "SynFlow", "Adam", "gradual"])
@@ -40,7 +40,7 @@ def test_fits_a_chip(model, program, found):
     assert (row["params"], row["chips"]) == MODELS[model]
     adam = 2 if program in ("Adam", "gradual") else 0
     whole = 4 * (1 + adam) * row["params"] / row["chips"] / 2**30
-    assert row["arguments"] >= whole  # the params are there, and spread
+    assert row["arguments"] > 0.99 * whole  # all are there, less the norms that `select` leaves out
     assert row["arguments"] + row["outputs"] + row["temporary"] < 16
 
 
@@ -49,16 +49,15 @@ def test_select_sends_scalars(model, found):
     row = found[model, "select"]
     assert not row["arrays"]
     scalars = sent(row, "scalars")
-    assert {kind for kind, *_ in scalars} == {"all-reduce"}
-    # For each of 9 leaves: how many compete and are not finite, then three counts in each of two
-    # loops; a number of 64 bits, for leaves beyond 2³¹ weights, is sent as two.
-    assert 9 * 8 <= scalars.total() <= 9 * 8 * 2
+    assert {kind for kind, _ in scalars} == {"all-reduce"}
+    # Once for what competes, once in each of two loops; XLA splits and mixes them as it likes.
+    assert 3 <= scalars.total() <= 16
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_gradual_sends_what_adam_sends_and_scalars(model, found):
     adam, gradual = found[model, "Adam"], found[model, "gradual"]
-    assert {"all-gather", "all-reduce"} <= {kind for kind, *_ in sent(adam, "arrays")}
+    assert {"all-gather", "all-reduce"} <= {kind for kind, _ in sent(adam, "arrays")}
     assert sent(gradual, "arrays") == sent(adam, "arrays")
     more = sent(gradual, "scalars") - sent(adam, "scalars")
     assert sent(adam, "scalars") <= sent(gradual, "scalars")
