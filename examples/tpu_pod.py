@@ -1,9 +1,9 @@
 """Pruning of a 7B and a 70B decoder, compiled for TPU pods: memory a chip, and what chips send.
 
 Nothing runs and no TPU is needed: params are shapes, and `libtpu` holds the compiler. Params and
-moments of Adam are float32, spread over both axes of a square mesh, and the batch, a sequence of
-1024 tokens for each row of chips, over its first. JAX_OPTIMIZATION_LEVEL=O0 halves the time; the
-figures are then a little larger.
+moments of Adam are float32, spread over both axes of a mesh, and the batch, a sequence of 1024
+tokens for each row of chips, over its first. A v5e has 16 GiB a chip. In the environment,
+JAX_OPTIMIZATION_LEVEL=O0 halves the time; the memory is then another.
 
     pip install "jax[tpu]"
     python examples/tpu_pod.py
@@ -48,7 +48,6 @@ MODELS = {  # sizes as in Llama 2, with the pod to compile for
 }
 PROGRAMS = ["select", "SynFlow", "Adam", "gradual"]
 VOCABULARY, HEAD, LENGTH = 32000, 128, 1024
-CHIP = 16  # GiB of memory, v5e
 KINDS = "all-gather|all-reduce|all-to-all|collective-broadcast|collective-permute|reduce-scatter"
 
 
@@ -190,9 +189,10 @@ def are_scalars(arrays, chips):
 def measure(model, topology, program):
     """Compiles a program; returns sizes in GiB a chip and what is sent, ready for JSON."""
     pod = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    side = math.isqrt(len(pod.devices))
+    chips = len(pod.devices)
+    width = 2 ** (int(math.log2(chips)) // 2)
     types = (AxisType.Auto, AxisType.Auto)
-    mesh = jax.make_mesh((side, side), ("data", "model"), types, devices=pod.devices)
+    mesh = jax.make_mesh((chips // width, width), ("data", "model"), types, devices=pod.devices)
     params = abstract_params(mesh, **MODELS[model][1])
     start = time.perf_counter()
     done = lowered(program, mesh, params).compile()
@@ -204,14 +204,14 @@ def measure(model, topology, program):
         "model": model,
         "params": sum(w.size for w in jax.tree.leaves(params)),
         "topology": topology,
-        "chips": side**2,
+        "chips": chips,
         "program": program,
         "seconds": seconds,
         "arguments": memory.argument_size_in_bytes / 2**30,
         "outputs": fresh / 2**30,
         "temporary": memory.temp_size_in_bytes / 2**30,
-        "arrays": [key for key in sent if not are_scalars(key[1], side**2)],
-        "scalars": [key for key in sent if are_scalars(key[1], side**2)],
+        "arrays": [key for key in sent if not are_scalars(key[1], chips)],
+        "scalars": [key for key in sent if are_scalars(key[1], chips)],
     }
 
 
@@ -222,19 +222,26 @@ def counted(sent):
     return ", ".join(f"{n} {kind}" for kind, n in sorted(totals.items())) or "-"
 
 
-def row(found):
-    sizes = [found[key] for key in ("arguments", "outputs", "temporary")]
-    sizes = "".join(f"{size:>11.2f}" for size in [*sizes, sum(sizes)])
+def heading(found):
     return (
-        f"{found['program']:<8}{found['seconds']:>5.0f} s{sizes}   "
-        f"{counted(found['scalars'])} | {counted(found['arrays'])}"
+        f"\n{found['model']}, {found['params']:,} params on {found['topology']}, GiB a chip\n"
+        "program  compiled  arguments  outputs  temporary  in all  sent: scalars; arrays"
+    )
+
+
+def row(found):
+    arguments, outputs, temporary = (found[k] for k in ("arguments", "outputs", "temporary"))
+    return (
+        f"{found['program']:<8} {found['seconds']:>6.0f} s {arguments:>10.2f} {outputs:>8.2f} "
+        f"{temporary:>10.2f} {arguments + outputs + temporary:>7.2f}  "
+        f"{counted(found['scalars'])}; {counted(found['arrays'])}"
     )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["7B", "70B"])
-    parser.add_argument("--topology", help="such as v5e:8x8, square; by default one for each model")
+    parser.add_argument("--topology", help="such as v5e:8x8; by default one for each model")
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS)
     parser.add_argument("--json", help="writes the figures, and every array sent, to this file")
     args = parser.parse_args()
@@ -245,12 +252,7 @@ def main():
         for i, program in enumerate(args.programs):
             found = measure(model, args.topology or MODELS[model][0], program)
             if i == 0:
-                print(f"\n{model}: {found['params']:,} params on {found['topology']}")
-                print(
-                    f"{'GiB of ' + str(CHIP):<15} arguments    outputs  temporary     in all   ",
-                    end="",
-                )
-                print("scalars | arrays sent")
+                print(heading(found))
             print(row(found), flush=True)
             table.append(found)
     if args.json:
