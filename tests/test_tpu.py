@@ -45,7 +45,7 @@ def test_fits_a_chip(model, program, found):
     adam = 2 if program in ("Adam", "gradual") else 0
     whole = 4 * (1 + adam) * row["params"] / row["chips"] / 2**30
     assert row["arguments"] > 0.99 * whole  # all are there, less the norms that `select` leaves out
-    assert memory(row) < 16
+    assert memory(row) < 15.75  # what a v5e leaves to programs
 
 
 @pytest.mark.parametrize("model", MODELS)
