@@ -276,20 +276,16 @@ def _iterate(score, select, outer, params, sparsities, batch):
         with jax.enable_x64(outer):
             return score(params if masks is None else _masks.apply_masks(params, masks), *batch)
 
-    scored_leaves = _tree.align(params, jax.eval_shape(scored, None), "scores")
-    full = _tree.rebuild(
-        params,
-        [
-            None if s is None else jnp.abs(w).astype(jnp.float32)
-            for s, w in zip(scored_leaves, jax.tree.leaves(params), strict=True)
-        ],
-    )
-
     def round_(masks, sparsity):
         scores = scored(masks)
         pairs = zip(jax.tree.leaves(scores), _tree.align(scores, masks), strict=True)
         bad = jnp.stack([~jnp.all(jnp.isfinite(s)) for s, m in pairs if m is not None])
         return select(scores, sparsity, within=masks), bad
 
-    masks, bad = jax.lax.scan(round_, select(full, 0.0), sparsities)
+    # Of `select` at 0 the shapes alone: n:m would already drop its share there, by other scores.
+    masks = jax.eval_shape(lambda: select(scored(None), 0.0))
+    pairs = zip(jax.tree.leaves(params), _tree.align(params, masks, "scores"), strict=True)
+    start = _tree.rebuild(masks, [jnp.ones_like(w, bool) for w, m in pairs if m is not None])
+    # Behind a barrier: XLA copies masks in every round if it knows what they hold in the first.
+    masks, bad = jax.lax.scan(round_, jax.lax.optimization_barrier(start), sparsities)
     return masks, jnp.any(bad, axis=0)

@@ -139,7 +139,8 @@ def gradual(
             found = select(score(params, *batch), sparsity, within=state.masks)
             return _tree.refit(state.masks, found)
 
-        masks = jax.lax.cond(due, prune, lambda: state.masks)
+        # Or XLA turns the masks into integers in both branches, and keeps these: 4 bytes a weight.
+        masks = jax.lax.optimization_barrier(jax.lax.cond(due, prune, lambda: state.masks))
         updates, inner_state = _masked(inner, updates, masks, state.inner, params, extra_args)
         count = optax.safe_increment(state.count)
         asked = jnp.where(due, sparsity, state.sparsity)

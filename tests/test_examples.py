@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -21,6 +22,7 @@ TINY = {  # settings that run in seconds; an example that is not named here runs
     "obd.py": ["--width", "4", "--steps", "100", "--seeds", "1"],
     "ranking.py": ["--seeds", "1", "--steps", "5", "--examples", "10"],
     "structured.py": ["--epochs", "1", "--tuning-epochs", "1", "--ratios", "0.5"],
+    "tpu_pod.py": ["--models", "tiny", "--programs", "select"],
 }
 
 
@@ -43,6 +45,8 @@ def write_mnist(folder):
 @pytest.mark.parametrize("name", sorted(p.name for p in EXAMPLES.glob("[a-z]*.py")))
 def test_example_runs(name, tmp_path):
     options = TINY.get(name, [])
+    if name == "tpu_pod.py" and importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, the compiler for TPUs, is missing: pip install 'jax[tpu]'")
     if name == "lenet_mnist.py":
         write_mnist(tmp_path)
         options = ["--data", str(tmp_path), "--seeds", "2", "--epochs", "1"]

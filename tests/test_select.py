@@ -229,6 +229,15 @@ def test_select_iteratively_is_exact_and_compiles_once():
     assert len(traces) == count
 
 
+def test_select_iteratively_asks_the_score_alone():
+    params = {"w": jnp.array([[1.0, 2.0, 3.0, 4.0]])}
+    select = functools.partial(jp.select, pattern=jp.patterns.n_of_m(2, 4, axis=-1))
+    masks = jp.select_iteratively(
+        lambda p: jax.tree.map(jnp.negative, p), params, 0.5, rounds=2, select=select
+    )
+    assert masks["w"].tolist() == [[True, True, False, False]]
+
+
 def test_scores_that_turn_nan_between_rounds_name_their_leaf():
     dead = lambda p, x: jnp.sum(x @ p["w"]) * 0 * p["v"]  # noqa: E731
     params = {"v": jnp.ones((2, 2)), "w": jnp.ones((3, 3))}

@@ -1,0 +1,75 @@
+"""On a TPU pod, compiled but not run: a pruning fits the memory of a chip, and sends scalars."""
+
+import collections
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+EXAMPLE = pathlib.Path(__file__).parent.parent / "examples" / "tpu_pod.py"
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the compiler for TPUs, is missing: pip install 'jax[tpu]'",
+)
+MODELS = {"7B": (6_738_415_616, 16), "70B": (68_976_648_192, 256)}  # params of Llama 2, chips
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Compiles every program once, in a process of its own: libtpu takes over signals and logs."""
+    file = tmp_path_factory.mktemp("tpu") / "found.json"
+    command = [sys.executable, "-W", "error", EXAMPLE, "--models", *MODELS, "--json", file]
+    quick = os.environ | {"JAX_OPTIMIZATION_LEVEL": "O0"}  # half the time, the same sent
+    result = subprocess.run(command, capture_output=True, text=True, env=quick)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return {(row["model"], row["program"]): row for row in json.loads(file.read_text())}
+
+
+def memory(row):
+    return row["arguments"] + row["outputs"] + row["temporary"]
+
+
+def sent(row, name):
+    return collections.Counter({(kind, arrays): n for kind, arrays, n in row[name]})
+
+
+@pytest.mark.parametrize("program", ["select", "SynFlow", "Adam", "gradual"])
+@pytest.mark.parametrize("model", MODELS)
+def test_fits_a_chip(model, program, found):
+    row = found[model, program]
+    assert (row["params"], row["chips"]) == MODELS[model]
+    adam = 2 if program in ("Adam", "gradual") else 0
+    whole = 4 * (1 + adam) * row["params"] / row["chips"] / 2**30
+    assert row["arguments"] > 0.99 * whole  # all are there, less the norms that `select` leaves out
+    assert memory(row) < 15.75  # what a v5e leaves to programs
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gradual_takes_the_memory_of_one_select(model, found):
+    select = found[model, "select"]
+    more = memory(found[model, "gradual"]) - memory(found[model, "Adam"])
+    assert 0 < more < select["outputs"] + select["temporary"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_select_sends_scalars(model, found):
+    row = found[model, "select"]
+    assert not row["arrays"]
+    scalars = sent(row, "scalars")
+    assert {kind for kind, _ in scalars} == {"all-reduce"}
+    # Once for what competes, once in each of two loops; XLA splits and mixes them as it likes.
+    assert 3 <= scalars.total() <= 16
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gradual_sends_what_adam_sends_and_scalars(model, found):
+    adam, gradual = found[model, "Adam"], found[model, "gradual"]
+    assert {"all-gather", "all-reduce"} <= {kind for kind, _ in sent(adam, "arrays")}
+    assert sent(gradual, "arrays") == sent(adam, "arrays")
+    more = sent(gradual, "scalars") - sent(adam, "scalars")
+    assert sent(adam, "scalars") <= sent(gradual, "scalars")
+    assert more == sent(found[model, "select"], "scalars")
