@@ -282,10 +282,17 @@ def _iterate(score, select, outer, params, sparsities, batch):
         bad = jnp.stack([~jnp.all(jnp.isfinite(s)) for s, m in pairs if m is not None])
         return select(scores, sparsity, within=masks), bad
 
-    # Of `select` at 0 the shapes alone: n:m would already drop its share there, by other scores.
-    masks = jax.eval_shape(lambda: select(scored(None), 0.0))
-    pairs = zip(jax.tree.leaves(params), _tree.align(params, masks, "scores"), strict=True)
-    start = _tree.rebuild(masks, [jnp.ones_like(w, bool) for w, m in pairs if m is not None])
+    start = whole_masks(params, lambda: select(scored(None), 0.0))
     # Behind a barrier: XLA copies masks in every round if it knows what they hold in the first.
     masks, bad = jax.lax.scan(round_, jax.lax.optimization_barrier(start), sparsities)
     return masks, jnp.any(bad, axis=0)
+
+
+def whole_masks(params: Any, select: Callable[[], Any]) -> Any:
+    """Keeps all of the leaves that a selection would mask.
+
+    A selection of nothing is no start for others: n:m drops its share all the same.
+    """
+    masks = jax.eval_shape(select)
+    pairs = zip(jax.tree.leaves(params), _tree.align(params, masks, "scores"), strict=True)
+    return _tree.rebuild(masks, [jnp.ones_like(w, bool) for w, m in pairs if m is not None])

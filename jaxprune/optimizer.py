@@ -14,6 +14,7 @@ import optax
 
 from jaxprune import _tree
 from jaxprune._select import select as _select
+from jaxprune._select import whole_masks
 from jaxprune.scores import magnitude
 
 
@@ -122,10 +123,13 @@ def gradual(
         raise ValueError(f"`gradual` needs every >= 1, got {every=}.")
     inner = optax.with_extra_args_support(inner)
 
+    def whole(params):
+        return whole_masks(params, lambda: select(magnitude(params), 0.0))
+
     def init(params):
         masks = params
         if jax.tree.leaves(params):
-            masks = _fit(params, _evaluate(lambda p: select(magnitude(p), 0.0), params))
+            masks = _fit(params, _evaluate(whole, params))
         zero = jnp.zeros((), jnp.int32)
         return GradualState(zero, jnp.zeros((), jnp.float32), masks, inner.init(params))
 

@@ -89,9 +89,12 @@ def check_select(scores, sparsity, scope, name, within):
             select(scores)
         return "nothing to prune"
     before = {p: True for p in read} if within is None else dict(_tree.named_leaves(within))
-    # The score of a unit is that of all its weights.
-    counted = {p: name in ("block", "axis") or before[p] for p in read}
-    odd = [p for p, s in read.items() if (~np.isfinite(s) & counted[p]).any()]
+    pooled = {p: np.asarray(pattern.pool(jnp.asarray(s))) for p, s in read.items()}
+    compete = {
+        p: np.asarray(pattern.pool(jnp.broadcast_to(jnp.float32(before[p]), s.shape))) != 0
+        for p, s in read.items()
+    }
+    odd = [p for p, s in pooled.items() if (~np.isfinite(s) & compete[p]).any()]
     if odd:
         with pytest.raises(ValueError) as error:
             select(scores)
@@ -114,11 +117,10 @@ def check_select(scores, sparsity, scope, name, within):
             assert found == min(keep, left)
         elif within is None and all(read[p].size for p in group):
             assert found == keep
-        if name == "unstructured" or (within is None and name in ("block", "axis")):
-            pooled = {p: np.asarray(pattern.pool(jnp.asarray(read[p]))) for p in group}
-            pooled = {p: np.where(np.isnan(s), -np.inf, s) for p, s in pooled.items()}
-            here = [pooled[p][units[p] > 0] for p in group]
-            lost = [pooled[p][(units[p] == 0) & before[p]] for p in group]
+        if name not in ("2:4", "n:4"):
+            ordered = {p: np.where(np.isnan(pooled[p]), -np.inf, pooled[p]) for p in group}
+            here = [ordered[p][units[p] > 0] for p in group]
+            lost = [ordered[p][(units[p] == 0) & compete[p]] for p in group]
             least = min((x.min() for x in here if x.size), default=np.inf)
             assert all(x.max() <= least for x in lost if x.size)
     if name == "2:4":

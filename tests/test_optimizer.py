@@ -194,6 +194,19 @@ def test_gradual_follows_the_schedule_and_hits_the_end_off_the_grid():
     assert jp.metrics.sparsity(masks) == 0.75 and len(traces) == step._cache_size() == 1
 
 
+def test_gradual_leaves_all_to_its_score():
+    params = jax.random.normal(jax.random.key(0), (8, 4))
+    pattern = functools.partial(jp.select, pattern=jp.patterns.n_of_m(2, 4))
+    score = lambda p: -jnp.abs(p)  # noqa: E731
+    schedule = jp.schedules.one_shot(0.5, begin=1)
+    tx = jp.gradual(optax.sgd(0.0), score, schedule, select=pattern)
+    state = tx.init(params)
+    assert jp.get_masks(state).all()
+    for _ in range(2):
+        _, state = tx.update(params, state, params)
+    assert (jp.get_masks(state) == pattern(score(params), 0.5)).all()
+
+
 def test_gradual_hands_the_batch_to_a_data_driven_score():
     params, grads = problem()
     loss = lambda p, x: jnp.sum((x @ p["w"] @ p["v"]) ** 2)  # noqa: E731
