@@ -290,7 +290,7 @@ def parts(tiny):
         dense = mlp_params(key, [64, 32, 10])
         models = {"VGG": (VGG16(8, (1,)), VGG16(4, (1,)))}
         return {
-            "params": p(_scaling.params, [3000], 1, repeats=1),
+            "params": p(_scaling.params, [3000], 1, 1, 10**6),
             "patterns": p(patterns, 2**12, 1, pairs=1),
             "links": p(links, {20_000: 3}),
             "scores": p(scores, "MLP", mlp, dense, jnp.ones((4, 64)), 2, pairs=1),
@@ -312,17 +312,17 @@ def parts(tiny):
             _scaling.params, [10**6, 4 * 10**6, 25 * 10**6, 10**8, 4 * 10**8], 20, repeats=5
         ),
         "patterns": p(patterns, 20 * 2**20, 20, pairs=3),
-        "links": p(links, {10**6: 100, 10**7: 100, 10**8: 10}),
-        "scores": p(scores, "MLP", mlp, dense, digits, 32, pairs=20),
-        "scores of convolutions": p(scores, "convolutions", convs, small, images, 32, pairs=20),
+        "links": p(links, {10**6: 50, 10**7: 30, 10**8: 5}),
+        "scores": p(scores, "MLP", mlp, dense, digits, 32, pairs=10),
+        "scores of convolutions": p(scores, "convolutions", convs, small, images, 32, pairs=10),
         "loops": p(loops, small, images[:32], pairs=5),
         "oracle": p(oracle, [16, 16, 32, 32, 32, 64], size=16, examples=64, pairs=3),
         "compact": p(compact, 25 * 10**6, 20),
-        "networks": p(networks, MODELS, 224, 4, rounds=20),
+        "networks": p(networks, MODELS, 224, 4, rounds=10),
         "structure": p(structure, MODELS, 224, (32, 4096, 14336, 32, 8, 128256), repeats=5),
         "files": p(_scaling.files, [4 * 10**6, 25 * 10**6, 10**8], 20),
-        "leaves": p(_scaling.leaves, 4 * 10**6, [10, 30, 100, 300, 1000], repeats=3),
-        "equations": p(_scaling.equations, [2, 8, 32, 64, 128], repeats=3),
+        "leaves": p(_scaling.leaves, 4 * 10**6, [10, 30, 100, 300], repeats=3),
+        "equations": p(_scaling.equations, [2, 8, 32, 64], repeats=1),
         "devices": p(_scaling.devices, 4 * 10**6, 20, [1, 2, 4, 8], repeats=5),
         "rounds": p(_scaling.rounds, [784, 700, 600, 10], [1, 3, 10, 30, 100, 300], [1, 10, 100]),
     }
