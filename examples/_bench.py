@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -290,13 +290,11 @@ def spell_seconds(x: float | None) -> str:
     return f"{x * 1e6:.3g} µs"
 
 
-def slopes(rows: Sequence[Row], figure: str = "seconds") -> Iterator[tuple[str, float]]:
-    """Gives for each name the exponent of growth over its last three points."""
+def growth(rows: Sequence[Row]) -> str:
+    """Says how times grow with what they are drawn against, over the last three points."""
+    found = []
     for name in dict.fromkeys(row.name for row in rows):
-        points = [
-            (row.at, value)
-            for row in rows
-            if row.name == name and row.at and (value := getattr(row, figure))
-        ][-3:]
+        points = [(r.at, r.seconds) for r in rows if r.name == name and r.at and r.seconds][-3:]
         if len(points) > 1:
-            yield name, float(np.polyfit(*np.log(points).T, 1)[0])
+            found.append(f"{name} n^{np.polyfit(*np.log(points).T, 1)[0]:.2f}")
+    return f"\ngrowth: {', '.join(found)}\n" if found else ""
