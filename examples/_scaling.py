@@ -192,6 +192,7 @@ PANELS = (  # part, figure, axes
     ("devices", "bytes", "devices", "bytes of a device"),
     ("rounds", "seconds", "rounds", "seconds"),
 )
+DRAWN = tuple(dict.fromkeys(part for part, *_ in PANELS))
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
