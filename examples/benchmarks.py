@@ -309,21 +309,21 @@ def parts(tiny):
     digits = jax.random.normal(key, (256, 784))
     sizes = [10**6, 4 * 10**6, 25 * 10**6, 10**8, 4 * 10**8]
     return {
-        "networks": p(networks, MODELS, 224, 4, rounds=10),
-        "structure": p(structure, MODELS, 224, (32, 4096, 14336, 32, 8, 128256), repeats=5),
-        "equations": p(_scaling.equations, [2, 8, 32, 64], repeats=1),
-        "rounds": p(_scaling.rounds, [784, 700, 600, 10], [1, 3, 10, 30, 100, 300], [1, 10, 100]),
-        "devices": p(_scaling.devices, sizes[1], 20, [1, 2, 4, 8], repeats=3),
+        "devices": p(_scaling.devices, 20 * 2**18, 20, [1, 2, 4, 8], repeats=3),
         "leaves": p(_scaling.leaves, sizes[1], [10, 30, 100, 300], repeats=3),
         "files": p(_scaling.files, sizes[1:4], 20),
-        "links": p(links, {10**6: 50, 10**7: 30, 10**8: 5}),
+        "equations": p(_scaling.equations, [2, 8, 32, 64], repeats=1),
+        "rounds": p(_scaling.rounds, [784, 700, 600, 10], [1, 3, 10, 30, 100, 300], [1, 10, 100]),
+        "networks": p(networks, MODELS, 224, 4, rounds=7),
+        "structure": p(structure, MODELS, 224, (32, 4096, 14336, 32, 8, 128256), repeats=3),
+        "links": p(links, {10**6: 50, 10**7: 30, 10**8: 3}),
         "scores": p(scores, "MLP", mlp, dense, digits, 32, pairs=10),
         "scores of convolutions": p(scores, "convolutions", convs, small, images, 32, pairs=10),
         "loops": p(loops, small, images[:32], pairs=5),
         "oracle": p(oracle, [16, 16, 32, 32, 32, 64], size=16, examples=64, pairs=3),
         "compact": p(compact, sizes[2], 20),
         "patterns": p(patterns, 20 * 2**20, 20, pairs=3),
-        "params": p(_scaling.params, sizes, 20, repeats=5, largest_plain=10**8),
+        "params": p(_scaling.params, sizes, 20, repeats=5, largest_plain=25 * 10**6),
     }
 
 
@@ -346,7 +346,8 @@ def main():
     for part in args.only or todo:
         found = list(todo[part]())
         rows += found
-        print(f"\n{part}: {todo[part].func.__doc__}\n{_bench.table(found, previous)}")
+        said = " ".join(todo[part].func.__doc__.split())
+        print(f"\n{part}: {said}\n{_bench.table(found, previous)}")
         print(_bench.growth(found), end="", flush=True)
     if not args.only:
         _bench.store(args.out / name, run, rows)

@@ -19,8 +19,8 @@ import benchmarks  # noqa: E402
 
 MARKED = re.compile(r"(?<=<!-- figures -->\n).*(?=<!-- end of figures -->)", re.DOTALL)
 README = (  # what, beside what, part, name, sizes
-    ("exact global mask", "sorting all scores", "params", "select", (25e6, 1e8)),
-    ("the same, in one jit with the score", "the same", "params", "fused", (25e6, 1e8)),
+    ("exact global mask", "sorting all scores", "params", "select", (25e6,)),
+    ("the same, in one jit with the score", "the same", "params", "fused", (25e6,)),
     ("all scores equal, 21M", "the same", "patterns", "all scores equal", (20 * 2**20,)),
     ("a mask of each layer, 21M", "sorting each layer", "patterns", "each layer", (20 * 2**20,)),
     ("2:4, 21M", "sorting every four twice", "patterns", "2:4", (20 * 2**20,)),
