@@ -209,7 +209,7 @@ def draw(rows, path):
                     axes.loglog(*zip(*points, strict=True), style, color=color, label=label)
         axes.set(xlabel=x, ylabel=y)
         axes.set_title(part)
-        if found:
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
     grid[0, 0].set_title("params (dashed: plain JAX)")

@@ -300,7 +300,7 @@ def parts(tiny):
             "structure": p(structure, models, 16, (2, 64, 128, 4, 2, 100), repeats=1),
             "files": p(_scaling.on_files, 10_000, 1),
             "equations": p(_scaling.equations, [1], repeats=1),
-            "devices": p(_scaling.devices, 4096, 1, [2], repeats=1),
+            "devices": p(_scaling.on_devices, 4096, 1, [1], repeats=1),
             "rounds": p(_scaling.rounds, [64, 128, 10], [10], [10]),
         }
     images = jax.random.normal(key, (64, 16, 16, 3))
