@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from _bench import Row, alone, apart, compiled, paired, peak, seconds
+from _bench import Row, alone, apart, compiled, paired, peak, seconds, si
 from _networks import decoder, mlp, mlp_params, normal_arrays
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -208,6 +208,9 @@ def draw(rows, path):
                     label = None if style == "x--" else name
                     axes.loglog(*zip(*points, strict=True), style, color=color, label=label)
         axes.set(xlabel=x, ylabel=y)
+        sizes = sorted({row.at for row in found})
+        axes.set_xticks(sizes, [si(size) for size in sizes])
+        axes.minorticks_off()
         axes.set_title(part)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)

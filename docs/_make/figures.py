@@ -78,7 +78,7 @@ def quoted(run, rows):
             next(r for r in rows if r.part == part and name in (None, r.name) and r.at == at)
             for at in sizes
         ]
-        if len(sizes) > 1:
+        if part in ("params", "links", "files", "compact"):
             what += f", {' / '.join(_bench.si(row.at) for row in found)}"
         cells = [_bench.cells(row) for row in found]
         lines.append([what, beside, *(" / ".join(c[i] for c in cells) for i in (1, 3, 7))])
