@@ -1,117 +1,93 @@
-"""What pruning costs: time and memory of selecting, enforcing and iterating, against plain JAX.
+"""What pruning costs and saves: time and memory of everything, against plain JAX in the same run.
 
-Each ratio compares with a reference in the same process: a global sort for `jp.select`, plain Adam
-for `jp.enforce` and `jp.gradual`, one gradient for a score. Figures are medians, of interleaved
-pairs for steps (with donated state) and scores.
+Ratios are to references written in plain JAX: below one is faster, or smaller. Times are medians,
+where possible of pairs timed in turn. What grows with something is drawn as scaling.png.
 
-    python examples/benchmarks.py --millions 25 100
-    python examples/benchmarks.py --tiny
+The run is stored as benchmarks.json in the folder `--out`. Tables show how its ratios moved against
+the run that lay there, or else the one in docs/results; `!` marks those that moved by over 20 %.
+
+    python examples/benchmarks.py                      # a quarter of an hour on two cores
+    python examples/benchmarks.py --only links scores  # compared, but not stored
 """
 
 import argparse
-import os
-import platform
-import statistics
-import time
+import functools
+import itertools
+import math
+import pathlib
+import tempfile
 import warnings
 
+import _bench
+import _plain
+import _scaling
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from _bench import Row, compiled, paired, stepping
+from _networks import (
+    VGG16,
+    ResNet50,
+    ViT,
+    conv_params,
+    convs,
+    decoder,
+    initialise,
+    mlp,
+    mlp_params,
+    normal_arrays,
+)
 
 import jaxprune as jp
 
-
-def seconds(f, *args):
-    start = time.perf_counter()
-    jax.block_until_ready(f(*args))
-    return time.perf_counter() - start
+STORED = pathlib.Path(__file__).parent.parent / "docs" / "results"
 
 
-def median_seconds(f, *args, repeats):
-    seconds(f, *args)  # compiles
-    return statistics.median(seconds(f, *args) for _ in range(repeats))
+def patterns(n, count, pairs):
+    """Other scopes, patterns and scores of float32: sorting, in the same shapes."""
+    scores = [jnp.abs(w) for w in normal_arrays(n, count)]
+    equal = [jnp.ones_like(s) for s in scores]
+    select, pattern = functools.partial(jp.select, sparsity=0.9), jp.patterns
+    for name, f, plain, args in (
+        ("all scores equal", select, _plain.masks, equal),
+        ("each layer", functools.partial(select, scope="layer"), _plain.masks_by_layer, scores),
+        (
+            "blocks of 16 × 16",
+            functools.partial(select, pattern=pattern.block((16, 16))),
+            _plain.blocks,
+            scores,
+        ),
+        ("columns", functools.partial(select, pattern=pattern.axis(-1)), _plain.columns, scores),
+        (
+            "2:4",
+            functools.partial(jp.select, pattern=pattern.n_of_m(2, 4)),
+            _plain.two_of_four,
+            scores,
+        ),
+    ):
+        made, reference = compiled(f, args), compiled(plain, args)
+        took = paired(lambda: made.call(args), lambda: reference.call(args), pairs)  # noqa: B023
+        memory = {"bytes": made.bytes, "plain_bytes": reference.bytes}
+        yield Row("patterns", name, n, **took, **memory)
 
 
-def memory(f, *args):
-    """Bytes of temporaries and outputs, as XLA plans them."""
-    found = jax.jit(f).lower(*args).compile().memory_analysis()
-    return found.temp_size_in_bytes, found.output_size_in_bytes
+def whole_step(loss, tx):
+    def step(carry, x, y):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params, x, y), state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
 
 
-def by_sorting(scores):
-    """The reference: sorts all scores, then compares with the threshold (ties all go)."""
-    flat = jnp.sort(jnp.concatenate([s.ravel() for s in scores]))
-    threshold = flat[round(0.9 * flat.size) - 1]
-    return [s > threshold for s in scores]
+def update_only(loss, tx):
+    def step(carry, grads):
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
 
-
-def normal_arrays(n, count=20):
-    side = max(n // count // 256, 1)
-    make = jax.jit(lambda key: jax.random.normal(key, (side, 256)))
-    return [make(jax.random.key(i)) for i in range(count)]
-
-
-def bench_select(n, repeats):
-    params = normal_arrays(n)
-    scores = [jnp.abs(w) for w in params]
-    ties = [jnp.ones_like(w) for w in params]
-    size = sum(w.size for w in params)
-    print(f"\nselect, {size:,} float32 in {len(params)} arrays, sparsity 0.9")
-
-    def select(scores):
-        return jp.select(scores, 0.9)
-
-    def by_layer(scores):
-        return jp.select(scores, 0.9, scope="layer")
-
-    def fused(params):
-        return jp.select(jp.scores.magnitude(params), 0.9)
-
-    reference = jax.jit(by_sorting)
-    reference = median_seconds(reference.lower(scores).compile(), scores, repeats=1)
-    rows = [("global", select, scores), ("global, all tied", select, ties)]
-    rows += [("global, in jit with magnitude", jax.jit(fused), params), ("layer", by_layer, scores)]
-    for name, f, args in rows:
-        took = median_seconds(f, args, repeats=repeats)
-        print(f"  {name:<30} {took:9.4f} s   {reference / took:4.0f} x faster than the sort")
-    print(f"  {'sort and compare':<30} {reference:9.4f} s")
-    for name, f in [("global", select), ("fused with magnitude", fused), ("sort", by_sorting)]:
-        temp, output = memory(f, params if f is fused else scores)
-        print(
-            f"  {name:<30} {(temp + output) / size:9.2f} bytes a param "
-            f"({temp / size:.2f} temporary, {output / size:.2f} masks)"
-        )
-
-
-def mlp_params(key, widths):
-    pairs = zip(jax.random.split(key, len(widths)), widths[:-1], widths[1:], strict=False)
-    return [
-        {"w": jax.random.normal(k, (a, b)) * (2 / a) ** 0.5, "b": jnp.zeros(b)} for k, a, b in pairs
-    ]
-
-
-def mlp(params, x):
-    for layer in params[:-1]:
-        x = jax.nn.relu(x @ layer["w"] + layer["b"])
-    return x @ params[-1]["w"] + params[-1]["b"]
-
-
-def conv_params(key, widths):
-    keys = jax.random.split(key, len(widths) + 1)
-    kernels = [
-        jax.random.normal(k, (3, 3, n, m)) * (2 / (9 * n)) ** 0.5
-        for k, n, m in zip(keys, (3, *widths), widths, strict=False)
-    ]
-    return {"kernels": kernels, "out": jax.random.normal(keys[-1], (widths[-1], 10)) * 0.1}
-
-
-def convs(params, x):
-    for kernel in params["kernels"]:
-        dimensions = ("NHWC", "HWIO", "NHWC")
-        x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
-        x = jax.nn.relu(x)
-    return x.mean((1, 2)) @ params["out"]
+    return step
 
 
 def squared_error(apply_fn):
@@ -121,133 +97,93 @@ def squared_error(apply_fn):
     return loss
 
 
-loss = squared_error(mlp)
-
-
-def whole_step(tx):
-    def step(carry, x, y):
-        params, state = carry
-        grads = jax.grad(loss)(params, x, y)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
-def update_only(tx):
-    def step(carry, grads):
-        params, state = carry
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
-def paired_ratio(step, plain, carries, args, pairs):
-    """Times both in turn, with the order swapped each time; returns the median of the ratios."""
-    steps = [step, plain]
-    ratios, plain_seconds = [], []
-    for i in range(pairs + 3):
-        took = [0.0, 0.0]
-        for j in (0, 1) if i % 2 else (1, 0):
-            start = time.perf_counter()
-            carries[j] = jax.block_until_ready(steps[j](carries[j], *args))
-            took[j] = time.perf_counter() - start
-        if i >= 3:
-            ratios.append(took[0] / took[1])
-            plain_seconds.append(took[1])
-    return statistics.median(ratios), statistics.median(plain_seconds)
-
-
-def bench_optimizers(widths, step_pairs, update_pairs):
-    params = mlp_params(jax.random.key(0), widths)
-    size = sum(p.size for p in jax.tree.leaves(params))
-    x = jax.random.normal(jax.random.key(1), (64, widths[0]))
-    y = jax.random.normal(jax.random.key(2), (64, widths[-1]))
-    grads = jax.jit(jax.grad(loss))(params, x, y)
-    masks = jp.select(jp.scores.magnitude(params), 0.9)
+def links(sizes):
+    """Adam on an MLP, batch 64: plain Adam; by params. Memory is temporary."""
+    loss, plain = squared_error(mlp), optax.adam(1e-3)
     schedule = jp.schedules.cubic(0.9, begin=10**6, end=2 * 10**6)  # not due while we measure
-    plain = optax.adam(1e-3)
-    links = {
-        "enforce": jp.enforce(optax.adam(1e-3), masks),
-        "gradual": jp.gradual(optax.adam(1e-3), jp.scores.magnitude, schedule, every=100),
-    }
-    print(f"\nAdam on an MLP of {size:,} params, batch 64: ratios to plain Adam")
-    kinds = [
-        ("whole step", whole_step, (x, y), step_pairs),
-        ("optimizer only", update_only, (grads,), update_pairs),
-    ]
-    for name, tx in links.items():
-        for kind, make, args, pairs in kinds:
-            compiled, carries, temps = [], [], []
-            for each in (tx, plain):
-                carry = jax.tree.map(jnp.copy, (params, each.init(params)))
-                step = jax.jit(make(each), donate_argnums=0).lower(carry, *args).compile()
-                temps.append(step.memory_analysis().temp_size_in_bytes / 1e6)
-                compiled.append(step)
-                carries.append(carry)
-            ratio, took = paired_ratio(*compiled, carries, args, pairs)
-            print(
-                f"  {name}, {kind:<15} {ratio:6.3f} x {took * 1e3:8.2f} ms   median of {pairs} "
-                f"pairs   temporary {temps[0]:.2f} MB, plain {temps[1]:.2f} MB"
-            )
+    for n, pairs in sizes.items():
+        width = round(math.sqrt(n / 3))
+        params = mlp_params(jax.random.key(0), [width] * 4)
+        x, y = jax.random.normal(jax.random.key(1), (2, 64, width))
+        grads = jax.jit(jax.grad(loss))(params, x, y)
+        masks = jp.select(jp.scores.magnitude(params), 0.9)
+        enforce = jp.enforce(optax.adam(1e-3), masks)
+        gradual = jp.gradual(optax.adam(1e-3), jp.scores.magnitude, schedule, every=100)
+        for kind, make, args in (
+            ("step", whole_step, (x, y)),
+            ("optimizer", update_only, (grads,)),
+        ):
+            carry = params, plain.init(params)
+            beside = compiled(make(loss, plain), carry, *args, donate_argnums=0)
+            reference = stepping(beside.call, jax.tree.map(jnp.copy, carry), *args)
+            for name, tx in (("enforce", enforce), ("gradual, none due", gradual)):
+                carry = jax.tree.map(jnp.copy, (params, tx.init(params)))
+                made = compiled(make(loss, tx), carry, *args, donate_argnums=0)
+                took = paired(stepping(made.call, carry, *args), reference, pairs)
+                memory = {"bytes": made.temporary, "plain_bytes": beside.temporary}
+                yield Row("links", f"{name}, {kind}", n, **took, **memory)
+            del carry, reference
 
 
-def bench_scores(name, apply_fn, params, x, examples, pairs):
-    """Times a score beside one gradient of the same batch, and the Fisher beside one an example."""
+def scores(name, apply_fn, params, x, examples, pairs):
+    """Scores: a gradient of the batch, or of single examples as many gradients of one."""
     loss = squared_error(apply_fn)
     y = jnp.ones_like(apply_fn(params, x))
-    key = jax.random.key(3)
     gradient = jax.jit(jax.grad(loss))
     groups = jp.find_groups(apply_fn, params, x)
     every = {
         "gradient": jp.scores.gradient(loss),
-        "taylor": jp.scores.taylor(loss),
-        "snip": jp.scores.snip(loss),
-        "synflow, one round, batch 1": lambda p, x, y: jp.scores.synflow(apply_fn)(p, x[:1]),
-        "units.taylor_gates": jp.units.taylor_gates(groups, loss),
-        "units.activation": lambda p, x, y: jp.units.activation(groups, apply_fn)(p, x),
-        "grasp": jp.scores.grasp(loss),
+        "Taylor": jp.scores.taylor(loss),
+        "SNIP": jp.scores.snip(loss),
+        "SynFlow, one round, batch 1": lambda p, x, y: jp.scores.synflow(apply_fn)(p, x[:1]),
+        "Taylor gates": jp.units.taylor_gates(groups, loss),
+        "activation": lambda p, x, y: jp.units.activation(groups, apply_fn)(p, x),
+        "GraSP": jp.scores.grasp(loss),
     }
-    samples = 10
-    hutchinson = jp.scores.obd_hutchinson(loss, samples)
     single = {
-        "fisher": jp.scores.fisher(loss),
-        "woodfisher, blocks of 50": jp.scores.woodfisher(loss),
-        "units.taylor": jp.units.taylor(groups, loss),
+        "Fisher": jp.scores.fisher(loss),
+        "WoodFisher, blocks of 50": jp.scores.woodfisher(loss),
+        "Taylor of feature maps": jp.units.taylor(groups, loss),
     }
-    count = sum(p.size for p in jax.tree.leaves(params))
-    print(f"\nscores on {name} of {count:,} params: ratios to one gradient, batch {len(x)}")
 
-    def show(name, score, args, plain_args, times=1):
-        ratio, _ = paired_ratio(
-            lambda _: score(*args), lambda _: gradient(*plain_args), [None, None], (), pairs
-        )
-        print(f"  {name:<30} {ratio / times:6.2f} x")
+    def row(what, f, plain, times=1):
+        took = paired(f, plain, pairs)
+        took |= {k: took[k] / times for k in ("seconds", "ratio")}
+        return Row("scores", f"{name}: {what}", **took)
 
-    batch = params, x, y
-    for name, score in every.items():
-        show(name, jax.jit(score), batch, batch)
-    show("obd_hutchinson, a sample", hutchinson, (params, key, x, y), batch, samples)
-    print(f"  of {examples} examples: ratios to {examples} gradients, each of one")
-    few, one = (params, x[:examples], y[:examples]), (params, x[:1], y[:1])
-    for name, score in single.items():
-        show(name, score, few, one, examples)
+    def batch():
+        return gradient(params, x, y)
 
+    def one_by_one():
+        return [gradient(params, x[i : i + 1], y[i : i + 1]) for i in range(examples)]
 
-def bench_iteratively(widths, rounds):
-    params = mlp_params(jax.random.key(0), widths)
-    size = sum(p.size for p in jax.tree.leaves(params))
-    x = jnp.ones((1, widths[0]))
-    score = jp.scores.synflow(mlp)
-    print(f"\nselect_iteratively, SynFlow, {size:,} params, sparsity 0.99, {rounds} rounds")
-    for name in ("first call, with compiling", "second call"):
-        took = seconds(lambda: jp.select_iteratively(score, params, 0.99, x, rounds=rounds))
-        print(f"  {name:<30} {took:9.3f} s")
+    for what, score in every.items():
+        call = jax.jit(score)
+        yield row(what, lambda: call(params, x, y), batch)  # noqa: B023
+    hutchinson, samples = jp.scores.obd_hutchinson(loss, 10), 10
+    call = lambda: hutchinson(params, jax.random.key(3), x, y)  # noqa: E731
+    yield row("Hutchinson, one sample", call, batch, samples)
+    for what, score in single.items():
+        few = lambda: score(params, x[:examples], y[:examples])  # noqa: B023, E731
+        yield row(f"{what}, {examples} examples", few, one_by_one)
 
 
-def bench_oracle(widths, size, examples, pairs):
-    """Times the oracle beside one evaluation of the loss for every unit."""
+def loops(params, x, pairs):
+    """XLA itself: gradients of single examples in a loop of its own, beside one in Python."""
+    gradient = jax.grad(squared_error(convs))
+    one = jax.jit(gradient)
+    y = jnp.ones((len(x), 1, 10))
+
+    @jax.jit
+    def inside():
+        return jax.lax.map(lambda pair: gradient(params, *pair), (x[:, None], y))
+
+    outside = lambda: [one(params, x[i : i + 1], y[i]) for i in range(len(x))]  # noqa: E731
+    yield Row("loops", "convolutions, lax.map", **paired(inside, outside, pairs))
+
+
+def oracle(widths, size, examples, pairs):
+    """The oracle on filters of convolutions: an evaluation of the loss for each."""
     params = conv_params(jax.random.key(0), widths)
     x = jax.random.normal(jax.random.key(1), (examples, size, size, 3))
     y = jnp.arange(examples) % 10
@@ -256,48 +192,167 @@ def bench_oracle(widths, size, examples, pairs):
         return optax.softmax_cross_entropy_with_integer_labels(convs(params, x), y).mean()
 
     groups = jp.find_groups(convs, params, x)
-    oracle, forward = jp.search.oracle(groups, loss), jax.jit(loss)
+    score, forward = jp.search.oracle(groups, loss), jax.jit(loss)
+    each = lambda: [forward(params, x, y) for _ in range(len(groups))]  # noqa: E731
+    took = paired(lambda: score(params, x, y), each, pairs)
+    yield Row("oracle", f"{len(groups)} filters of {len(widths)} convolutions", **took)
 
-    def each(_):
-        for _ in range(len(groups)):
-            value = jax.block_until_ready(forward(params, x, y))
-        return value
 
-    ratio, _ = paired_ratio(lambda _: oracle(params, x, y), each, [None, None], (), pairs)
-    print(f"\noracle, {len(groups)} filters of {len(widths)} convolutions, {examples} images")
-    print(f"  {ratio:.2f} x an evaluation of the loss for each filter")
+def compact(n, count):
+    """Files of float32 with a tenth of the weights, and their size: NumPy's of all weights."""
+    weights = normal_arrays(n, count)
+    names = [str(i) for i in range(count)]
+    masks = jp.select(jp.scores.magnitude(weights), 0.9)
+    weights = jp.apply_masks(weights, masks)
+    with tempfile.TemporaryDirectory() as folder:
+        sparse, dense = (pathlib.Path(folder, name) for name in ("a.safetensors", "b.npz"))
+
+        def save():
+            jp.masks.save(sparse, weights, masks)
+
+        def plain_save():
+            np.savez(dense, **dict(zip(names, map(np.asarray, weights), strict=True)))
+
+        def plain_load():
+            with np.load(dense) as file:
+                return [jnp.asarray(file[name]) for name in names]
+
+        took = paired(save, plain_save, 3)
+        memory = {"bytes": sparse.stat().st_size, "plain_bytes": dense.stat().st_size}
+        yield Row("compact", "masks.save", n, **took, **memory)
+        took = paired(lambda: jp.masks.load(sparse, like=weights), plain_load, 3)
+        yield Row("compact", "masks.load", n, **took)
+
+
+def networks(models, size, batch, rounds):
+    """Halved networks: the same written by hand at half its widths, or the dense one."""
+    x = jnp.ones((batch, size, size, 3))
+    for name, (dense, by_hand) in models.items():
+        params, hand = initialise(dense, x), initialise(by_hand, x)
+        groups = jp.find_groups(dense.apply, params, x)
+        scores = jp.scores.magnitude(params)
+        masks = groups.select(scores, 0.5, scope="layer")
+        small_fn, small, _ = jp.shrink(dense.apply, params, masks, x, groups=groups, verify=False)
+        sizes = [sum(w.size for w in jax.tree.leaves(p)) for p in (small, hand)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"{name}: shrunk has {sizes[0]} params, by hand {sizes[1]}.")
+        functions = {
+            "the dense": (dense.apply, params),
+            "shrunk": (small_fn, small),
+            "by hand": (by_hand.apply, hand),
+        }
+        times = jp.metrics.latency(functions, x, rounds=rounds)
+        median = {(row.name, row.batch): row.median for row in times.rows}
+        for plain, n in itertools.product(("by hand", "the dense"), sorted({1, batch})):
+            ours, theirs = median["shrunk", n], median[plain, n]
+            what = f"{name}, batch {n}, beside {plain}"
+            yield Row("networks", what, None, ours, theirs, ours / theirs)
+        flops = [jp.metrics.flops(fn, p, x) for fn, p in functions.values()]
+        yield Row("networks", f"{name}, FLOPs beside the dense", ratio=flops[1] / flops[0])
+
+
+def structure(models, size, decoder_sizes, repeats):
+    """Groups: tracing alone. `groups.select`: norms of all filters, a sort in each layer."""
+
+    def found(name, fn, params, inputs):
+        def find():
+            jp.find_groups(lambda p, x: fn(p, x), params, inputs)
+
+        def trace():
+            jax.make_jaxpr(lambda p, x: fn(p, x))(params, inputs)
+
+        return Row("structure", f"{name}, find_groups", **paired(find, trace, repeats))
+
+    x = jnp.ones((1, size, size, 3))
+    for name, (model, _) in models.items():
+        params = initialise(model, x)
+        yield found(name, model.apply, params, x)
+        groups, scores = jp.find_groups(model.apply, params, x), jp.scores.magnitude(params)
+        select = functools.partial(groups.select, scores, 0.5, scope="layer")
+        plain = functools.partial(jax.jit(_plain.filters), params)
+        yield Row("structure", f"{name}, groups.select", **paired(select, plain, repeats))
+    layers, width, *_ = decoder_sizes
+    yield found(f"decoder, {layers} layers of width {width}", *decoder(*decoder_sizes))
+
+
+MODELS = {
+    "ResNet-50": (ResNet50(), ResNet50(32)),
+    "ViT-S/16": (ViT(), ViT(192, 3, 32)),
+    "VGG-16": (VGG16(), VGG16(32)),
+}
+
+
+def parts(tiny):
+    """Lists what is measured: the name of each part, the function, and its settings."""
+    key = jax.random.key(0)
+    p = functools.partial
+    if tiny:
+        dense = mlp_params(key, [64, 32, 10])
+        models = {"VGG": (VGG16(8, (1,)), VGG16(4, (1,)))}
+        return {
+            "params": p(_scaling.params, [3000], 1, 1, 10**6),
+            "patterns": p(patterns, 2**12, 1, pairs=1),
+            "links": p(links, {20_000: 3}),
+            "scores": p(scores, "MLP", mlp, dense, jnp.ones((4, 64)), 2, pairs=1),
+            "oracle": p(oracle, [4], size=4, examples=2, pairs=1),
+            "compact": p(compact, 10_000, 3),
+            "networks": p(networks, models, 16, 1, rounds=2),
+            "structure": p(structure, models, 16, (2, 64, 128, 4, 2, 100), repeats=1),
+            "files": p(_scaling.on_files, 10_000, 1),
+            "equations": p(_scaling.equations, [1], repeats=1),
+            "devices": p(_scaling.on_devices, 4096, 1, [1], repeats=1),
+            "rounds": p(_scaling.rounds, [64, 128, 10], [10], [10]),
+        }
+    images = jax.random.normal(key, (64, 16, 16, 3))
+    small = conv_params(key, [16, 16, 32, 32, 32, 64])
+    dense = mlp_params(key, [784, 1000, 1000, 10])
+    digits = jax.random.normal(key, (256, 784))
+    sizes = [10**6, 4 * 10**6, 25 * 10**6, 10**8, 4 * 10**8]
+    return {
+        "devices": p(_scaling.devices, 20 * 2**18, 20, [1, 2, 4, 8], repeats=3),
+        "leaves": p(_scaling.leaves, sizes[1], [10, 30, 100, 300], repeats=3),
+        "files": p(_scaling.files, sizes[1:4], 20),
+        "equations": p(_scaling.equations, [2, 8, 32, 64], repeats=1),
+        "rounds": p(_scaling.rounds, [784, 700, 600, 10], [1, 3, 10, 30, 100, 300], [1, 10, 100]),
+        "networks": p(networks, MODELS, 224, 4, rounds=7),
+        "structure": p(structure, MODELS, 224, (32, 4096, 14336, 32, 8, 128256), repeats=3),
+        "links": p(links, {10**6: 50, 10**7: 30, 10**8: 3}),
+        "scores": p(scores, "MLP", mlp, dense, digits, 32, pairs=10),
+        "scores of convolutions": p(scores, "convolutions", convs, small, images, 32, pairs=10),
+        "loops": p(loops, small, images[:32], pairs=5),
+        "oracle": p(oracle, [16, 16, 32, 32, 32, 64], size=16, examples=64, pairs=3),
+        "compact": p(compact, sizes[2], 20),
+        "patterns": p(patterns, 20 * 2**20, 20, pairs=3),
+        "params": p(_scaling.params, sizes, 20, repeats=5, largest_plain=25 * 10**6),
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--millions", type=float, nargs="+", default=[25], help="sizes to select")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--pairs", type=int, default=100, help="pairs of optimizer steps")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", metavar="PART", help="of what it prints")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to check that it runs")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("outputs"))
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "obd")  # random weights are at no minimum
-    key = jax.random.key(0)
-    processor = platform.processor() or platform.machine()
-    print(f"{processor}, {os.cpu_count()} cores, jax {jax.__version__}, {jax.default_backend()}")
-    if args.tiny:
-        bench_select(100_000, repeats=2)
-        bench_optimizers([64, 128, 128, 16], step_pairs=5, update_pairs=5)
-        bench_scores("an MLP", mlp, mlp_params(key, [64, 32, 10]), jnp.ones((4, 64)), 2, pairs=2)
-        bench_oracle([4, 4], size=4, examples=2, pairs=1)
-        bench_iteratively([64, 128, 10], rounds=10)
-        return
-    for millions in args.millions:
-        bench_select(round(millions * 1e6), args.repeats)
-    bench_optimizers([1024, 2600, 2600, 256], args.pairs, args.pairs)
-    bench_oracle([16, 16, 32, 32, 32, 64], size=16, examples=64, pairs=3)
-    dense = mlp_params(key, [784, 1000, 1000, 10])
-    bench_scores(
-        "an MLP", mlp, dense, jax.random.normal(key, (256, 784)), 32, pairs=args.pairs // 5
-    )
-    small = conv_params(key, [16, 16, 32, 32, 32, 64])
-    images = jax.random.normal(key, (64, 16, 16, 3))
-    bench_scores("convolutions", convs, small, images, 32, pairs=args.pairs // 5)
-    bench_iteratively([784, 700, 600, 10], rounds=100)
+    name = "tiny.json" if args.tiny else "benchmarks.json"
+    previous = _bench.previous(args.out / name, STORED / name)
+    todo = parts(args.tiny)
+    if unknown := set(args.only or []) - set(todo):
+        parser.error(f"unknown parts {sorted(unknown)}; needed some of {list(todo)}")
+    run, rows = _bench.machine(), []
+    print(_bench.describe(run))
+    for part in args.only or todo:
+        found = list(todo[part]())
+        rows += found
+        said = " ".join(todo[part].func.__doc__.split())
+        print(f"\n{part}: {said}\n{_bench.table(found, previous)}")
+        print(_bench.growth(found), end="", flush=True)
+    if not args.only:
+        _bench.store(args.out / name, run, rows)
+        _scaling.draw(rows, args.out / "scaling.png")
+        print(f"\nwrote {name} and scaling.png in {args.out}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from benchmark_structure import VGG16
+from _networks import VGG16
 
 import jaxprune as jp
 

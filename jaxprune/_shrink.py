@@ -333,21 +333,16 @@ def _masked_slices(params: Any, masks: Any) -> Removed:
     }
     return {
         (path, axis): np.flatnonzero(_mesh.read(gone))
-        for path, axes in _gone(own).items()
-        for axis, gone in enumerate(axes)
+        for path, mask in own.items()
+        for axis, gone in enumerate(_gone(mask))
     }
 
 
-@jax.jit
-def _gone(masks: dict[str, jax.Array]) -> dict[str, list[jax.Array]]:
-    """Says for every axis of every mask which slices are masked whole."""
-    return {
-        path: [
-            ~jnp.any(mask, [i for i in range(jnp.ndim(mask)) if i != axis])
-            for axis in range(jnp.ndim(mask))
-        ]
-        for path, mask in masks.items()
-    }
+@jax.jit  # of one mask, so that those of alike layers share a program
+def _gone(mask: jax.Array) -> list[jax.Array]:
+    """Says for every axis of a mask which slices are masked whole."""
+    axes = range(jnp.ndim(mask))
+    return [~jnp.any(mask, [i for i in axes if i != axis]) for axis in axes]
 
 
 def _check_not_empty(like: Any, masked: Removed) -> None:

@@ -133,7 +133,7 @@ def _count(marks: Sequence[jax.Array]) -> jax.Array:
         add = lambda a, b: tuple(map(operator.add, a, b))  # noqa: E731
         return tuple(lax.reduce(ones, (dtype(0),) * len(ones), add, tuple(range(ones[0].ndim))))
 
-    # On one CPU, XLA fuses only the joint reduction with its operands (7x faster, no temporaries);
+    # On one CPU, XLA fuses only the joint reduction with its operands (faster, no temporaries);
     # on a mesh, it makes one all-reduce only of plain sums.
     ones = [m.astype(dtype) for m in marks]
     if jax.device_count() > 1:

@@ -257,9 +257,10 @@ class Groups(Shown):
         every = np.concatenate(units).astype(np.int64)
         keys, slices = np.unique(every * len(members) + member, return_inverse=True)
         owner = keys // len(members)  # sorted by unit, then in the order of use
-        arrays = tuple(found[members[i][0]] for i in used)
-        axes = tuple(members[i][1] for i in used)
-        score, finite = _reduced(reduce, axes, len(self), arrays, slices, owner)
+        # One array after the other: those of alike layers share a program, which in one for all
+        # would be compiled for each.
+        sums = tuple(_slice_sums(found[path], axis) for path, axis in (members[i] for i in used))
+        score, finite = _reduced(reduce, len(self), sums, slices, owner)
         if not _tree.is_traced(finite) and not np.asarray(finite).all():
             path, _ = members[used[int(np.argmin(finite))]]
             raise ValueError(
@@ -402,22 +403,22 @@ def _masks(groups: Groups, kept: jax.Array, follow: list[Any]) -> list[Any]:
     return leaves
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _reduced(reduce, axes, count, arrays, slices, owner):  # type: ignore[no-untyped-def]
+def _slice_sums(scores: jax.Array, axis: int) -> jax.Array:
+    others = tuple(i for i in range(jnp.ndim(scores)) if i != axis)
+    return _mesh.replicated(_mesh.exact_sum(scores, others))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _reduced(reduce, count, sums, slices, owner):  # type: ignore[no-untyped-def]
     """Gives one score per unit, and whether the scores of every array are finite.
 
     Args:
       reduce: how slices of a unit become one score.
-      axes: of every array, along which its slices lie.
       count: how many units there are.
-      arrays: scores.
-      slices: for all of their slices, one array after the other, which sum they go into.
+      sums: of the slices of every array.
+      slices: for all of these, one array after the other, which sum they go into.
       owner: the unit of every such sum, or 0; rising.
     """
-    sums = [
-        _mesh.replicated(_mesh.exact_sum(a, tuple(i for i in range(a.ndim) if i != axis)))
-        for a, axis in zip(arrays, axes, strict=True)
-    ]
     values = jax.ops.segment_sum(jnp.concatenate(sums), slices, len(owner))
     if reduce == "first":
         first = jnp.searchsorted(owner, jnp.arange(1, count + 1))

@@ -12,7 +12,6 @@ TINY = {  # settings that run in seconds; an example that is not named here runs
     "prune_retrain.py": ["--epochs", "1", "--rounds", "2"],
     "custom_train_step.py": ["--steps", "20"],
     "benchmarks.py": ["--tiny"],
-    "benchmark_structure.py": ["--tiny"],
     "collapse.py": ["--widths", "4", "8", "--rounds", "5", "--steps", "3", "--seeds", "1"],
     "criteria.py": "--epochs 1 --compressions 4 --seeds 1 --methods WoodFisher movement".split(),
     "curves.py": ["--epochs", "1", "--compressions", "4", "--seeds", "1"],

@@ -1,3 +1,4 @@
+import functools
 import json
 import warnings
 
@@ -11,6 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
+from jaxprune import _mesh, _shrink
 
 
 def close(a, b, tolerance=1e-4):
@@ -440,3 +442,15 @@ def test_verified_quietly():
         warnings.simplefilter("error")
         *_, plan, _ = halve(fn, params, x)
     assert plan.inexact == ()
+
+
+def test_alike_layers_share_programs():
+    """A program for all layers would be compiled for each of them: for half a minute, if deep."""
+    params = [jnp.ones((7, 9)), jnp.ones((9, 7))] * 3
+    fn = lambda params, x: functools.reduce(jnp.matmul, params, x)  # noqa: E731
+    groups = jp.find_groups(fn, params, jnp.ones((2, 7)))
+    before = _mesh.exact_sum._cache_size(), _shrink._gone._cache_size()
+    masks = groups.select(params, 0.5, scope="layer")
+    jp.shrink(fn, params, masks, jnp.ones((2, 7)), groups=groups, verify=False)
+    after = _mesh.exact_sum._cache_size(), _shrink._gone._cache_size()
+    assert [b - a for a, b in zip(before, after, strict=True)] == [4, 2]

@@ -1,21 +1,11 @@
-"""What structure costs and saves: finding groups, and shrunk networks beside hand-written ones.
+"""What the benchmarks prune: arrays, an MLP, convolutions, ResNet-50, VGG-16, ViT, a decoder."""
 
-Halves every layer of a ResNet-50, a VGG-16 and a ViT and runs, interleaved in one process, the
-dense network, the shrunk one, and the same architecture written by hand at half its widths.
-
-    python examples/benchmark_structure.py
-"""
-
-import argparse
-import time
 from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-import jaxprune as jp
 
 
 class Bottleneck(nn.Module):
@@ -96,32 +86,41 @@ def initialise(model, x):
     return jax.tree.map(lambda s: jnp.asarray(spread(s), s.dtype), shapes)
 
 
-def compare(name, dense, by_hand, x, rounds):
-    params = initialise(dense, x)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        groups = jp.find_groups(dense.apply, params, x)
-        seconds.append(time.perf_counter() - start)
-    masks = groups.select(jp.scores.magnitude(params), 0.5, scope="layer")
-    small_fn, small, _ = jp.shrink(dense.apply, params, masks, x, groups=groups, verify=False)
-    hand = initialise(by_hand, x)
-    sizes = [sum(w.size for w in jax.tree.leaves(p)) for p in (small, hand)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"{name}: the shrunk network has {sizes[0]} params, by hand {sizes[1]}.")
-    functions = {"dense": (dense.apply, params), "shrunk": (small_fn, small)}
-    functions["by hand"] = by_hand.apply, hand
-    times = jp.metrics.latency(functions, x, rounds=rounds)
-    saved = jp.metrics.flops(dense.apply, params, x) / jp.metrics.flops(small_fn, small, x)
-    print(f"\n{name}: groups found in {np.median(seconds):.2f} s, {saved:.2f}× fewer FLOPs")
-    print(times)
-    for batch in sorted({row.batch for row in times.rows}):
-        gain, limit = times.speedup("shrunk", batch), times.speedup("by hand", batch)
-        share = gain / saved
-        print(
-            f"batch {batch}: shrunk / by hand {limit / gain:.3f}; "
-            f"speed-up {gain:.2f}×, {share:.2f} of the FLOPs'"
-        )
+def normal_arrays(n, count=20):
+    """Random matrices of n weights in all, or a little less."""
+    side = max(n // count // 256, 1)
+    make = jax.jit(lambda key: jax.random.normal(key, (side, 256)))
+    return [make(jax.random.key(i)) for i in range(count)]
+
+
+def mlp_params(key, widths):
+    pairs = zip(jax.random.split(key, len(widths)), widths[:-1], widths[1:], strict=False)
+    return [
+        {"w": jax.random.normal(k, (a, b)) * (2 / a) ** 0.5, "b": jnp.zeros(b)} for k, a, b in pairs
+    ]
+
+
+def mlp(params, x):
+    for layer in params[:-1]:
+        x = jax.nn.relu(x @ layer["w"] + layer["b"])
+    return x @ params[-1]["w"] + params[-1]["b"]
+
+
+def conv_params(key, widths):
+    keys = jax.random.split(key, len(widths) + 1)
+    kernels = [
+        jax.random.normal(k, (3, 3, n, m)) * (2 / (9 * n)) ** 0.5
+        for k, n, m in zip(keys, (3, *widths), widths, strict=False)
+    ]
+    return {"kernels": kernels, "out": jax.random.normal(keys[-1], (widths[-1], 10)) * 0.1}
+
+
+def convs(params, x):
+    for kernel in params["kernels"]:
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
+        x = jax.nn.relu(x)
+    return x.mean((1, 2)) @ params["out"]
 
 
 def decoder(layers, width, hidden, heads, kv_heads, vocabulary):
@@ -155,35 +154,3 @@ def decoder(layers, width, hidden, heads, kv_heads, vocabulary):
         return norm(x, params["norm"]) @ params["embed"].T
 
     return fn, params, jax.ShapeDtypeStruct((1, 128), jnp.int32)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--tiny", action="store_true", help="small sizes, to check that it runs")
-    args = parser.parse_args()
-    if args.tiny:
-        args.rounds, args.batch = 2, 2
-        sizes, x = (2, 64, 128, 4, 2, 100), jnp.ones((2, 32, 32, 3))
-        models = {"VGG": (VGG16(8, (1, 1)), VGG16(4, (1, 1)))}
-    else:
-        sizes, x = (32, 4096, 14336, 32, 8, 128256), jnp.ones((args.batch, 224, 224, 3))
-        models = {
-            "ResNet-50": (ResNet50(), ResNet50(32)),
-            "ViT-S/16": (ViT(), ViT(192, 3, 32)),
-            "VGG-16": (VGG16(), VGG16(32)),
-        }
-    fn, params, tokens = decoder(*sizes)
-    start = time.perf_counter()
-    groups = jp.find_groups(fn, params, tokens)
-    seconds = time.perf_counter() - start
-    print(
-        f"decoder of {sizes[0]} layers, width {sizes[1]}: {len(groups):,} units in {seconds:.2f} s"
-    )
-    for name, (dense, by_hand) in models.items():
-        compare(name, dense, by_hand, x, args.rounds)
-
-
-if __name__ == "__main__":
-    main()
