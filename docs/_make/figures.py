@@ -82,7 +82,9 @@ def quoted(run, rows):
             what += f", {' / '.join(_bench.si(row.at) for row in found)}"
         cells = [_bench.cells(row) for row in found]
         lines.append([what, beside, *(" / ".join(c[i] for c in cells) for i in (1, 3, 7))])
-    table = _bench.markdown(("what", "beside plain JAX", "time", "ratio", "memory"), lines)
+    table = _bench.markdown(
+        ("what", "beside plain JAX", "time", "time ratio", "memory ratio"), lines
+    )
     return f"{_bench.describe(run)}.\n\n{table}"
 
 
