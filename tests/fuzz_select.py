@@ -74,7 +74,7 @@ def random_masks(seed, tree):
 
 
 def check_select(scores, sparsity, scope, name, within):
-    """Selects, says what the case was, and checks counts, order, units, nesting and errors."""
+    """Selects, says what the case was, and checks errors, counts, order, units and nesting."""
     pattern = PATTERNS[name]
 
     def select(scores, sparsity=sparsity):
@@ -83,46 +83,38 @@ def check_select(scores, sparsity, scope, name, within):
             where=lambda path, w: w.ndim > 0,
         )  # fmt: skip
 
+    def pooled(arrays):
+        return {p: np.asarray(pattern.pool(jnp.asarray(a, jnp.float32))) for p, a in arrays.items()}
+
     read = {p: np.asarray(w, np.float32) for p, w in _tree.named_leaves(scores) if w.ndim > 0}
     if not read:
         with pytest.raises(ValueError, match="^select found no leaf to prune"):
             select(scores)
         return "nothing to prune"
-    before = {p: True for p in read} if within is None else dict(_tree.named_leaves(within))
-    pooled = {p: np.asarray(pattern.pool(jnp.asarray(s))) for p, s in read.items()}
-    compete = {
-        p: np.asarray(pattern.pool(jnp.broadcast_to(jnp.float32(before[p]), s.shape))) != 0
-        for p, s in read.items()
-    }
-    odd = [p for p, s in pooled.items() if (~np.isfinite(s) & compete[p]).any()]
+    before = {p: np.ones(s.shape, bool) for p, s in read.items()}
+    before |= {p: m for p, m in _tree.named_leaves(within) if p in read}
+    compete = {p: u != 0 for p, u in pooled(before).items()}
+    units = pooled(read)
+    odd = [p for p, u in units.items() if (~np.isfinite(u) & compete[p]).any()]
     if odd:
         with pytest.raises(ValueError) as error:
             select(scores)
         assert str(error.value).split(": ")[0] in odd
         select = jax.jit(select)  # there NaN is lowest
+        units = {p: np.where(np.isnan(u), -np.inf, u) for p, u in units.items()}
     masks = {p: np.asarray(m) for p, m in _tree.named_leaves(select(scores))}
     assert masks.keys() == read.keys()
     assert all(m.dtype == bool and m.shape == read[p].shape for p, m in masks.items())
     assert all((m <= before[p]).all() for p, m in masks.items())
-    units = {p: np.asarray(pattern.pool(jnp.asarray(m, jnp.float32))) for p, m in masks.items()}
+    kept = pooled(masks)
     if within is None:
-        assert all(np.isin(u, [0, 1]).all() for u in units.values())  # none is kept in part
+        assert all(np.isin(u, [0, 1]).all() for u in kept.values())  # none is kept in part
     for group in [list(read)] if scope == "global" else [[p] for p in read]:
-        n = sum(units[p].size for p in group)
-        keep, found = n - round(sparsity * n), sum(int((units[p] > 0).sum()) for p in group)
         if name in ("2:4", "n:4"):
-            assert found <= keep
-        elif name == "unstructured":
-            left = sum(int(np.broadcast_to(before[p], read[p].shape).sum()) for p in group)
-            assert found == min(keep, left)
-        elif within is None and all(read[p].size for p in group):
-            assert found == keep
-        if name not in ("2:4", "n:4"):
-            ordered = {p: np.where(np.isnan(pooled[p]), -np.inf, pooled[p]) for p in group}
-            here = [ordered[p][units[p] > 0] for p in group]
-            lost = [ordered[p][(units[p] == 0) & compete[p]] for p in group]
-            least = min((x.min() for x in here if x.size), default=np.inf)
-            assert all(x.max() <= least for x in lost if x.size)
+            n = sum(kept[p].size for p in group)
+            assert sum(int(kept[p].sum()) for p in group) <= n - round(sparsity * n)
+        elif all(read[p].size for p in group):
+            check_units(*([x[p].ravel() for p in group] for x in (units, compete, kept)), sparsity)
     if name == "2:4":
         for m in masks.values():
             padded = np.pad(m, [(0, 0)] * (m.ndim - 1) + [(0, -m.shape[-1] % 4)])
@@ -133,9 +125,13 @@ def check_select(scores, sparsity, scope, name, within):
     return name + ", not finite" * bool(odd)
 
 
-@functools.cache
-def update(tx):
-    return jax.jit(tx.update)
+def check_units(scores, compete, kept, sparsity):
+    """Checks that the largest units which compete are kept, as many as there should be."""
+    scores, compete, kept = map(np.concatenate, (scores, compete, kept))
+    kept = kept > 0
+    assert kept.sum() == min(kept.size - round(sparsity * kept.size), compete.sum())
+    here, lost = scores[kept], scores[compete & ~kept]
+    assert not here.size or not lost.size or here.min() >= lost.max()
 
 
 TX = optax.chain(optax.clip(1.0), optax.sgd(0.1))

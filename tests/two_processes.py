@@ -41,7 +41,9 @@ def digests() -> Iterator[str]:
         yield from tell(str(scope), jp.select(scores, 0.6, scope=scope))
     for name, pattern in (
         ("2:4", jp.patterns.n_of_m(2, 4)),
+        ("n:8", jp.patterns.n_of_m(None, 8, -1)),
         ("block", jp.patterns.block((4, 4))),
+        ("uneven block", jp.patterns.block((5, 3))),
         ("axis", jp.patterns.axis(-1)),
     ):
         yield from tell(name, jp.select(scores, 0.5, pattern=pattern))
