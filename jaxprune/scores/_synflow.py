@@ -14,11 +14,11 @@ def synflow(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
 
     .. math:: R = \mathbb{1}^\top f_{|w|}(\mathbb{1}), \qquad s = |w \, \partial R / \partial |w||
 
-    divided by the largest score. Evaluated in float64, so that deep networks do not overflow. All
-    floating leaves are made positive; running means (leaves named ``mean``) count as zero, because
-    batch norm subtracts them. The flow is conserved in networks of linear layers, ReLU-like units
-    and batch norm in inference mode; GELU, softmax and LayerNorm break that. Use it in
-    :func:`jaxprune.select_iteratively`.
+    divided by the largest score. Evaluated in float64, so that deep networks do not overflow; a TPU
+    makes float64 of two float32, with the range of one. All floating leaves are made positive;
+    running means (leaves named ``mean``) count as zero, because batch norm subtracts them. The flow
+    is conserved in networks of linear layers, ReLU-like units and batch norm in inference mode;
+    GELU, softmax and LayerNorm break that. Use it in :func:`jaxprune.select_iteratively`.
 
     Args:
       apply_fn: maps ``(params, *inputs)`` to outputs, in inference mode.
