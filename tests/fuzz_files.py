@@ -176,14 +176,16 @@ def check_damaged(path, tree, kind, data):
     return False
 
 
+def settings(count):
+    """Runs this many cases, however long they take."""
+    return hypothesis.settings(
+        max_examples=count, deadline=None, database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )  # fmt: skip
+
+
 def fuzz(path, cases, found):
     """Runs half of the cases as round trips, and half on damaged files."""
-
-    def settings(count):
-        return hypothesis.settings(
-            max_examples=count, deadline=None, database=None,
-            suppress_health_check=list(hypothesis.HealthCheck),
-        )  # fmt: skip
 
     @settings(cases // 2)
     @hypothesis.given(trees())

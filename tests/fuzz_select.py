@@ -18,6 +18,7 @@ import ml_dtypes  # noqa: F401  # names its types to NumPy
 import numpy as np
 import optax
 import pytest
+from fuzz_files import seeds, settings
 
 import jaxprune as jp
 from jaxprune import _tree
@@ -31,7 +32,6 @@ PATTERNS = {
     "block": jp.patterns.block((3,)),
     "axis": jp.patterns.axis(-1),
 }
-seeds = st.integers(0, 2**32 - 1)
 
 
 @functools.cache
@@ -156,25 +156,14 @@ def check_masks(shapes, seed):
     after = optax.apply_updates(masked, tx.update(grads, tx.init(masked), masked)[0])
     for v, m in zip(jax.tree.leaves(after), jax.tree.leaves(masks), strict=True):
         assert not np.asarray(v, np.float32)[~m].any()
-    assert jax.tree.all(
-        jax.tree.map(lambda a, b: (np.asarray(a) == b).all(), unpacked(masks, params), masks)
-    )
+    unpacked = jp.masks.unpack(jp.masks.pack(masks), params)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (np.asarray(a) == b).all(), unpacked, masks))
     return "masks"
-
-
-def unpacked(masks, params):
-    return jp.masks.unpack(jp.masks.pack(masks), params)
 
 
 def fuzz(cases, found):
     """Runs four cases in five on `select`, a few hundred for each structure, which is compiled."""
     structures = st.integers(0, cases // 250).map(structure)
-
-    def settings(count):
-        return hypothesis.settings(
-            max_examples=count, deadline=None, database=None,
-            suppress_health_check=list(hypothesis.HealthCheck),
-        )  # fmt: skip
 
     @settings(cases - cases // 5)
     @hypothesis.given(
