@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _analysis, _mesh, _tree
+from jaxprune import _mesh, _program, _tree
+from jaxprune._program import Cut, take
 from jaxprune._table import Shown, Table, spell
-from jaxprune._walk import Cut, take
 from jaxprune.groups import Groups
 from jaxprune.masks import apply_masks
 
@@ -211,15 +211,15 @@ def shrink(
       [[30. 36.]]
     """
     _tree.check_params(params)
-    _analysis.check_inputs(inputs)
+    _program.check_inputs(inputs)
     like = jax.tree.map(lambda w: jax.ShapeDtypeStruct(jnp.shape(w), _tree.dtype(w)), params)
     masked = _masked_slices(params, masks)
     if groups is not None:
         _check_follows(groups, like, masked)
     _check_not_empty(like, masked)
 
-    def structure(*inputs: Any) -> tuple[_analysis.Structure, Cut, Removed]:
-        found = _analysis.analyse(fn, like, inputs, exact=False, has_aux=has_aux, removed=masked)
+    def structure(*inputs: Any) -> tuple[_program.Structure, Cut, Removed]:
+        found = _program.analyse(fn, like, inputs, exact=False, has_aux=has_aux, removed=masked)
         return found, *_leaving(found, like)
 
     found, cut, removed = structure(*jax.tree.map(_shape, inputs))
@@ -247,7 +247,7 @@ def shrink(
         program, out_tree, cut_here = found.program, found.out_tree, cut
         if any(_symbolic(x) for x in jax.tree.leaves(inputs)):
             try:
-                program = found.program.on(_analysis.trace(fn, like, inputs, has_aux)[0])
+                program = found.program.on(_program.trace(fn, like, inputs, has_aux)[0])
             except ValueError:
                 raise ValueError(_BRANCHES.format(jax.tree.map(jnp.shape, inputs))) from None
         else:
@@ -374,7 +374,7 @@ def _check_follows(groups: Groups, like: Any, masked: Removed) -> None:
         )
 
 
-def _leaving(found: _analysis.Structure, like: Any) -> tuple[Cut, Removed]:
+def _leaving(found: _program.Structure, like: Any) -> tuple[Cut, Removed]:
     """Gives the atoms that leave, and what that makes of every axis of the params."""
     atoms = found.walk.atoms
     roots = [atoms.find(axis)[atoms.free(axis)] for leaf in found.leaves for axis in leaf.axes]
@@ -387,7 +387,7 @@ def _leaving(found: _analysis.Structure, like: Any) -> tuple[Cut, Removed]:
     return cut, removed
 
 
-def _disagreement(found: _analysis.Structure, like: Any, masked: Removed) -> str:
+def _disagreement(found: _program.Structure, like: Any, masked: Removed) -> str:
     """Says which leaf keeps the first masked slice from leaving."""
     atoms = found.walk.atoms
     names = [path for path, _ in _tree.named_leaves(like)]
@@ -406,7 +406,7 @@ def _disagreement(found: _analysis.Structure, like: Any, masked: Removed) -> str
     return "Nothing can leave."
 
 
-def _inexact(found: _analysis.Structure, cut: Cut) -> tuple[str, ...]:
+def _inexact(found: _program.Structure, cut: Cut) -> tuple[str, ...]:
     noted = [*found.walk.inexact, *found.walk.redraws]
     return tuple(dict.fromkeys(why for axis, why in noted if cut.kept(axis) is not None))
 

@@ -17,6 +17,12 @@ from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 from jaxprune import _mesh
 
 Tree = Any
+Params = Any  # a pytree of arrays
+Masks = Any  # params -> bool: True is kept, `None` is never pruned
+Scores = Any  # params -> float32: higher is kept, `None` has no score
+Score = Callable[..., Scores]  # (params, *batch) -> scores
+Where = Callable[[str, Any], bool]  # (path, leaf) -> whether it is meant
+Select = Callable[..., Masks]  # (scores, sparsity, within=masks) -> masks
 ARRAYS = (jax.Array, np.ndarray, np.generic, int, float, complex, jax.ShapeDtypeStruct)
 
 
@@ -49,6 +55,17 @@ def named_entries(tree: Tree) -> dict[str, Any]:
     """Lists leaves by path, and `None` where a leaf is `None`."""
     entries, _ = tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
     return {_name(path): leaf for path, leaf in entries}
+
+
+def other_axes(ndim: int, axis: int) -> tuple[int, ...]:
+    """Lists all axes but one."""
+    return tuple(i for i in range(ndim) if i != axis)
+
+
+def check_word(name: str, word: Any, words: Sequence[Any]) -> None:
+    """Raises a `ValueError` for an argument that is not one of the allowed words."""
+    if word not in words:
+        raise ValueError(f"{name} must be one of {tuple(words)}, got {word!r}.")
 
 
 def dtype(leaf: Any) -> Any:

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _analysis, _mesh, _select, _tree
-from jaxprune._atoms import Product
+from jaxprune import _mesh, _program, _select, _tree
+from jaxprune._program import Product
 from jaxprune._ranks import Ranks, per_group
 from jaxprune._table import Shown, Table
 
@@ -487,11 +487,11 @@ def find_groups(
     """
     _tree.check_params(params)
     options: dict[str, Any] = {"exact": exact, "has_aux": has_aux, "split": split}
-    found = _analysis.analyse(fn, params, inputs, **options)
+    found = _program.analyse(fn, params, inputs, **options)
     return _collect(found, params, options)
 
 
-def _collect(found: _analysis.Structure, params: Any, options: Mapping[str, Any]) -> Groups:
+def _collect(found: _program.Structure, params: Any, options: Mapping[str, Any]) -> Groups:
     names, atoms = _tree.named_leaves(params), found.walk.atoms
     order = [*found.order, *(i for i in range(len(names)) if i not in set(found.order))]
     roots = {

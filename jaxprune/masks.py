@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from jaxprune import _compact, _mesh, _tree
+from jaxprune import _files, _mesh, _tree
 
 Masks = Any
 
@@ -235,7 +235,7 @@ def save(path: str | os.PathLike[str], params: Any, masks: Masks) -> None:
       ...     load(f"{folder}/model.safetensors", like=params)[0].tolist()
       [0.0, 2.0, 3.0]
     """
-    _compact.write(path, params, masks)
+    _files.write(path, params, masks)
 
 
 def load(path: str | os.PathLike[str], like: Any) -> tuple[Any, Masks]:
@@ -267,4 +267,4 @@ def load(path: str | os.PathLike[str], like: Any) -> tuple[Any, Masks]:
       >>> masks.tolist()
       [True, True]
     """
-    return _compact.read(path, like)
+    return _files.read(path, like)

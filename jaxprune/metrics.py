@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _cost, _timing, _tree
+from jaxprune import _program, _timing, _tree
 from jaxprune._table import Shown, Table, spell
 
 
@@ -194,7 +194,7 @@ def flops(fn: Callable[..., Any], params: Any, *inputs: Any, masks: Any = None) 
       >>> flops(f, jnp.ones((3, 2)), jnp.ones((5, 3)), masks=jnp.array([[True, False]] * 3))
       30.0
     """
-    return 2.0 * sum(c.kept for c in _cost.contractions(fn, params, *inputs, masks=masks))
+    return 2.0 * sum(c.kept for c in _program.contractions(fn, params, *inputs, masks=masks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,8 +273,8 @@ def layers(fn: Callable[..., Any], params: Any, *inputs: Any, masks: Any = None)
     kept = dict.fromkeys(leaves)
     if masks is not None:
         kept = dict(zip(leaves, _tree.align_masks(params, masks), strict=True))
-    found: dict[str | None, list[_cost.Contraction]] = {}
-    for c in _cost.contractions(fn, params, *inputs, masks=masks):
+    found: dict[str | None, list[_program.Contraction]] = {}
+    for c in _program.contractions(fn, params, *inputs, masks=masks):
         found.setdefault(c.paths[0] if c.paths else None, []).append(c)
     rows = []
     for path, costs in found.items():

@@ -18,7 +18,8 @@ import ml_dtypes  # noqa: F401  # names its types to NumPy
 import numpy as np
 
 import jaxprune as jp
-from jaxprune import _compact, _files
+from jaxprune._files import compact as _compact
+from jaxprune._files import safetensors as _files
 
 DTYPES = [name for name in _files._DTYPES.values() if name != "float8_e8m0fnu"]  # has no zero
 seeds = st.integers(0, 2**32 - 1)

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.flax import save_file
 
 import jaxprune as jp
-from jaxprune import _files
 from jaxprune.__main__ import main
+from jaxprune._files import safetensors as _files
 
 
 @pytest.fixture

@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jaxprune as jp
-from jaxprune import _files, _stream
 from jaxprune.__main__ import main
+from jaxprune._files import safetensors as _files
+from jaxprune._files import stream as _stream
 
 DTYPES = ["float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2"]
 

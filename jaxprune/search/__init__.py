@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _progress, _select, _tree
-from jaxprune._oracle import losses_without
 from jaxprune._ranks import Ranks
 from jaxprune.groups import Groups
 from jaxprune.masks import apply_masks
+from jaxprune.search._oracle import losses_without
 from jaxprune.units import _checked
 
 

@@ -32,8 +32,8 @@ import numpy as np
 
 from jaxprune import _loss, _mesh, _tree
 from jaxprune._ranks import per_group
-from jaxprune._reads import reads
 from jaxprune.groups import Group, Groups
+from jaxprune.units._activation import reads
 
 Where = Callable[[str, Any], bool]
 

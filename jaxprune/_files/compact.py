@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxprune import _files, _mesh, _tree
-from jaxprune._files import Checkpoint, FileError, Tensor
+from jaxprune import _mesh, _tree
+from jaxprune._files import safetensors as _files
+from jaxprune._files.safetensors import Checkpoint, FileError, Tensor
 
 FORMAT, VERSION = "jaxprune", "1"
 INTERNAL = ("shapes", "keys")  # metadata that the list of leaves shows

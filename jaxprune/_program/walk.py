@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _jaxpr
-from jaxprune._atoms import Atoms, Axis, Product
+from jaxprune._program import jaxpr as _jaxpr
+from jaxprune._program.atoms import Atoms, Axis, Product
 
 
 @dataclasses.dataclass(frozen=True)

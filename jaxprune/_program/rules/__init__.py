@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune import _jaxpr
-from jaxprune._atoms import Axis, Product
-from jaxprune._walk import Cut, Run, Value, Walk, take
+from jaxprune._program import jaxpr as _jaxpr
+from jaxprune._program.atoms import Axis, Product
+from jaxprune._program.walk import Cut, Run, Value, Walk, take
 
 Rule = Callable[..., list[Value] | tuple[list[Value], Run]]
 RULES: dict[str, Rule] = {}

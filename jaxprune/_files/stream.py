@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _select, _threshold
-from jaxprune._files import Tensor
+from jaxprune._files.safetensors import Tensor
 
 _PIECE = 1 << 20  # entries in memory at once
 _INFINITY = 0x7F800000  # the bits of +inf

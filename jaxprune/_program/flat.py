@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxprune import _jaxpr
-from jaxprune._walk import Program, Value
+from jaxprune._program import jaxpr as _jaxpr
+from jaxprune._program.walk import Program, Value
 
 
 class Step(NamedTuple):

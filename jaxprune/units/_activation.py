@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _analysis, _tree
-from jaxprune._flat import Flat
+from jaxprune import _program, _tree
+from jaxprune._program import Flat
 from jaxprune.groups import Groups, _collect
 
 Read = tuple[jax.Array, int, np.ndarray]  # an activation, an axis, the unit of each index or 0
@@ -23,7 +23,7 @@ def reads(groups: Groups, fn: Callable[..., Any], params: Any, *inputs: Any) -> 
     Raises:
       ValueError: if the function has other groups, or a unit is in no activation.
     """
-    found = _analysis.analyse(fn, params, inputs, **groups.options)
+    found = _program.analyse(fn, params, inputs, **groups.options)
     units = _collect(found, params, groups.options).unit
     same = units.keys() == groups.unit.keys() and all(
         np.array_equal(mine, theirs)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _jaxpr, _tree
+from jaxprune import _tree
+from jaxprune._program import jaxpr as _jaxpr
 
 # Only move entries, so that what is kept of a weight can be followed through them.
 _MOVES = frozenset(

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _jaxpr, _tree
-from jaxprune._atoms import Product
-from jaxprune._rules import RULES
-from jaxprune._walk import Program, Value, Walk
+from jaxprune import _tree
+from jaxprune._program import jaxpr as _jaxpr
+from jaxprune._program.atoms import Product
+from jaxprune._program.rules import RULES
+from jaxprune._program.walk import Program, Value, Walk
 
 Split = Mapping[str, int]
 

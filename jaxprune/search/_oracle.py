@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _analysis, _jaxpr, _loss, _progress, _tree
-from jaxprune._flat import Flat
+from jaxprune import _loss, _program, _progress, _tree
+from jaxprune._program import Flat
 from jaxprune.groups import Groups
 
 _KNOWN, _SLICED, _MIXED = range(3)  # does not depend on the group, is sliced, or neither
@@ -43,7 +43,7 @@ def losses_without(
         return checked(floats)
 
     options: dict[str, Any] = {key: groups.options[key] for key in ("exact", "split")}
-    found = _analysis.analyse(scalar, params, batch, **options)
+    found = _program.analyse(scalar, params, batch, **options)
     flat = Flat()
     args = jax.tree.leaves((params, batch))
     ins = [flat.add(v, x) for v, x in zip(found.program.ins, args, strict=True)]
@@ -66,7 +66,7 @@ def losses_without(
 
 
 def _units(
-    groups: Groups, found: _analysis.Structure, flat: Flat, paths: list[str]
+    groups: Groups, found: _program.Structure, flat: Flat, paths: list[str]
 ) -> tuple[list[Units], np.ndarray]:
     """Gives the units of every value, and of every unit whether the loss has it as it was found."""
     leaves = [groups.unit[path] for path in paths]
@@ -115,8 +115,8 @@ def _without(
         kind = max((kinds[i] for i in ins), default=_KNOWN)
         if kind == _SLICED:
             single = all(len(axes[i]) <= 1 for i in ins) and all(len(axes[i]) == 1 for i in outs)
-            if sliced and single and not _jaxpr.inner(eqn):
-                results = _jaxpr.bind(eqn, *(bare[i] for i in ins))
+            if sliced and single and not _program.inner(eqn):
+                results = _program.bind(eqn, *(bare[i] for i in ins))
                 for i, x in zip(outs, results, strict=True):
                     bare[i] = x
             else:
@@ -132,7 +132,7 @@ def _without(
         for i in masked:
             arrays[i] = jnp.where(gone(i, unit), bare[i], flat.arrays[i])
         for eqn, ins, outs in mixed:
-            results = _jaxpr.bind(eqn, *(arrays[i] for i in ins))
+            results = _program.bind(eqn, *(arrays[i] for i in ins))
             for i, x in zip(outs, results, strict=True):
                 arrays[i] = x
         return arrays[out].astype(jnp.float32)
