@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _mesh, _program, _select, _tree
-from jaxprune._program import Product
+from jaxprune._program import Merge
 from jaxprune._ranks import Ranks, per_group
 from jaxprune._table import Shown, Table
 
@@ -562,7 +562,7 @@ def _group(numbers: Mapping[tuple[str, int], np.ndarray], units: int) -> tuple[G
     return tuple(Group(parts[i], tuple(holders[i])) for i in np.argsort(first))
 
 
-def _describe(product: Product, factor: int, units: Sequence[int], paths: Sequence[str]) -> str:
+def _describe(product: Merge, factor: int, units: Sequence[int], paths: Sequence[str]) -> str:
     sizes = "×".join(str(len(f)) for f in product.factors)
     what = f"{product.where} ({sizes}) is cut along factor {factor}"
     if not paths:
