@@ -15,7 +15,6 @@ import optax
 from jaxprune import _tree
 from jaxprune._select import select as _select
 from jaxprune._select import whole_masks
-from jaxprune.scores import magnitude
 
 
 class EnforceState(NamedTuple):
@@ -123,8 +122,8 @@ def gradual(
         raise ValueError(f"`gradual` needs every >= 1, got {every=}.")
     inner = optax.with_extra_args_support(inner)
 
-    def whole(params):
-        return whole_masks(params, lambda: select(magnitude(params), 0.0))
+    def whole(params: Any) -> Any:
+        return whole_masks(params, select)
 
     def init(params):
         masks = params
