@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import _tree
+from jaxprune import _mesh, _tree
 from jaxprune._select import select as _select
 from jaxprune._select import whole_masks
 
@@ -222,7 +222,7 @@ def _fit(params: Any, masks: Any) -> Any:
     """Copies masks, or a donated step would delete the caller's, to where their params are."""
     leaves, treedef = jax.tree.flatten(params)
     placed = [
-        m if m is None or _is_abstract(m) else _tree.place(jnp.copy(m), w)
+        m if m is None or _is_abstract(m) else _mesh.place(jnp.copy(m), w)
         for m, w in zip(_tree.align_masks(params, masks), leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, placed)
