@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _mesh, _program, _select, _tree
+from jaxprune import _mesh, _program, _select, _sums, _tree
 from jaxprune._program import Product
 from jaxprune._ranks import Ranks, per_group
 from jaxprune._table import Shown, Table
@@ -417,7 +417,7 @@ def _masks(groups: Groups, kept: jax.Array, follow: list[Any]) -> list[Any]:
 
 def _slice_sums(scores: jax.Array, axis: int) -> jax.Array:
     others = tuple(i for i in range(jnp.ndim(scores)) if i != axis)
-    return _mesh.replicated(_mesh.exact_sum(scores, others))
+    return _mesh.replicated(_sums.exact_sum(scores, others))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
