@@ -16,7 +16,6 @@ from jaxprune import _tree
 from jaxprune._select import select as _select
 from jaxprune._select import whole_masks
 from jaxprune._tree import Masks, Params, Score, Select
-from jaxprune.scores import magnitude
 
 __all__ = ["EnforceState", "GradualState", "enforce", "get_masks", "gradual", "set_masks"]
 
@@ -128,8 +127,8 @@ def gradual(
         raise ValueError(f"gradual: every must be at least 1, got {every}.")
     inner = optax.with_extra_args_support(inner)
 
-    def whole(params):
-        return whole_masks(params, lambda: select(magnitude(params), 0.0))
+    def whole(params: Params) -> Masks:
+        return whole_masks(params, select)
 
     def init(params):
         masks = params
