@@ -127,7 +127,7 @@ def gradual(
         raise ValueError(f"gradual: every must be at least 1, got {every}.")
     inner = optax.with_extra_args_support(inner)
 
-    def whole(params: Any) -> Any:
+    def whole(params: Params) -> Masks:
         return whole_masks(params, select)
 
     def init(params):
