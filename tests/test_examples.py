@@ -10,7 +10,6 @@ EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 TINY = {  # settings that run in seconds; an example that is not named here runs with none
     "quickstart.py": ["--epochs", "1", "--sparsities", "0.9"],
     "prune_retrain.py": ["--epochs", "1", "--rounds", "2"],
-    "custom_train_step.py": ["--steps", "20"],
     "benchmarks.py": ["--tiny"],
     "collapse.py": ["--widths", "4", "8", "--rounds", "5", "--steps", "3", "--seeds", "1"],
     "criteria.py": "--epochs 1 --compressions 4 --seeds 1 --methods WoodFisher movement".split(),
