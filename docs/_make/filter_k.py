@@ -65,8 +65,8 @@ def draw(axes, found):
         return fill
 
     for y, name, text in (
-        (9.75, COLORS[0], "leaves with filter k of conv 1"),
-        (9.3, COLORS[1], "leaves with filter k of conv 2"),
+        (9.75, COLORS[0], "removed with filter k of conv 1"),
+        (9.3, COLORS[1], "removed with filter k of conv 2"),
     ):
         axes.add_patch(plt.Rectangle((0, y - 0.12), 0.3, 0.3, fc=name, ec=LINE, lw=0.7))
         axes.text(0.45, y, text, color=INK, fontsize=11, va="center")
