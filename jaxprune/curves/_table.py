@@ -18,6 +18,7 @@ Row = dict[str, Any]
 Key = tuple[str, float, int]  # method, sparsity, seed
 
 DENSE = "dense"
+"""The method of the rows that hold the unpruned control."""
 MEASURES = {
     "before": float,
     "after": float,
@@ -30,6 +31,7 @@ MEASURES = {
     "trainings": float,
     "seconds": float,
 }
+"""The columns that hold numbers, and their types."""
 COLUMNS = {"method": str, "sparsity": float, "seed": int} | MEASURES | {"error": str}
 
 
