@@ -1,4 +1,4 @@
-"""The order in which units are removed, as arrays: all but the scores is known before tracing.
+"""Arrays over units: the order in which they are removed, and the masks of those that are kept.
 
 A pool is what competes for one budget: all groups, one group, or groups of one kind. In shapes, u
 is the number of units, g that of groups and p that of pools.
@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _tree
+from jaxprune import _mesh, _tree
+from jaxprune._tree import Masks
 
 if TYPE_CHECKING:
     from jaxprune.groups import Groups
@@ -68,7 +69,8 @@ def order(
     # In the order of their numbers, the first groups would lose all units of one score.
     ties = np.random.default_rng(0).permutation(len(group))
     ranks = _rank(scores, within, group, sizes, pools, ties, count=int(pools.max()) + 1)
-    return Order(group, *ranks, sizes, steps)
+    pool, rank_in_group, rank_in_pool, counts, limits = ranks
+    return Order(group, pool, rank_in_group, rank_in_pool, counts, limits, sizes, steps)
 
 
 @functools.partial(jax.jit, static_argnames="count")
@@ -128,3 +130,32 @@ def kept(order: Order, fractions: Any) -> jax.Array:
     # A group that keeps all, or is smaller than a step, keeps its size.
     count = jnp.where((count == size) | (size < step), size, nearest.astype(jnp.int32))
     return order.rank_in_group >= (size - count)[order.group]
+
+
+def masks_like(groups: "Groups", kept: Any, tree: Any) -> Masks:
+    """Returns the masks that keep some units, sharded as the leaves of a tree if there is one."""
+    leaves = [None] * len(groups.unit) if tree is None else _tree.align(groups.like, tree)
+    return _tree.rebuild(groups.like, _masks(groups, jnp.asarray(kept), leaves))
+
+
+@functools.partial(jax.jit, static_argnames="groups")
+def _masks(groups: "Groups", kept: jax.Array, follow: list[Any]) -> list[Any]:
+    kept = jnp.concatenate([jnp.ones(1, bool), kept])
+    leaves: list[Any] = []
+    for (path, leaf), sharded in zip(_tree.named_leaves(groups.like), follow, strict=True):
+        mask = None
+        for axis, unit in enumerate(groups.unit[path]):
+            if unit.any():
+                others = _tree.other_axes(len(leaf.shape), axis)
+                stay = jnp.broadcast_to(jnp.expand_dims(kept[unit], others), leaf.shape)
+                mask = stay if mask is None else mask & stay
+        if mask is not None and sharded is not None:
+            mask = _mesh.follow(mask, sharded)
+        leaves.append(mask)
+    return leaves
+
+
+@jax.jit  # one mask at a time, so that those of identical layers share a program
+def kept_slices(mask: jax.Array) -> list[jax.Array]:
+    """Returns for each axis which slices have any entry that a mask keeps."""
+    return [jnp.any(mask, _tree.other_axes(mask.ndim, axis)) for axis in range(mask.ndim)]

@@ -14,18 +14,16 @@
 """
 
 import dataclasses
-import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _mesh, _program, _ranks, _select, _tree
-from jaxprune._program import Product
+from jaxprune import _grouping, _mesh, _program, _ranks, _select, _tree
 from jaxprune._table import Shown, Table
 from jaxprune._tree import Masks, Params, Scores
 from jaxprune.units import _reduce
@@ -60,7 +58,7 @@ class Groups(Shown):
       groups: groups of identical units, in the order in which the program uses them.
       pinned: ``(path, axis, indices, reasons)`` for indices that cannot be removed.
       choices: the axes that could be cut along several factors, and how to choose another factor.
-      terms: what the program costs: ``(multiply-adds, units by axis)``.
+      terms: the matmuls and convolutions of the program, with the units of their axes.
       options: the keyword arguments of :func:`find_groups`.
 
     Examples:
@@ -77,7 +75,7 @@ class Groups(Shown):
     groups: tuple[Group, ...]
     pinned: tuple[tuple[str, int, int, tuple[str, ...]], ...]
     choices: tuple[str, ...]
-    terms: tuple[tuple[float, tuple[np.ndarray, ...]], ...] = dataclasses.field(repr=False)
+    terms: tuple[_program.Cost, ...] = dataclasses.field(repr=False)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -114,7 +112,7 @@ class Groups(Shown):
         Args:
           kept: for each of ``len(self)`` units, whether it is kept.
         """
-        return masks_like(self, kept, None)
+        return _ranks.masks_like(self, kept, None)
 
     def select(
         self,
@@ -186,7 +184,7 @@ class Groups(Shown):
         kept = kept if present is None else kept & present
         if not _tree.is_traced(kept):
             self._warn(np.asarray(kept), order, fractions, sparsity, round_to)
-        return masks_like(self, kept, within if per_unit else scores)
+        return _ranks.masks_like(self, kept, within if per_unit else scores)
 
     def _is_per_unit(self, scores: Any) -> bool:
         if not isinstance(scores, (jax.Array, np.ndarray)):
@@ -218,7 +216,7 @@ class Groups(Shown):
         kept = jnp.zeros(len(self) + 1, bool)
         aligned = _tree.align_masks(self.like, masks)
         for (path, _), mask in zip(_tree.named_leaves(self.like), aligned, strict=True):
-            slices = [True] * len(self.unit[path]) if mask is None else kept_slices(mask)
+            slices = [True] * len(self.unit[path]) if mask is None else _ranks.kept_slices(mask)
             for unit, stay in zip(self.unit[path], slices, strict=True):
                 kept = kept.at[unit].max(_mesh.replicated(stay) if mask is not None else stay)
         return kept[1:]
@@ -261,26 +259,38 @@ class Groups(Shown):
         return pools, jnp.full(pools.max() + 1, sparsity, jnp.float32)
 
     def costs(self, kept: np.ndarray, cost: str) -> float:
-        """Gives the params, or the FLOPs, of the network when only some units are kept."""
+        """Returns the params, or the FLOPs, of the network when only some units are kept.
+
+        Warns of `while` loops, whose FLOPs are counted once.
+
+        Args:
+          kept: for each of ``len(self)`` units whether it is kept.
+          cost: ``"params"`` or ``"flops"``.
+        """
+        _tree.check_word("cost", cost, ("params", "flops"))
+        if cost == "flops":
+            _program.warn_of_loops(self.terms, stacklevel=2)
+        return self._costs(kept, cost)
+
+    def _costs(self, kept: np.ndarray, cost: str) -> float:
         stays = np.concatenate([[True], kept])
-        counted: dict[int, int] = {}
 
         def size(unit: np.ndarray) -> int:
-            if id(unit) not in counted:
-                counted[id(unit)] = int(stays[unit].sum())
-            return counted[id(unit)]
+            return int(stays[unit].sum())
 
         if cost == "flops":
-            return 2 * sum(macs * math.prod(map(size, axes)) for macs, axes in self.terms)
+            return 2 * _program.total(self.terms, lambda c: c.macs(size))
         return sum(math.prod(map(size, axes)) for axes in self.unit.values())
 
     def _search(self, order: _ranks.Order, fractions: Any, cost: str, sparsity: float) -> jax.Array:
         """Finds by bisection the smallest fraction of units whose removal saves enough."""
-        total = self.costs(np.ones(len(self), bool), cost)
+        if cost == "flops":
+            _program.warn_of_loops(self.terms, stacklevel=3)
+        total = self._costs(np.ones(len(self), bool), cost)
 
         def saves(fraction: float) -> float:
             kept = np.asarray(_ranks.kept(order, np.full(np.shape(fractions), fraction)))
-            return 1 - self.costs(kept, cost) / total
+            return 1 - self._costs(kept, cost) / total
 
         if saves(1.0) < sparsity:
             raise ValueError(
@@ -319,35 +329,6 @@ class Groups(Shown):
                 f"{', '.join(changed[:8])}{more}.",
                 stacklevel=3,
             )
-
-
-def masks_like(groups: Groups, kept: Any, tree: Any) -> Masks:
-    """Returns the masks that keep some units, sharded as the leaves of a tree if there is one."""
-    leaves = [None] * len(groups.unit) if tree is None else _tree.align(groups.like, tree)
-    return _tree.rebuild(groups.like, _masks(groups, jnp.asarray(kept), leaves))
-
-
-@functools.partial(jax.jit, static_argnames="groups")
-def _masks(groups: Groups, kept: jax.Array, follow: list[Any]) -> list[Any]:
-    kept = jnp.concatenate([jnp.ones(1, bool), kept])
-    leaves: list[Any] = []
-    for (path, leaf), sharded in zip(_tree.named_leaves(groups.like), follow, strict=True):
-        mask = None
-        for axis, unit in enumerate(groups.unit[path]):
-            if unit.any():
-                others = _tree.other_axes(len(leaf.shape), axis)
-                stay = jnp.broadcast_to(jnp.expand_dims(kept[unit], others), leaf.shape)
-                mask = stay if mask is None else mask & stay
-        if mask is not None and sharded is not None:
-            mask = _mesh.follow(mask, sharded)
-        leaves.append(mask)
-    return leaves
-
-
-@jax.jit  # one mask at a time, so that those of identical layers share a program
-def kept_slices(mask: jax.Array) -> list[jax.Array]:
-    """Returns for each axis which slices have any entry that a mask keeps."""
-    return [jnp.any(mask, _tree.other_axes(mask.ndim, axis)) for axis in range(mask.ndim)]
 
 
 def find_groups(
@@ -405,93 +386,17 @@ def find_groups(
     """
     _tree.check_params(params)
     options: dict[str, Any] = {"exact": exact, "has_aux": has_aux, "split": split}
-    found = _program.analyse(apply_fn, params, inputs, **options)
-    return _collect(found, params, options)
-
-
-def _collect(found: _program.Structure, params: Any, options: Mapping[str, Any]) -> Groups:
-    names, atoms = _tree.named_leaves(params), found.walk.atoms
-    order = [*found.order, *(i for i in range(len(names)) if i not in set(found.order))]
-    roots = {
-        (names[i][0], axis): np.where(atoms.free(a), atoms.find(a), 0)
-        for i in order
-        for axis, a in enumerate(found.leaves[i].axes)
-    }
-    every = np.unique(np.concatenate([np.zeros(1, np.int32), *roots.values()]))
-    numbers = {key: np.searchsorted(every, r).astype(np.int32) for key, r in roots.items()}
-    unit = {
-        names[i][0]: tuple(numbers[names[i][0], a] for a in range(len(found.leaves[i].axes)))
-        for i in order
-    }
-    groups = _group(numbers, len(every))
-    owner = np.zeros(len(every), np.int32)
-    for number, group in enumerate(groups):
-        owner[group.units] = number
-    choices = []
-    for product, factor, units in found.choices:
-        cut = product.factors[factor]
-        place = np.searchsorted(every, atoms.find(cut[atoms.free(cut)]))
-        members = [m for g in np.unique(owner[place]) for m in groups[g].members]
-        paths = list(dict.fromkeys(path for path, *_ in members))
-        choices.append(_describe(product, factor, units, paths))
-    terms = []
-    known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for c in found.walk.contractions:
-        times, axes = c.times, []
-        for axis in c.axes:
-            if id(axis) not in known:
-                place = np.searchsorted(every, root := atoms.find(axis)).clip(max=len(every) - 1)
-                known[id(axis)] = axis, np.where(every[place] == root, place, 0)
-            if known[id(axis)][1].any():
-                axes.append(known[id(axis)][1])
-            else:
-                times *= len(axis)
-        terms.append((times, tuple(axes)))
+    structure = _program.analyse(apply_fn, params, inputs, **options)
+    names = [path for path, _ in _tree.named_leaves(params)]
+    unit = _grouping.number(structure, names)
+    groups = _grouping.identical(unit)
+    spread = structure.spread([unit[path] for path in names])
     return Groups(
         like=jax.tree.map(lambda w: jax.ShapeDtypeStruct(jnp.shape(w), _tree.dtype(w)), params),
-        unit=unit,
-        groups=groups,
-        pinned=tuple(
-            (path, axis, int((~free).sum()), tuple(atoms.reason(a)))
-            for (path, _), leaf in zip(names, found.leaves, strict=True)
-            for axis, a in enumerate(leaf.axes)
-            if not (free := atoms.free(a)).all()
-        ),
-        choices=tuple(choices),
-        terms=tuple(terms),
+        unit=dict(unit),
+        groups=tuple(Group(units, members) for units, members in groups),
+        pinned=_grouping.pinned(structure, names),
+        choices=_grouping.choices(structure, spread, groups),
+        terms=tuple(_program.contractions_of_units(structure.program, spread)),
         options=options,
-    )
-
-
-def _group(numbers: Mapping[tuple[str, int], np.ndarray], units: int) -> tuple[Group, ...]:
-    """Puts units together that have the same number of indices in the same axes.
-
-    A table of (units, axes) would have millions of entries, nearly all 0. So every axis draws a
-    random number, and a unit adds it up for each of its indices, modulo 2⁶⁴: units of one group
-    have one sum, others the same by a chance of 2⁻⁶⁴. One sort of the sums finds the groups.
-    """
-    random = np.random.default_rng(0).integers(1 << 63, size=len(numbers), dtype=np.uint64)
-    sums = np.zeros(units, np.uint64)
-    for key, number in zip(random, numbers.values(), strict=True):
-        sums += np.bincount(number, minlength=units).astype(np.uint64) * key
-    _, first, group = np.unique(sums[1:], return_index=True, return_inverse=True)
-    members: list[list[tuple[str, int, int]]] = [[] for _ in first]
-    for (path, axis), number in numbers.items():
-        counts = np.bincount(number, minlength=units)[first + 1]
-        for i in np.flatnonzero(counts):
-            members[i].append((path, axis, int(counts[i])))
-    order = np.argsort(group, kind="stable")
-    parts = np.split(order + 1, np.cumsum(np.bincount(group))[:-1]) if len(first) else []
-    return tuple(Group(parts[i], tuple(members[i])) for i in np.argsort(first))
-
-
-def _describe(product: Product, factor: int, units: Sequence[int], paths: Sequence[str]) -> str:
-    sizes = "×".join(str(len(f)) for f in product.factors)
-    cut = f"{product.where} ({sizes}) is cut along factor {factor}"
-    if not paths:
-        return f"{cut}."
-    other = next(i for i, n in enumerate(units) if n and i != factor)
-    return (
-        f"{', '.join(paths)}: {cut} ({units[factor]} units); split={{{paths[0]!r}: {other}}} "
-        f"would cut it along factor {other} ({units[other]} units)."
     )

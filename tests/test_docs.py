@@ -84,7 +84,7 @@ def run_shell(text):
     [p for p in [ROOT / "README.md", *PAGES] if any(blocks(p))],
     ids=lambda p: p.relative_to(ROOT).as_posix(),
 )
-def test_page_runs(page, tmp_path, monkeypatch, quick_compilation):
+def test_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType("__docs__")  # dataclasses and flax modules look their module up
     monkeypatch.setitem(sys.modules, "__docs__", module)

@@ -53,7 +53,7 @@ SCORES = {  # a new score adds one row here: (params, batch) -> scores
 @pytest.mark.filterwarnings("ignore:obd")
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16", "float8_e5m2"])
 @pytest.mark.parametrize("name", SCORES)
-def test_score_contract(name, dtype, quick_compilation):
+def test_score_contract(name, dtype):
     with jax.enable_x64(dtype == "float64"):
         check_score(name, dtype)
 

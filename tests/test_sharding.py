@@ -169,7 +169,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("name, layout, kind", CASES)
-def test_operation_on_a_mesh(name, layout, kind, quick_compilation):
+def test_operation_on_a_mesh(name, layout, kind):
     _, placed = spread(layout, kind)
     compiled = jax.jit(OPERATIONS[name]).lower(placed).compile()
     check(compiled(placed), on_one_device(name), placed)
@@ -199,7 +199,7 @@ def placed_network(mesh):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_structure_on_a_mesh(kind, quick_compilation):
+def test_structure_on_a_mesh(kind):
     mesh, placed = spread("tensor", kind)
     fn, x = placed_network(mesh) if kind == "explicit" else (apply_fn, jnp.ones((8, 16)))
     here = network(), np.asarray(x)
@@ -278,7 +278,7 @@ def test_arrays_on_different_devices_are_named():
         jp.apply_masks(placed, masks)
 
 
-def test_two_processes_select_the_masks_of_one(quick_compilation):
+def test_two_processes_select_the_masks_of_one():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -8,14 +8,6 @@ import jaxprune as jp
 from jaxprune.units import _gates
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiles with few optimisations: these tests run little and compile much."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 class CNN(nn.Module):
     """Two convolutions, the second under batch norm; `gates` multiply what they compute."""
 

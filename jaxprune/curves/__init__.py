@@ -267,7 +267,7 @@ def _runner(
     """Gives a function that measures one point of a seed; its points share the dense network."""
     init_key, dense_key, method_key, tune_key = jax.random.split(jax.random.key(seed), 4)
     initial = init(init_key)
-    full = _select.select(scores.magnitude(initial), 0.0)
+    full = _select.whole_masks(initial, _select.select)
     dense = functools.cache(lambda: train(initial, full, dense_key))
     dense_flops = functools.cache(lambda: metrics.flops(network, initial, *inputs))
 

@@ -1,6 +1,6 @@
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,10 @@ import numpy as np
 
 from jaxprune import _ranks, _select
 from jaxprune._tree import Masks, Params
-from jaxprune.groups import Groups, masks_like
 from jaxprune.masks import apply_masks
+
+if TYPE_CHECKING:
+    from jaxprune.groups import Groups
 
 
 class Particles(NamedTuple):
@@ -27,7 +29,7 @@ class Particles(NamedTuple):
 
 
 def particle_filter(
-    groups: Groups,
+    groups: "Groups",
     loss: Callable[..., jax.Array],
     params: Params,
     sparsity: float,
@@ -124,14 +126,14 @@ class _State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("groups", "particles"))
-def _first(groups: Groups, particles: int, key: jax.Array, sparsity: Any) -> jax.Array:
+def _first(groups: "Groups", particles: int, key: jax.Array, sparsity: Any) -> jax.Array:
     return _repair(groups, jax.random.uniform(key, (particles, len(groups))), sparsity)
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "groups", "batch_size"))
 def _round(
     loss: Callable[..., jax.Array],
-    groups: Groups,
+    groups: "Groups",
     batch_size: int,
     state: _State,
     key: jax.Array,
@@ -143,7 +145,7 @@ def _round(
     sparsity, temperature, mutation = numbers
 
     def measure(kept: jax.Array) -> jax.Array:
-        value = loss(apply_masks(params, masks_like(groups, kept, params)), *batch)
+        value = loss(apply_masks(params, _ranks.masks_like(groups, kept, params)), *batch)
         if jnp.shape(value):
             raise TypeError(
                 f"particle_filter: the loss must return one number, got {jax.typeof(value)}. "
@@ -171,7 +173,7 @@ def _round(
     return state, weights @ kept, losses
 
 
-def _repair(groups: Groups, wishes: jax.Array, sparsity: Any) -> jax.Array:
+def _repair(groups: "Groups", wishes: jax.Array, sparsity: Any) -> jax.Array:
     """Keeps an exact number of units, those with the highest wishes, and one of every group."""
     pools = np.zeros(len(groups.groups), int)
 
