@@ -40,9 +40,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
-from jaxprune import _files, _loss, _progress, _select, _timing, _tree, metrics, scores
+from jaxprune import _atomic, _loss, _progress, _select, _timing, _tree, metrics, scores
 from jaxprune._shrink import shrink
 from jaxprune._table import Table
 from jaxprune.masks import apply_masks
@@ -240,7 +239,7 @@ def sweep(
     points = [(DENSE, 0.0)] + [(name, float(s)) for name in methods for s in sparsities]
     wanted = [(name, s, seed) for seed in seeds for name, s in points]
     network = jax.jit(apply_fn)
-    bar = tqdm([key for key in wanted if key not in rows], disable=not _progress.seen())
+    bar = _progress.bar([key for key in wanted if key not in rows])
     run = functools.lru_cache(maxsize=1)(
         lambda seed: _runner(seed, init, train, evaluate, network, tuple(inputs))
     )
@@ -397,7 +396,7 @@ def save(table: Curves, path: str | os.PathLike[str]) -> None:
     else:
         finite = {k: [None if x != x else x for x in cells] for k, cells in columns.items()}
         json.dump({"jaxprune": "curves", "columns": finite}, text, indent=1)
-    with _files.replacing(path) as new:
+    with _atomic.replacing(path) as new:
         new.write_text(text.getvalue(), encoding="utf-8", newline="")
 
 
