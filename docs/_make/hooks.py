@@ -1,4 +1,4 @@
-"""Equations to MathML, and drawings in the page's own colours, while the site is built."""
+"""Converts equations to MathML, and inlines SVG drawings, while mkdocs builds the site."""
 
 import html
 import pathlib
@@ -13,7 +13,7 @@ _DRAWING = re.compile(r'<img alt="([^"]*)" src="([^":]*\.svg)" />')
 
 
 def _inline(alt, path):
-    """Gives a drawing as a part of the page, where it follows the scheme that the reader chose."""
+    """Returns a drawing as an SVG element, which follows the color scheme of the page."""
     text = path.read_text()
     text = text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)
     return re.sub(r"<style>:?.*?</style>|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
