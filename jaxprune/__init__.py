@@ -41,7 +41,7 @@ from jaxprune import (
 )
 from jaxprune._report import report
 from jaxprune._select import select, select_iteratively
-from jaxprune._shrink import Plan, shrink
+from jaxprune._shrink import CannotShrink, Plan, shrink
 from jaxprune.groups import find_groups
 from jaxprune.masks import apply_masks
 from jaxprune.metrics import summary
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "CannotShrink",
     "Plan",
     "apply_masks",
     "curves",

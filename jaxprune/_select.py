@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxprune import _mesh, _threshold, _tree, patterns
 from jaxprune import masks as _masks
+from jaxprune._tree import Masks, Params, Scores, Select
 
 SCOPES = ("global", "layer", "erk")
 
@@ -282,17 +283,28 @@ def _iterate(score, select, outer, params, sparsities, batch):
         bad = jnp.stack([~jnp.all(jnp.isfinite(s)) for s, m in pairs if m is not None])
         return select(scores, sparsity, within=masks), bad
 
-    start = whole_masks(params, lambda: select(scored(None), 0.0))
+    start = whole_masks(params, select, jax.eval_shape(lambda: scored(None)))
     # Behind a barrier: XLA copies masks in every round if it knows what they hold in the first.
     masks, bad = jax.lax.scan(round_, jax.lax.optimization_barrier(start), sparsities)
     return masks, jnp.any(bad, axis=0)
 
 
-def whole_masks(params: Any, select: Callable[[], Any]) -> Any:
-    """Keeps all of the leaves that a selection would mask.
+def whole_masks(params: Params, select: Select, scores: Scores | None = None) -> Masks:
+    """Returns masks that keep everything, for the leaves that a selection would mask.
 
-    A selection of nothing is no start for others: n:m drops its share all the same.
+    ``select(scores, 0.0)`` would not do as a start: n:m prunes its share all the same.
+
+    Args:
+      params: the params; the masks have their shardings.
+      select: maps ``(scores, sparsity)`` to masks.
+      scores: arrays or shapes, `None` for leaves without a score; by default every floating leaf
+        has one.
     """
-    masks = jax.eval_shape(select)
+    if scores is None:
+        _tree.check_params(params)
+        scores = _tree.map_floating(
+            lambda w: jax.ShapeDtypeStruct(jnp.shape(w), jnp.float32), params
+        )
+    masks = jax.eval_shape(lambda scores: select(scores, 0.0), scores)
     pairs = zip(jax.tree.leaves(params), _tree.align(params, masks, "scores"), strict=True)
     return _tree.rebuild(masks, [jnp.ones_like(w, bool) for w, m in pairs if m is not None])

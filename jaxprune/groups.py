@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _mesh, _program, _select, _tree
+from jaxprune import _mesh, _program, _select, _sums, _tree
 from jaxprune._program import Product
 from jaxprune._ranks import Ranks, per_group
 from jaxprune._table import Shown, Table
@@ -59,7 +59,7 @@ class Groups(Shown):
       groups: units that are alike, in the order in which the program uses them.
       pinned: ``(path, axis, indices, reasons)`` of what cannot leave.
       choices: what could be cut along several factors, and how to choose another.
-      terms: what the program costs: ``(multiply-adds, units by axis)``.
+      terms: what the program costs: its matmuls and convolutions, with the units of their axes.
       options: those of :func:`find_groups`.
 
     Examples:
@@ -76,7 +76,7 @@ class Groups(Shown):
     groups: tuple[Group, ...]
     pinned: tuple[tuple[str, int, int, tuple[str, ...]], ...]
     choices: tuple[str, ...]
-    terms: tuple[tuple[float, tuple[np.ndarray, ...]], ...] = dataclasses.field(repr=False)
+    terms: tuple[_program.Cost, ...] = dataclasses.field(repr=False)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -327,26 +327,38 @@ class Groups(Shown):
         return classes, jnp.full(kinds.max() + 1, sparsity, jnp.float32)
 
     def costs(self, kept: np.ndarray, cost: str) -> float:
-        """Gives the params, or the FLOPs, of the network when only some units are kept."""
+        """Returns the params, or the FLOPs, of the network when only some units are kept.
+
+        Warns of `while` loops, whose FLOPs are counted once.
+
+        Args:
+          kept: for each of ``len(self)`` units whether it is kept.
+          cost: ``"params"`` or ``"flops"``.
+        """
+        _tree.check_word("cost", cost, ("params", "flops"))
+        if cost == "flops":
+            _program.warn_of_loops(self.terms, stacklevel=2)
+        return self._costs(kept, cost)
+
+    def _costs(self, kept: np.ndarray, cost: str) -> float:
         stays = np.concatenate([[True], kept])
-        counted: dict[int, int] = {}
 
         def size(unit: np.ndarray) -> int:
-            if id(unit) not in counted:
-                counted[id(unit)] = int(stays[unit].sum())
-            return counted[id(unit)]
+            return int(stays[unit].sum())
 
         if cost == "flops":
-            return 2 * sum(macs * math.prod(map(size, axes)) for macs, axes in self.terms)
+            return 2 * _program.total(self.terms, lambda c: c.macs(size))
         return sum(math.prod(map(size, axes)) for axes in self.unit.values())
 
     def _search(self, ranks: Ranks, fractions: Any, cost: str, sparsity: float) -> jax.Array:
         """Finds the smallest fraction of units whose removal saves enough."""
-        total = self.costs(np.ones(len(self), bool), cost)
+        if cost == "flops":
+            _program.warn_of_loops(self.terms, stacklevel=3)
+        total = self._costs(np.ones(len(self), bool), cost)
 
         def saves(fraction: float) -> float:
             kept = np.asarray(ranks.kept(np.full(np.shape(fractions), fraction)))
-            return 1 - self.costs(kept, cost) / total
+            return 1 - self._costs(kept, cost) / total
 
         if saves(1.0) < sparsity:
             raise ValueError(
@@ -405,7 +417,7 @@ def _masks(groups: Groups, kept: jax.Array, follow: list[Any]) -> list[Any]:
 
 def _slice_sums(scores: jax.Array, axis: int) -> jax.Array:
     others = tuple(i for i in range(jnp.ndim(scores)) if i != axis)
-    return _mesh.replicated(_mesh.exact_sum(scores, others))
+    return _mesh.replicated(_sums.exact_sum(scores, others))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -516,19 +528,7 @@ def _collect(found: _program.Structure, params: Any, options: Mapping[str, Any])
         members = [m for g in np.unique(owner[place]) for m in groups[g].members]
         paths = list(dict.fromkeys(path for path, *_ in members))
         choices.append(_describe(product, factor, units, paths))
-    terms = []
-    known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for c in found.walk.contractions:
-        times, axes = c.times, []
-        for axis in c.axes:
-            if id(axis) not in known:
-                place = np.searchsorted(every, root := atoms.find(axis)).clip(max=len(every) - 1)
-                known[id(axis)] = axis, np.where(every[place] == root, place, 0)
-            if known[id(axis)][1].any():
-                axes.append(known[id(axis)][1])
-            else:
-                times *= len(axis)
-        terms.append((times, tuple(axes)))
+    spread = found.spread([unit[path] for path, _ in names])
     return Groups(
         like=jax.tree.map(lambda w: jax.ShapeDtypeStruct(jnp.shape(w), _tree.dtype(w)), params),
         unit=unit,
@@ -540,7 +540,7 @@ def _collect(found: _program.Structure, params: Any, options: Mapping[str, Any])
             if not (free := atoms.free(a)).all()
         ),
         choices=tuple(choices),
-        terms=tuple(terms),
+        terms=tuple(_program.contractions_of_units(found.program, spread)),
         options=options,
     )
 

@@ -194,7 +194,13 @@ def flops(fn: Callable[..., Any], params: Any, *inputs: Any, masks: Any = None) 
       >>> flops(f, jnp.ones((3, 2)), jnp.ones((5, 3)), masks=jnp.array([[True, False]] * 3))
       30.0
     """
-    return 2.0 * sum(c.kept for c in _program.contractions(fn, params, *inputs, masks=masks))
+    costs = _program.contractions(fn, params, *inputs, masks=masks)
+    _program.warn_of_loops(costs, stacklevel=2)
+    return 2.0 * _program.total(costs, _kept_macs)
+
+
+def _kept_macs(contraction: _program.Contraction) -> float:
+    return contraction.macs() * contraction.kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,8 +230,9 @@ class Layers(Shown):
     """
 
     rows: tuple[Layer, ...]
+    loops: tuple[str, ...] = ()  # counted once
 
-    def _show(self) -> list[Table]:
+    def _show(self) -> list[Table | str]:
         params = sum(r.params for r in self.rows)
         flops = sum(r.flops for r in self.rows)
         activations = sum(r.activations for r in self.rows)
@@ -244,7 +251,9 @@ class Layers(Shown):
             )
         rows.append(("total", "", f"{params:,}", "", f"{flops:,.0f}", "", f"{activations:,}"))
         header = ("path", "shape", "params", "", "FLOPs", "", "activations")
-        return [Table(header, rows, left=(0, 1), total=True)]
+        table = Table(header, rows, left=(0, 1), total=True)
+        notes = [f"{loop} is counted once: its trip count is unknown." for loop in self.loops]
+        return [table, *notes]
 
 
 def layers(fn: Callable[..., Any], params: Any, *inputs: Any, masks: Any = None) -> Layers:
@@ -273,19 +282,21 @@ def layers(fn: Callable[..., Any], params: Any, *inputs: Any, masks: Any = None)
     kept = dict.fromkeys(leaves)
     if masks is not None:
         kept = dict(zip(leaves, _tree.align_masks(params, masks), strict=True))
-    found: dict[str | None, list[_program.Contraction]] = {}
-    for c in _program.contractions(fn, params, *inputs, masks=masks):
-        found.setdefault(c.paths[0] if c.paths else None, []).append(c)
+    costs = _program.contractions(fn, params, *inputs, masks=masks)
+    _program.warn_of_loops(costs, stacklevel=2)
+    charged: dict[str | None, list[_program.Contraction]] = {}
+    for c in _program.dearest(costs, _kept_macs):
+        charged.setdefault(c.paths[0] if c.paths else None, []).append(c)
     rows = []
-    for path, costs in found.items():
+    for path, contractions in charged.items():
         shape: tuple[int, ...] = ()
         size = 0
         if path is not None:
             shape, mask = jnp.shape(leaves[path]), kept[path]
             size = math.prod(shape) if mask is None else int(jnp.count_nonzero(mask))
-        flops = 2 * sum(c.kept for c in costs)
-        rows.append(Layer(path, shape, size, flops, sum(c.outputs for c in costs)))
-    return Layers(tuple(rows))
+        flops = 2 * sum(map(_kept_macs, contractions))
+        rows.append(Layer(path, shape, size, flops, sum(c.outputs for c in contractions)))
+    return Layers(tuple(rows), tuple(_program.loops(costs)))
 
 
 @dataclasses.dataclass(frozen=True)

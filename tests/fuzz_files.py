@@ -45,9 +45,15 @@ def trees(draw):
 
 
 def bits(tree):
-    """Gives all that two equal trees have in common."""
+    """Returns everything that two identical trees have in common."""
+
+    def entries(leaf):
+        if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+            return str(leaf.dtype), np.asarray(jax.random.key_data(leaf)).tobytes()
+        return np.shape(leaf), np.asarray(leaf).dtype, np.asarray(leaf).tobytes()
+
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef, [(np.shape(w), np.asarray(w).dtype, np.asarray(w).tobytes()) for w in leaves]
+    return treedef, [entries(leaf) for leaf in leaves]
 
 
 def parts(data):

@@ -355,7 +355,7 @@ EVERY_METHOD = {  # a new criterion adds one row here
 
 
 @pytest.mark.filterwarnings("ignore:obd")
-def test_every_criterion_and_recipe_takes_part(quick_compilation):
+def test_every_criterion_and_recipe_takes_part():
     table = sweep(EVERY_METHOD, [0.5], [0], train)
     failed = {m: e for m, e in zip(table["method"], table["error"], strict=True) if e}
     assert not failed

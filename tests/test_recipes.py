@@ -211,14 +211,6 @@ def test_dropout_rate_needs_a_fraction(arguments):
         recipes.dropout_rate(*arguments)
 
 
-@pytest.fixture
-def quick_compilation():
-    """Compiles with few optimisations: these tests run little and compile much."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def mlp(activation):
     def apply_fn(p, x):
         for i in range(3):
@@ -246,7 +238,7 @@ def dead_by_hand(params, masks, stays):
 
 
 @pytest.mark.parametrize("activation", [jax.nn.relu6, jax.nn.sigmoid])
-def test_remove_dead_matches_a_walk_over_neurons(activation, quick_compilation):
+def test_remove_dead_matches_a_walk_over_neurons(activation):
     random, sizes = np.random.default_rng(3), (5, 12, 12, 4)
     params, masks = {}, {}
     for i, shape in enumerate(zip(sizes, sizes[1:], strict=False)):
@@ -279,7 +271,7 @@ def norms(p, x):
 
 
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
-def test_remove_dead_with_norms_a_residual_and_a_softmax(quick_compilation):
+def test_remove_dead_with_norms_a_residual_and_a_softmax():
     shapes = {"a": (4, 6), "up": (6, 8), "down": (8, 6), "head": (6, 5)}
     keys = jax.random.split(jax.random.key(0), 4)
     params = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
@@ -294,7 +286,7 @@ def test_remove_dead_with_norms_a_residual_and_a_softmax(quick_compilation):
     assert equal(found, expected)
 
 
-def test_remove_dead_notices_a_change(quick_compilation):
+def test_remove_dead_notices_a_change():
     params = {"in": jnp.ones((2, 2)), "out": jnp.ones((2, 1))}
     masks = {"in": jnp.ones((2, 2), bool), "out": None}
 

@@ -7,14 +7,6 @@ import zoo
 import jaxprune as jp
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiles with few optimisations: these tests run little and compile much."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def network(p, x):
     return jnp.tanh(jnp.tanh(x @ p["a"] + p["b"]) @ p["c"]) @ p["d"]
 
@@ -100,6 +92,7 @@ def test_oracle_starts_where_units_meet(problem):
     assert text.count("dot_general[") == 3 + (1 + 2) + (1 + 1)
 
 
+@pytest.mark.optimized
 def test_oracle_keeps_to_its_memory():
     params = {"in": jnp.ones((4, 64)), "out": jnp.ones((64, 32))}
     batch = jnp.ones((16, 4)), jnp.ones((16, 32))

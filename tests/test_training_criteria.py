@@ -44,14 +44,6 @@ def leaving():
     return units().select(jp.scores.magnitude(problem()[0]), 0.5)
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Compiles with few optimisations: these tests run little and compile much."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 REGULARIZERS = {  # a new regularizer adds one row here
     "slimming": jp.regularizers.slimming(0.1),
     "group_lasso": jp.regularizers.group_lasso(units(), 0.1),

@@ -304,5 +304,5 @@ def _place(entries: np.ndarray, like: Any, key: Any = None) -> Any:
         return entries
     if key:
         data = jax.numpy.asarray(entries)
-        return _tree.place(jax.random.wrap_key_data(data, impl=_key_kind(like)), like)
-    return jax.numpy.asarray(_tree.place(entries, like))  # no leaf goes to one device first
+        return _mesh.place(jax.random.wrap_key_data(data, impl=_key_kind(like)), like)
+    return jax.numpy.asarray(_mesh.place(entries, like))  # no leaf goes to one device first

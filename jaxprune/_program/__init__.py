@@ -13,7 +13,16 @@
 """
 
 from jaxprune._program.atoms import Product
-from jaxprune._program.cost import Contraction, contractions
+from jaxprune._program.cost import (
+    Contraction,
+    Cost,
+    contractions,
+    contractions_of_units,
+    dearest,
+    loops,
+    total,
+    warn_of_loops,
+)
 from jaxprune._program.flat import Flat
 from jaxprune._program.jaxpr import bind, inner
 from jaxprune._program.structure import Structure, analyse, check_inputs, trace
@@ -21,6 +30,7 @@ from jaxprune._program.walk import Cut, take
 
 __all__ = [
     "Contraction",
+    "Cost",
     "Cut",
     "Flat",
     "Product",
@@ -29,7 +39,12 @@ __all__ = [
     "bind",
     "check_inputs",
     "contractions",
+    "contractions_of_units",
+    "dearest",
     "inner",
+    "loops",
     "take",
+    "total",
     "trace",
+    "warn_of_loops",
 ]

@@ -1,7 +1,21 @@
-"""What the weights of a program cost: multiply-adds and activations, read from its trace."""
+"""The one counter of multiply-adds, for ``metrics``, ``groups`` and ``units``.
+
+::
+
+    jaxpr, and its walked steps if units are asked for
+      │ contractions
+      ▼
+    [Contraction | Branches] ──total────▶ multiply-adds: a number, or one for every unit
+                             └─dearest──▶ [Contraction], the rows of a table
+
+Matmuls and convolutions are counted, wherever they are: those of a `scan` once per step, of a
+`cond` those of the most expensive branch, of a `while` loop once. Derivative rules do not run.
+"""
 
 import dataclasses
+import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,43 +25,63 @@ import numpy as np
 
 from jaxprune import _tree
 from jaxprune._program import jaxpr as _jaxpr
+from jaxprune._program.walk import Program, Step
 
-# Only move entries, so that what is kept of a weight can be followed through them.
+# Primitives that only move entries, so that the kept weights can be followed through them.
 _MOVES = frozenset(
     ("broadcast_in_dim", "concatenate", "copy", "expand_dims", "reshape", "rev", "slice", "split")
     + ("squeeze", "transpose")
 )
+_CONTRACTIONS = frozenset(("dot_general", "ragged_dot_general", "conv_general_dilated"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """One matmul or convolution, over all the times that it runs.
+    """One matmul or convolution.
 
     Attributes:
+      times: how often it runs, times the size of every axis without a unit.
+      axes: for each axis with units, the unit of every index, 0 for none.
       paths: the params that are its factors; none where activations meet (attention).
-      macs: multiply-adds of all weights.
-      kept: multiply-adds of kept weights.
-      outputs: entries of its results.
+      kept: the fraction of its multiply-adds that the masks keep.
+      outputs: the entries of its results.
+      loop: the `while` loop around it, whose trip count is unknown; empty if there is none.
     """
 
+    times: float
+    axes: tuple[np.ndarray, ...]
     paths: tuple[str, ...]
-    macs: int
     kept: float
     outputs: int
+    loop: str
+
+    def macs(self, size: Callable[[np.ndarray], Any] = len) -> Any:
+        """Counts multiply-adds, where ``size`` returns how many indices of an axis are kept."""
+        return self.times * math.prod(map(size, self.axes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Branches:
+    """The costs of the branches of a `cond`, of which one runs."""
+
+    branches: tuple[list["Cost"], ...]
+
+
+Cost = Contraction | Branches
 
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
     """A value made from params alone: which ones, and what fraction of each entry is kept."""
 
-    paths: tuple[str, ...]
+    paths: tuple[str, ...] = ()
     kept: Any = None  # an array, or None for all
 
 
 def contractions(
     fn: Callable[..., Any], params: Any, *inputs: Any, masks: Any = None
-) -> list[Contraction]:
-    """Lists the matmuls and convolutions of ``fn(params, *inputs)``, inner programs included."""
+) -> list[Cost]:
+    """Counts ``fn(params, *inputs)``, without rules for its primitives, and follows its masks."""
     names = _tree.named_leaves(params)
     kept = [None] * len(names) if masks is None else _tree.align_masks(params, masks)
     weights: list[_Weight | None] = [
@@ -55,42 +89,169 @@ def contractions(
         for (path, _), m in zip(names, kept, strict=True)
     ]
     weights += [None] * len(jax.tree.leaves(inputs))
-    found: list[Contraction] = []
-    _walk(_jaxpr.trace(fn, params, *inputs).jaxpr, weights, 1, found)
-    return found
+    return _visit(_jaxpr.trace(fn, params, *inputs).jaxpr, None, weights)[0]
 
 
-def _walk(
-    jaxpr: Any, weights: Sequence[_Weight | None], times: int, found: list[Contraction]
-) -> list[_Weight | None]:
-    """Walks a program whose inputs are these weights, or activations; returns what comes out."""
+def contractions_of_units(program: Program, unit: np.ndarray) -> list[Cost]:
+    """Counts a walked program, with the unit of every atom, 0 for none."""
+    return _visit(program.jaxpr, program, [None] * len(program.ins), unit)[0]
+
+
+def total(costs: Sequence[Cost], macs: Callable[[Contraction], Any]) -> Any:
+    """Sums ``macs``, a number or an array; of branches the largest sum counts."""
+    sums = []
+    for cost in costs:
+        if isinstance(cost, Branches):
+            branches = [total(branch, macs) for branch in cost.branches]
+            scalar = all(map(np.isscalar, branches))
+            sums.append(max(branches) if scalar else functools.reduce(np.maximum, branches))
+        else:
+            sums.append(macs(cost))
+    return sum(sums)
+
+
+def dearest(costs: Sequence[Cost], macs: Callable[[Contraction], float]) -> list[Contraction]:
+    """Lists what :func:`total` sums: of branches, those of the most expensive one."""
+    rows: list[Contraction] = []
+    for cost in costs:
+        if isinstance(cost, Branches):
+            branch = max(cost.branches, key=lambda branch: total(branch, macs))
+            rows.extend(dearest(branch, macs))
+        else:
+            rows.append(cost)
+    return rows
+
+
+def loops(costs: Sequence[Cost]) -> list[str]:
+    """Lists the `while` loops that hold contractions, which are counted once."""
+    names: dict[str, None] = {}
+    for cost in costs:
+        if isinstance(cost, Branches):
+            names |= dict.fromkeys(name for branch in cost.branches for name in loops(branch))
+        elif cost.loop:
+            names[cost.loop] = None
+    return list(names)
+
+
+def warn_of_loops(costs: Sequence[Cost], stacklevel: int) -> None:
+    """Warns of `while` loops; the stack level is that of ``warnings.warn`` in the caller."""
+    if names := loops(costs):
+        warnings.warn(
+            f"{', '.join(names)}: FLOPs inside a `while` loop are counted once, because its trip "
+            "count is unknown. Use `jax.lax.scan`, or `fori_loop` between Python integers, to "
+            "count every iteration.",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _visit(
+    jaxpr: Any,
+    program: Program | None,
+    weights: Sequence[_Weight | None],
+    unit: np.ndarray | None = None,
+    runs: int = 1,
+    loop: str = "",
+) -> tuple[list[Cost], list[_Weight | None]]:
+    """Visits all equations of a jaxpr, those inside of them included.
+
+    Args:
+      jaxpr: the jaxpr.
+      program: its values, or `None` where nothing can be removed.
+      weights: for each input what it is made from, or `None` for an activation.
+      unit: the unit of every atom.
+      runs: how often the jaxpr runs.
+      loop: the `while` loop around it.
+
+    Returns:
+      The costs, and for each output what it is made from.
+    """
     known = dict(zip(jaxpr.invars, weights, strict=True))
+    costs: list[Cost] = []
 
     def read(atom: Any) -> _Weight | None:
-        return known.get(atom) if _jaxpr.is_var(atom) else _Weight(())
+        return known.get(atom) if _jaxpr.is_var(atom) else _Weight()
 
-    for eqn in jaxpr.eqns:
+    for i, eqn in enumerate(jaxpr.eqns):
         operands = [read(atom) for atom in eqn.invars]
         name = eqn.primitive.name
-        programs = _jaxpr.inner(eqn)
-        if programs:
-            costs: list[list[Contraction]] = []
-            for program in programs:
-                inside = [read(atom) for atom in program.operands]
-                first = len(inside) - program.stacked
-                inside[first:] = [_unstack(w) for w in inside[first:]]
-                costs.append([])
-                outputs = _walk(program.jaxpr, inside, times * program.times, costs[-1])
-                if program.call:
-                    known.update(zip(eqn.outvars, outputs, strict=True))
-            if name == "cond":  # one branch runs: count the dearest
-                costs = [max(costs, key=lambda cost: sum(c.macs for c in cost))]
-            found.extend(c for cost in costs for c in cost)
-        elif name in ("dot_general", "conv_general_dilated"):
-            found.append(_contraction(eqn, operands, times))
+        # A value into which no param goes is computed entirely, and sliced later: nothing is saved.
+        step = program.steps[i] if program else None
+        step = None if step and all(v.full for v in step.outs) else step
+        inner = _jaxpr.inner(eqn)
+        branches = []
+        for n, body in enumerate(inner):
+            fed = [read(atom) for atom in body.operands]
+            first = len(fed) - body.stacked
+            fed[first:] = [_unstack(w) for w in fed[first:]]
+            around = loop or (_jaxpr.where(eqn) if name == "while" else "")
+            walked = step.programs[n] if step else None
+            cost, outputs = _visit(body.jaxpr, walked, fed, unit, runs * body.times, around)
+            branches.append(cost)
+            if body.call:
+                known.update(zip(eqn.outvars, outputs, strict=True))
+        if name == "cond":
+            costs.append(Branches(tuple(branches)))
+        elif inner:
+            costs.extend(cost for branch in branches for cost in branch)
+        elif name in _CONTRACTIONS:
+            costs.append(_contraction(eqn, operands[:2], step, unit, runs, loop))
         elif operands and all(w is not None for w in operands):
             known.update(zip(eqn.outvars, _derive(eqn, operands), strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    return costs, [read(atom) for atom in jaxpr.outvars]
+
+
+def _contraction(
+    eqn: Any,
+    operands: Sequence[_Weight | None],
+    step: Step | None,
+    unit: np.ndarray | None,
+    runs: int,
+    loop: str,
+) -> Contraction:
+    factor, places = _places(eqn)
+    times, axes = runs * factor, []
+    values = [*step.ins, *step.outs] if step else []
+    for n, axis in places:
+        units = unit[values[n].axes[axis]] if step and unit is not None else None
+        if units is not None and units.any():
+            axes.append(units)
+        else:
+            times *= [*eqn.invars, *eqn.outvars][n].aval.shape[axis]
+    weights = [w for w in operands if w is not None and w.paths]
+    share = math.prod(
+        float(np.asarray(w.kept).mean(dtype=np.float64)) for w in weights if w.kept is not None
+    )
+    paths = tuple(path for w in weights for path in w.paths)
+    outputs = math.prod(eqn.outvars[0].aval.shape) * runs
+    return Contraction(times, tuple(axes), paths, share, outputs, loop)
+
+
+def _places(eqn: Any) -> tuple[float, list[tuple[int, int]]]:
+    """Lists the axes whose sizes multiply to the multiply-adds of one run, and a factor of them.
+
+    Returns:
+      The factor, and axes as ``(value, axis)``; values are the operands, then the result.
+    """
+    left, right = (atom.aval.shape for atom in eqn.invars[:2])
+    params = eqn.params
+    if eqn.primitive.name == "conv_general_dilated":
+        numbers, result = params["dimension_numbers"], eqn.outvars[0].aval.shape
+        _, in_features, *window = numbers.rhs_spec
+        batch, features, *space = numbers.out_spec
+        # Every output position reads a window, in which a transposed convolution has zeros.
+        reads = math.prod([result[i] for i in space] + [right[i] for i in window])
+        zeros = math.prod(params["lhs_dilation"])
+        factor = reads / zeros if reads % zeros else reads // zeros
+        return factor, [(2, batch), (2, features), (1, in_features)]
+    if eqn.primitive.name == "dot_general":
+        (_, contracted), (_, batch) = params["dimension_numbers"]
+        shared = {*contracted, *batch}
+    else:  # a row of the left meets the matrix of its own group alone
+        numbers = params["ragged_dot_dimension_numbers"]
+        (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+        shared = {*contracted, *batch, *numbers.rhs_group_dimensions}
+    places = [(0, i) for i in range(len(left))]
+    return 1, places + [(1, i) for i in range(len(right)) if i not in shared]
 
 
 def _unstack(weight: _Weight | None) -> _Weight | None:
@@ -101,34 +262,15 @@ def _unstack(weight: _Weight | None) -> _Weight | None:
 
 
 def _derive(eqn: Any, operands: Sequence[Any]) -> list[_Weight]:
+    """Follows weights through an equation; one that does more than move them keeps their paths."""
     paths = tuple(dict.fromkeys(path for w in operands for path in w.paths))
     name = eqn.primitive.name
     if name == "convert_element_type":
         return [_Weight(paths, operands[0].kept)]
     if name in _MOVES and any(w.kept is not None for w in operands):
         arrays = [
-            jnp.ones(a.aval.shape, jnp.float32) if w.kept is None else w.kept
-            for a, w in zip(eqn.invars, operands, strict=True)
+            jnp.ones(atom.aval.shape, jnp.float32) if w.kept is None else w.kept
+            for atom, w in zip(eqn.invars, operands, strict=True)
         ]
-        moved = eqn.primitive.bind(*arrays, **eqn.params)
-        moved = moved if eqn.primitive.multiple_results else [moved]
-        return [_Weight(paths, kept) for kept in moved]
+        return [_Weight(paths, kept) for kept in _jaxpr.bind(eqn, *arrays)]
     return [_Weight(paths) for _ in eqn.outvars]
-
-
-def _contraction(eqn: Any, operands: Sequence[_Weight | None], times: int) -> Contraction:
-    left, right = (atom.aval.shape for atom in eqn.invars)
-    outputs = math.prod(eqn.outvars[0].aval.shape) * times
-    if eqn.primitive.name == "dot_general":
-        (contracted, _), _ = eqn.params["dimension_numbers"]
-        each = math.prod(left[axis] for axis in contracted)
-    else:  # what one output position of one feature reads, but for the zeros between inputs
-        features = right[eqn.params["dimension_numbers"].rhs_spec[0]]
-        each = math.prod(right) / features / math.prod(eqn.params["lhs_dilation"])
-    weights = [w for w in operands if w is not None and w.paths]
-    share = math.prod(
-        float(np.asarray(w.kept).mean(dtype=np.float64)) for w in weights if w.kept is not None
-    )
-    paths = tuple(path for w in weights for path in w.paths)
-    macs = round(outputs * each)
-    return Contraction(paths, macs, macs * share, outputs)

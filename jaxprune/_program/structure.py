@@ -37,6 +37,19 @@ class Structure:
     choices: list[tuple[Product, int, list[int]]]
     out_tree: Any
 
+    def spread(self, units: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+        """Returns the unit of every atom, 0 for none.
+
+        Args:
+          units: for every leaf, and every axis, the unit of each index, 0 for none.
+        """
+        roots = self.walk.atoms.all_roots()
+        unit = np.zeros(len(roots), np.int32)
+        for leaf, axes in zip(self.leaves, units, strict=True):
+            for axis, numbers in zip(leaf.axes, axes, strict=True):
+                unit[roots[axis[numbers > 0]]] = numbers[numbers > 0]
+        return unit[roots]
+
 
 def analyse(
     fn: Callable[..., Any],

@@ -82,14 +82,6 @@ class Program:
         return dataclasses.replace(self, jaxpr=jaxpr, consts=consts, steps=steps)
 
 
-@dataclasses.dataclass(frozen=True)
-class Contraction:
-    """Multiply-adds of one equation: ``times`` the product over axes of the entries kept."""
-
-    times: float
-    axes: tuple[Axis, ...]
-
-
 class Walk:
     """The walk of a program, and what it finds.
 
@@ -98,7 +90,6 @@ class Walk:
       products: merged axes, for :meth:`Atoms.solve`.
       inexact: atoms with the reason why a result changes if they leave (empty if ``exact``).
       redraws: atoms of random numbers, which are others if some leave.
-      contractions: what costs multiply-adds.
     """
 
     def __init__(
@@ -109,8 +100,6 @@ class Walk:
         self.products: list[Product] = []
         self.inexact: list[tuple[Axis, str]] = []
         self.redraws: list[tuple[Axis, str]] = []
-        self.contractions: list[Contraction] = []
-        self.times = 1
         self._exact = exact
         self._derivatives = derivatives
         self._flags: dict[tuple[int, bool], np.ndarray] = {}
@@ -158,10 +147,6 @@ class Walk:
             self.atoms.pin(changed, reason)
         elif self.atoms.free(changed).any():
             self.inexact.append((changed, reason))
-
-    def count(self, axes: Sequence[Axis], share: float = 1) -> None:
-        """Notes the axes over which an equation multiplies and adds."""
-        self.contractions.append(Contraction(self.times * share, tuple(axes)))
 
     # Programs.
 
@@ -258,12 +243,9 @@ class Walk:
 
     def _rounds(self, inner: _jaxpr.Inner, ins: list[Value]) -> Program:
         """Walks a program until what it hands to its next round is what it was given."""
-        self.times, times = self.times * inner.times, self.times
-        lists = self.inexact, self.contractions
-        before = [len(found) for found in lists]
+        before = len(self.inexact)
         while True:
-            for found, size in zip(lists, before, strict=True):
-                del found[size:]  # type: ignore[attr-defined]
+            del self.inexact[before:]
             program = self.program(inner.jaxpr, inner.consts, ins)
             stable = True
             for out, i in zip(program.outs, inner.carried, strict=False):
@@ -272,9 +254,7 @@ class Walk:
                 stable &= ins[i].known is None or ins[i].known == out.known
                 ins[i] = both
             if stable:
-                break
-        self.times = times
-        return program
+                return program
 
     def _shards(
         self, eqn: Any, values: list[Value], specs: Sequence[Any], sized: Sequence[Any]

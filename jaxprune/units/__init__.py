@@ -22,7 +22,6 @@ with :math:`z_u` what the layer computes for the unit. It is the same after a Re
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _loss, _mesh, _tree
+from jaxprune import _loss, _mesh, _program, _tree
 from jaxprune._ranks import per_group
 from jaxprune.groups import Group, Groups
 from jaxprune.units._activation import reads
@@ -194,10 +193,11 @@ def activation(
 
 
 def flops(groups: Groups) -> jax.Array:
-    """Gives the FLOPs that leave with each unit, if it leaves alone.
+    """Returns the FLOPs that the removal of each unit alone saves.
 
-    Those of the inputs with which the groups were found, whatever their batch size. Molchanov et al
-    subtract them from the scores of :func:`taylor`, times a small number.
+    Counted for the example inputs passed to ``find_groups``, as :func:`jaxprune.metrics.flops`
+    counts: of a `cond` the most expensive branch, a `while` loop once, with a warning. Molchanov et
+    al subtract them from the scores of :func:`taylor`, times a small number.
 
     Args:
       groups: from ``find_groups``.
@@ -216,12 +216,14 @@ def flops(groups: Groups) -> jax.Array:
       Molchanov et al, `Pruning Convolutional Neural Networks for Resource Efficient Inference
       <https://arxiv.org/abs/1611.06440>`_, 2016
     """
-    saved = np.zeros(len(groups) + 1)
-    for macs, axes in groups.terms:
-        left = np.ones(len(groups) + 1)
-        for unit in axes:
-            left *= len(unit) - np.bincount(unit, minlength=len(left))
-        saved += 2 * macs * (math.prod(map(len, axes)) - left)
+    _program.warn_of_loops(groups.terms, stacklevel=2)
+
+    def without(unit: np.ndarray) -> np.ndarray:
+        return float(len(unit)) - np.bincount(unit, minlength=len(groups) + 1)
+
+    dense = _program.total(groups.terms, _program.Contraction.macs)
+    left = _program.total(groups.terms, lambda c: c.macs(without))
+    saved = 2 * (dense - np.broadcast_to(left, len(groups) + 1))
     return jnp.asarray(saved[1:], jnp.float32)
 
 

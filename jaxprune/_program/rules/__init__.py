@@ -407,7 +407,6 @@ def _product(walk: Walk, eqn: Any, left: Value, right: Value, numbers: Any) -> V
             if i not in used:
                 axes.append(value.axes[i])
                 zeros.append(value.zeros[i])
-    walk.count(axes + [left.axes[i] for i in lc])
     return Value(tuple(axes), tuple(zeros))
 
 
@@ -467,7 +466,6 @@ def _conv(walk: Walk, eqn: Any, left: Value, right: Value) -> tuple[list[Value],
                 inside = atoms.fresh(size) if within is None else within
                 where = f"the {groups} groups of {_jaxpr.where(eqn)}"
                 walk.products.append(Product(axis, (group, inside), where))
-    walk.count([*axes, rows, *(right.axes[i] for i in window)], 1 / math.prod(p["lhs_dilation"]))
 
     def run(cut: Cut, eqn: Any, x: Any, w: Any) -> list[Any]:
         return _jaxpr.bind(eqn, x, w, feature_group_count=cut.size(group))

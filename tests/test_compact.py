@@ -1,59 +1,34 @@
 import collections
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import fuzz_files
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import orbax.checkpoint as ocp
 import pytest
+from files import sparse_model
+from fuzz_files import bits
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 from safetensors.flax import save_file
 
 import jaxprune as jp
-from jaxprune.__main__ import main
 from jaxprune._files import safetensors as _files
 
 
 @pytest.fixture
 def model():
-    """Gives a sparse model with leaves of every kind."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {
-        "dense": {"kernel": jax.random.normal(keys[0], (24, 10)), "bias": jnp.zeros(10)},
-        "half": [jax.random.normal(keys[1], (8, 16), jnp.bfloat16)],
-        "steps": jnp.array(3),
-        "flags": jnp.array([True, False]),
-        "empty": jnp.zeros((0, 4)),
-        "rngs": (jax.random.key(7), jax.random.split(jax.random.key(1, impl="rbg"), 2)),
-    }
-    masks = jp.select(jp.scores.magnitude(params), 0.9)
-    return jp.apply_masks(params, masks), masks
+    return sparse_model()
 
 
-def bits(tree):
-    """Gives all of a tree but where it is."""
-
-    def is_key(w):
-        return jax.dtypes.issubdtype(getattr(w, "dtype", None), jax.dtypes.prng_key)
-
-    data = jax.tree.map(lambda w: (str(w.dtype), jax.random.key_data(w)) if is_key(w) else w, tree)
-    leaves, treedef = jax.tree.flatten(data)
-    return treedef, [(type(w), np.asarray(w).dtype, np.asarray(w).tobytes()) for w in leaves]
-
-
-def test_fuzzing(tmp_path):
+@pytest.mark.parametrize("cases", [24, pytest.param(300, marks=pytest.mark.slow)])
+def test_fuzzing(tmp_path, cases):
     found = collections.Counter()
-    fuzz_files.fuzz(str(tmp_path / "file"), 300, found)
+    fuzz_files.fuzz(str(tmp_path / "file"), cases, found)
     refused = sum(count for what, count in found.items() if what.endswith("refused"))
-    assert found["round trip"] == 150 and refused > 100
+    assert found["round trip"] == cases // 2 and refused > cases // 4
 
 
 @pytest.mark.parametrize("abstract", [False, True])
@@ -125,54 +100,6 @@ def test_tensors_are_aligned(tmp_path, model):
             assert entry["data_offsets"][0] % np.dtype(_files._DTYPES[entry["dtype"]]).itemsize == 0
 
 
-@pytest.mark.filterwarnings("ignore")  # Orbax has much to say
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_orbax_restores_a_training_onto_another_mesh(tmp_path, kind):
-    def training(mesh, axes):
-        place = lambda w, *spec: jax.device_put(w, NamedSharding(mesh, P(*spec)))  # noqa: E731
-        keys = jax.random.split(jax.random.key(0), 2)
-        w = place(jax.random.normal(keys[0], (16, 8)), None, axes[0])
-        params = {"w": w, "b": place(jax.random.normal(keys[1], (8,)), axes[-1])}
-        masks = jp.select(jp.scores.magnitude(params), 0.5)
-        params = jp.apply_masks(params, masks)
-        last = jp.recipes.Round(1, 0.5, params, masks)
-        state = jp.enforce(optax.adam(0.1), masks).init(params)
-        return {"params": params, "state": state, "last": last, "key": jax.random.key(3)}
-
-    saved = training(jax.make_mesh((8,), ("x",), axis_types=(kind,)), "x")
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "packed", jp.masks.pack(saved))
-        checkpointer.save(tmp_path / "plain", saved)
-    other = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind, kind))
-    wanted = training(other, "ab")
-    like = jax.tree.map(
-        lambda w: w if isinstance(w, int | float)
-        else jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding),
-        wanted,
-    )  # fmt: skip
-    with ocp.StandardCheckpointer() as checkpointer:
-        packed = checkpointer.restore(tmp_path / "packed", jp.masks.pack(like))
-        plain = checkpointer.restore(tmp_path / "plain", like)
-    assert packed["state"].masks["w"].nbytes == 16 * 8 // 8
-    for found in (jp.masks.unpack(packed, like), plain):
-        assert bits(found) == bits(wanted)
-        places = [
-            (w.sharding, v.sharding) for w, v in zip(*map(jax.tree.leaves, (found, wanted)),
-            strict=True) if isinstance(w, jax.Array)
-        ]  # fmt: skip
-        assert all(w.is_equivalent_to(v, 2) for w, v in places if isinstance(v, NamedSharding))
-        train = lambda params, masks: params  # noqa: E731
-        (after,) = jp.recipes.iterative(found["last"], train, jp.scores.magnitude, [0.5, 0.75])
-        assert (after.round, after.sparsity) == (2, 0.75)
-
-
-def test_killed_trainings_lose_nothing():
-    argv = [sys.executable, Path(__file__).with_name("kill_resume.py"), "--trials", "10"]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "kills: 10" in done.stdout.splitlines()
-
-
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_leaves_load_onto_another_mesh(tmp_path, kind):
     params = {"w": jnp.arange(64.0).reshape(8, 8), "b": jnp.ones(8)}
@@ -207,6 +134,8 @@ def test_a_mesh_that_cannot_hold_a_leaf_is_named(tmp_path):
 
 
 ONE, HALF = jnp.array([True]), jnp.array([True, False])
+
+
 SAVES = {  # what cannot be saved, and what is said
     "other paths": ({"a": 1}, {"b": None}, "a: masks have no entry"),
     "floats": ({"w": HALF}, {"w": jnp.ones(2)}, "w: masks must be bool"),
@@ -339,18 +268,3 @@ def test_what_is_no_file_is_refused(tmp_path):
         jp.masks.load(tmp_path / "missing", jnp.ones(1))
     with pytest.raises(ValueError, match="is a folder, needed a file. Orbax"):
         jp.masks.load(tmp_path, jnp.ones(1))
-
-
-def test_the_command_line_knows_these_files(tmp_path, capsys, model):
-    path = str(tmp_path / "file")
-    jp.masks.save(path, *model)
-    assert main(["inspect", path, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    rows = {row["path"]: row for row in found["tensors"]}
-    row = rows["dense/kernel"]
-    assert row["shape"] == [24, 10] and row["size"] - row["zeros"] == 21
-    assert row["bytes"] == 21 * 4 + 30 and rows["dense/bias"]["zeros"] == 10
-    assert found["metadata"].keys() == {"format", "version", "checksum"}
-    assert main(["inspect", path]) == 0 and "24×10" in capsys.readouterr().out
-    assert main(["prune", path, path, "--sparsity", "0.5"]) == 2
-    assert "holds kept weights alone" in capsys.readouterr().err
