@@ -19,6 +19,21 @@ from jaxprune.masks import apply_masks
 Removed = Mapping[tuple[str, int], np.ndarray]
 
 
+class CannotShrink(ValueError):
+    """Raised by :func:`shrink` for masks that no smaller network can follow.
+
+    Either none of the slices that they remove can be removed, or they remove all slices of an axis.
+
+    Examples:
+      >>> params, masks = {"w": jnp.ones((3, 2))}, {"w": jnp.zeros((3, 2), bool)}
+      >>> try:
+      ...     shrink(lambda p, x: x @ p["w"], params, masks, jnp.ones((5, 3)))
+      ... except CannotShrink as error:
+      ...     print(str(error)[:51])
+      w: the masks remove all 3 slices of axis 0, which w
+    """
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Plan(Shown):
     """What :func:`shrink` cut; shows the old and new shapes as a table.
@@ -226,7 +241,7 @@ def shrink(
     if not any(len(gone) for gone in masked.values()):
         warnings.warn("shrink: the masks remove no whole slice, so nothing shrinks.", stacklevel=2)
     elif not removed:
-        raise ValueError(_disagreement(found, like, masked))
+        raise CannotShrink(_disagreement(found, like, masked))
     shapes = dict(_shapes(like))
     kept = tuple(
         (path, axis, tuple(np.delete(np.arange(shapes[path][axis]), gone).tolist()))
@@ -349,7 +364,7 @@ def _check_not_empty(like: Any, masked: Removed) -> None:
     shapes = dict(_shapes(like))
     for (path, axis), gone in masked.items():
         if len(gone) and len(gone) == shapes[path][axis] and len(shapes[path]) > 1:
-            raise ValueError(
+            raise CannotShrink(
                 f"{_tree.show(path)}: the masks remove all {len(gone)} slices of axis {axis}, "
                 "which would leave an empty layer. Keep at least one, as `groups.select` does."
             )

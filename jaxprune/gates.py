@@ -1,8 +1,9 @@
-r"""L0 regularisation by hard concrete gates: the network learns which gates to close.
+r"""L0 regularisation with hard concrete gates: the network learns which gates to close.
 
-A gate in [0, 1] multiplies a weight, or a whole unit. It is sampled in training, so that the
-expected number of open gates is differentiable, and many are exactly 0 or 1. Its one parameter,
-``log_alpha``, is trained beside the params; trees of them work, with `None` for what has no gate.
+A gate in [0, 1] multiplies a weight or a unit. Gates are sampled in training. Many samples are
+exactly 0 or 1, and yet the expected number of open gates is differentiable. A gate has one
+parameter, ``log_alpha``, which is trained together with the params. All functions take a pytree of
+these parameters, with `None` for leaves without gates.
 
 >>> import jax, jax.numpy as jnp
 >>> log_alpha = {"w": jnp.array([-8.0, 0.0, 8.0]), "b": None}
@@ -15,17 +16,18 @@ References:
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jaxprune._tree import Masks, Params
 
 TEMPERATURE = 2 / 3
 LOW, HIGH = -0.1, 1.1  # a concrete variable is stretched to this interval, then clipped to [0, 1]
 
 
-def sample(log_alpha: Any, key: jax.Array) -> Any:
-    r"""Draws the gates of a training step.
+def sample(log_alpha: Params, key: jax.Array) -> Params:
+    r"""Samples the gates of a training step.
 
     .. math:: z = \mathrm{clip}\left(\sigma\left(\frac{\log u - \log(1 - u) + \log \alpha}{\beta}
        \right) (\zeta - \gamma) + \gamma,\; 0,\; 1\right), \qquad u \sim U(0, 1)
@@ -33,17 +35,13 @@ def sample(log_alpha: Any, key: jax.Array) -> Any:
     with :math:`\beta = 2/3,\ \gamma = -0.1,\ \zeta = 1.1`.
 
     Args:
-      log_alpha: a pytree of floating arrays: how far each gate is open.
+      log_alpha: a pytree of floating arrays; a gate with a higher value is open more often.
       key: a PRNG key.
 
     Examples:
       >>> gates = sample(jnp.zeros(1000), jax.random.key(0))
       >>> float(gates.min()), float(gates.max())
       (0.0, 1.0)
-
-    References:
-      Louizos et al, `Learning Sparse Neural Networks through L0 Regularization
-      <https://arxiv.org/abs/1712.01312>`_, 2018
     """
     leaves, treedef = jax.tree.flatten(log_alpha)
     noise = [  # log u - log(1 - u) has the logistic distribution
@@ -54,10 +52,13 @@ def sample(log_alpha: Any, key: jax.Array) -> Any:
     return jax.tree.unflatten(treedef, gates)
 
 
-def mean(log_alpha: Any) -> Any:
-    r"""Gives the gates of evaluation, without noise and without the temperature.
+def mean(log_alpha: Params) -> Params:
+    r"""Returns the gates for evaluation, without noise and temperature.
 
     .. math:: \hat z = \mathrm{clip}(\sigma(\log \alpha) (\zeta - \gamma) + \gamma,\; 0,\; 1)
+
+    This is the estimate of the paper. It is not the mean of the distribution that :func:`sample`
+    draws from.
 
     Args:
       log_alpha: a pytree of floating arrays.
@@ -65,20 +66,16 @@ def mean(log_alpha: Any) -> Any:
     Examples:
       >>> mean(jnp.array([-3.0, 0.0, 3.0])).tolist()
       [0.0, 0.5, 1.0]
-
-    References:
-      Louizos et al, `Learning Sparse Neural Networks through L0 Regularization
-      <https://arxiv.org/abs/1712.01312>`_, 2018
     """
     return jax.tree.map(_stretch, log_alpha)
 
 
-def penalty(log_alpha: Any) -> jax.Array:
-    r"""Counts the gates that are expected to be open in training.
+def penalty(log_alpha: Params) -> jax.Array:
+    r"""Computes the expected number of open gates in training.
 
     .. math:: \sum_i P(z_i \neq 0) = \sum_i \sigma(\log \alpha_i - \beta \log(-\gamma / \zeta))
 
-    Times a strength, it is added to the loss.
+    Multiply it by a strength and add it to the loss.
 
     Args:
       log_alpha: a pytree of floating arrays.
@@ -86,10 +83,6 @@ def penalty(log_alpha: Any) -> jax.Array:
     Examples:
       >>> print(penalty({"w": jnp.array([-99.0, 99.0, 99.0]), "b": None}))
       2.0
-
-    References:
-      Louizos et al, `Learning Sparse Neural Networks through L0 Regularization
-      <https://arxiv.org/abs/1712.01312>`_, 2018
     """
     shift = TEMPERATURE * math.log(-LOW / HIGH)
     counts = [
@@ -98,8 +91,8 @@ def penalty(log_alpha: Any) -> jax.Array:
     return sum(counts, start=jnp.float32(0))
 
 
-def masks(log_alpha: Any) -> Any:
-    r"""Keeps what has an open gate in evaluation: :math:`\hat z > 0`.
+def masks(log_alpha: Params) -> Masks:
+    r"""Keeps the weights whose gate is open in evaluation: :math:`\hat z > 0`.
 
     Args:
       log_alpha: a pytree of floating arrays.
@@ -107,10 +100,6 @@ def masks(log_alpha: Any) -> Any:
     Examples:
       >>> masks(jnp.array([-3.0, 0.0])).tolist()
       [False, True]
-
-    References:
-      Louizos et al, `Learning Sparse Neural Networks through L0 Regularization
-      <https://arxiv.org/abs/1712.01312>`_, 2018
     """
     return jax.tree.map(lambda z: z > 0, mean(log_alpha))
 

@@ -1,9 +1,10 @@
-r"""Movement pruning: scores that are trained beside the params, and choose what is masked.
+r"""Movement pruning: the scores are trained together with the params and determine the masks.
 
-Scores are one more tree of params, zeros at first. The network is run on ``apply(params, scores,
-masks)``, with masks made of the scores in every step: the highest of them, by ``jp.select(scores,
-sparsity)``, or in the soft variant those above a threshold, by :func:`masks`. A weight that moves
-away from zero gains score, one that moves towards it loses, and what was masked may come back.
+The scores are a second tree of trained arrays, initialised with zeros. In every step, masks are
+made from the scores: ``jp.select(scores, sparsity)`` keeps the highest ones; :func:`masks`, of the
+soft variant, keeps those above a threshold. The network then runs on ``apply(params, scores,
+masks)``. The score of a weight rises while the weight moves away from zero, and falls while it
+moves towards zero. Masked weights may come back.
 
 >>> import optax
 >>> import jaxprune as jp
@@ -18,31 +19,34 @@ away from zero gains score, one that moves towards it loses, and what was masked
 ...     trained = optax.apply_updates(trained, updates)
 >>> print(apply(*trained, jp.select(trained[1], 0.5)).round(2))
 [[2.08 0.  ]]
-"""
 
-from typing import Any
+References:
+  Sanh et al, `Movement Pruning: Adaptive Sparsity by Fine-Tuning
+  <https://arxiv.org/abs/2005.07683>`_, 2020
+"""
 
 import jax
 import jax.numpy as jnp
 
 from jaxprune import _tree
+from jaxprune._tree import Masks, Params, Scores
 
 
-def apply(params: Any, scores: Any, masks: Any) -> Any:
-    r"""Masks the params in the forward pass, and passes gradients on to their scores.
+def apply(params: Params, scores: Scores, masks: Masks) -> Params:
+    r"""Masks the params in the forward pass and propagates gradients to their scores.
 
     .. math:: \tilde w = m \odot w, \qquad
        \frac{\partial \tilde w}{\partial w} = m, \qquad
        \frac{\partial \tilde w}{\partial s} := w
 
-    so that gradient descent at rate :math:`\alpha` accumulates in a score
-    :math:`-\alpha \sum_t w \, \partial L / \partial \tilde w`, masked or not. A masked weight stays
-    as it was.
+    Gradient descent with learning rate :math:`\alpha` thus accumulates the score
+    :math:`-\alpha \sum_t w \, \partial L / \partial \tilde w`, for kept and for masked weights. A
+    masked weight itself does not change.
 
     Args:
       params: any pytree of arrays.
-      scores: a floating pytree with the same paths and shapes.
-      masks: made of the scores; leaves whose mask is `None` stay as they are.
+      scores: a pytree of floating arrays with the same paths and shapes.
+      masks: the masks made from the scores; leaves whose mask is `None` are returned unchanged.
 
     Returns:
       The masked params, with their structure and dtypes.
@@ -58,17 +62,14 @@ def apply(params: Any, scores: Any, masks: Any) -> Any:
       ...     print(grads)
       [2. 0.]
       [6. 8.]
-
-    References:
-      Sanh et al, `Movement Pruning: Adaptive Sparsity by Fine-Tuning
-      <https://arxiv.org/abs/2005.07683>`_, 2020
     """
     applied = []
     aligned = _tree.align(params, scores, "scores"), _tree.align_masks(params, masks)
     for (path, w), s, m in zip(_tree.named_leaves(params), *aligned, strict=True):
         if m is not None and s is None:
             raise ValueError(
-                f"{_tree.show(path)}: has a mask, but no scores. Make the masks from the scores."
+                f"{_tree.show(path)}: scores must be given where there is a mask, got None. Make "
+                "the masks from the scores."
             )
         applied.append(w if m is None else _gate(w, s, m))
     return _tree.rebuild(params, applied)
@@ -87,14 +88,15 @@ def _gate_jvp(primals, tangents):
     return _gate(*primals), kept + moved.astype(weights.dtype)
 
 
-def masks(scores: Any, threshold: float) -> Any:
-    r"""Keeps what scores above a threshold, as in soft movement pruning: :math:`\sigma(s) > \tau`.
+def masks(scores: Scores, threshold: float) -> Masks:
+    r"""Keeps the weights whose score is above a threshold: :math:`\sigma(s) > \tau`.
 
-    How much leaves depends on the strength of the :func:`penalty`, not on the threshold alone.
+    This is soft movement pruning. The resulting sparsity depends on the threshold and on the
+    strength of the :func:`penalty`.
 
     Args:
-      scores: a pytree of arrays.
-      threshold: :math:`\tau`, between 0 and 1; below 1/2 all is kept at first.
+      scores: a pytree of floating arrays.
+      threshold: :math:`\tau`, in (0, 1). Below 1/2, scores of zero are kept.
 
     Raises:
       ValueError: for a threshold outside (0, 1).
@@ -102,28 +104,22 @@ def masks(scores: Any, threshold: float) -> Any:
     Examples:
       >>> masks(jnp.array([-3.0, 0.0]), threshold=0.1).tolist()
       [False, True]
-
-    References:
-      Sanh et al, `Movement Pruning: Adaptive Sparsity by Fine-Tuning
-      <https://arxiv.org/abs/2005.07683>`_, 2020
     """
     if not _tree.is_traced(threshold) and not 0 < threshold < 1:
-        raise ValueError(f"movement.masks needs a threshold between 0 and 1, got {threshold}.")
+        raise ValueError(f"movement.masks: threshold must be in (0, 1), got {threshold}.")
     return jax.tree.map(lambda s: jax.nn.sigmoid(s) > threshold, scores)
 
 
-def penalty(scores: Any) -> jax.Array:
-    r"""Sums what makes scores fall in soft movement pruning: :math:`\sum_i \sigma(s_i)`.
+def penalty(scores: Scores) -> jax.Array:
+    r"""Computes the penalty of soft movement pruning, which lowers scores.
 
-    Times a strength, it is added to the loss.
+    .. math:: \sum_i \sigma(s_i)
+
+    Multiply it by a strength and add it to the loss.
 
     Examples:
       >>> print(penalty({"w": jnp.zeros(4), "b": None}))
       2.0
-
-    References:
-      Sanh et al, `Movement Pruning: Adaptive Sparsity by Fine-Tuning
-      <https://arxiv.org/abs/2005.07683>`_, 2020
     """
     sums = [jnp.sum(jax.nn.sigmoid(s), dtype=jnp.float32) for s in jax.tree.leaves(scores)]
     return sum(sums, start=jnp.float32(0))

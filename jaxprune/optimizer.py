@@ -1,8 +1,8 @@
-"""Optax links that keep pruned weights at exactly zero.
+"""Optax transformations that keep pruned weights at exactly zero.
 
-Gradients are masked before the inner optimizer, so that clipping and normalising see only what
-is left; its updates are then replaced by ``-w`` where the mask is false, and
-``w + (-w)`` is exactly 0.
+Gradients are masked before the inner optimizer, so that clipping and normalisation ignore pruned
+weights. Its updates are then replaced by ``-w`` where the mask is false, and ``w + (-w)`` is
+exactly 0.
 """
 
 from collections.abc import Callable
@@ -12,16 +12,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import _tree
+from jaxprune import _mesh, _tree
 from jaxprune._select import select as _select
 from jaxprune._select import whole_masks
-from jaxprune.scores import magnitude
+from jaxprune._tree import Masks, Params, Score, Select
+
+__all__ = ["EnforceState", "GradualState", "enforce", "get_masks", "gradual", "set_masks"]
 
 
 class EnforceState(NamedTuple):
     """State of :func:`enforce`."""
 
-    masks: Any  # as the params, bool or None
+    masks: Masks  # of the shapes of the params, bool or None
     inner: optax.OptState
 
 
@@ -29,28 +31,29 @@ class GradualState(NamedTuple):
     """State of :func:`gradual`."""
 
     count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=int32
-    sparsity: jax.Array  # shape=(), dtype=float32: what was last asked for
-    masks: Any  # as the params, bool or None
+    sparsity: jax.Array  # shape=(), dtype=float32: the last one selected
+    masks: Masks  # of the shapes of the params, bool or None
     inner: optax.OptState
 
 
 def enforce(
-    inner: optax.GradientTransformation, masks: Any
+    inner: optax.GradientTransformation, masks: Masks | Callable[[Params], Masks]
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps pruned weights at exactly zero around any optimizer.
 
     .. math:: u = m \odot \mathrm{inner}(m \odot g) - (1 - m) \odot w
 
-    Exact when this link is outermost or last. Wrappers that delay updates (``MultiSteps``) or mix
-    params over time (``lookahead``) are exact from their first emitted update on, if the params
-    start masked. A pruned NaN stays NaN: apply :func:`jaxprune.apply_masks` once.
+    This is exact if the link is the outermost or the last one. Inside wrappers that delay updates
+    (``MultiSteps``) or mix params over time (``lookahead``), it is exact from the first emitted
+    update on, provided that the params start masked. A pruned NaN stays NaN, because
+    ``NaN - NaN`` is NaN: call :func:`jaxprune.apply_masks` once to remove it.
 
     Args:
       inner: any gradient transformation.
-      masks: a tree, which is copied, or a callable ``params -> masks`` evaluated in ``init``.
+      masks: a tree, which is copied, or a callable ``params -> masks``, evaluated in ``init``.
 
     Returns:
-      A gradient transformation; extra arguments are passed on.
+      A gradient transformation. Extra arguments of ``update`` are passed to ``inner``.
 
     Raises:
       ValueError: in ``init`` for masks of other paths or shapes; in ``update`` without params.
@@ -66,16 +69,16 @@ def enforce(
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
-        if not jax.tree.leaves(params):  # `optax.tree.map_params` looks for where params would be
+        # `optax.tree.map_params` calls `init` on a placeholder to learn where params would be.
+        if not jax.tree.leaves(params):
             return EnforceState(params, inner.init(params))
-        # An Equinox module is a tree that can be called, too.
-        made = callable(masks) and jax.tree_util.all_leaves([masks])
-        return EnforceState(
-            _fit(params, _evaluate(masks, params) if made else masks), inner.init(params)
-        )
+        # An Equinox module is callable, but it is a tree of masks and not a function of params.
+        is_function = callable(masks) and jax.tree_util.all_leaves([masks])
+        tree = _evaluate(masks, params) if is_function else masks
+        return EnforceState(copy_masks(params, tree), inner.init(params))
 
     def update(updates, state, params=None, **extra_args):
-        _need(params, "enforce")
+        check_given(params, "enforce")
         updates, inner_state = _masked(inner, updates, state.masks, state.inner, params, extra_args)
         return updates, EnforceState(state.masks, inner_state)
 
@@ -84,26 +87,27 @@ def enforce(
 
 def gradual(
     inner: optax.GradientTransformation,
-    score: Callable[..., Any],
+    score: Score,
     schedule: optax.Schedule,
     every: int = 1,
-    select: Callable[..., Any] = _select,
+    select: Select = _select,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prunes on a schedule while training, and keeps what is pruned at zero.
+    """Prunes on a schedule during training and keeps pruned weights at zero.
 
-    Every ``every`` steps, and once the schedule has reached its final value, weights are scored and
-    masked to the schedule's sparsity if it has changed. What was pruned stays pruned. Inside
-    ``MultiSteps`` a due pruning is computed on every micro-step.
+    Every ``every`` steps, and when the schedule reaches its final value, the weights are scored
+    and masked to the scheduled sparsity, unless it is the same as before. Pruned weights stay
+    pruned. Inside ``MultiSteps``, a due pruning step is computed on every micro-step.
 
     Args:
       inner: any gradient transformation.
       score: maps params to scores, or ``(params, *batch)`` with ``update(..., batch=(x, y))``.
       schedule: maps the step to a sparsity, such as ``jp.schedules.cubic(...)``.
-      every: steps between prunings.
-      select: ``functools.partial(jp.select, scope=..., where=...)`` for other choices.
+      every: number of steps between two pruning steps.
+      select: maps ``(scores, sparsity, within=masks)`` to masks. To pass further arguments, use
+        ``functools.partial(jp.select, scope=..., where=...)``.
 
     Returns:
-      A gradient transformation; extra arguments other than ``batch`` are passed on.
+      A gradient transformation. Extra arguments other than ``batch`` are passed to ``inner``.
 
     Raises:
       ValueError: for ``every`` below 1; in ``update`` without params.
@@ -120,67 +124,69 @@ def gradual(
       Zhu and Gupta, `To prune, or not to prune <https://arxiv.org/abs/1710.01878>`_, 2017
     """
     if every < 1:
-        raise ValueError(f"`gradual` needs every >= 1, got {every=}.")
+        raise ValueError(f"gradual: every must be at least 1, got {every}.")
     inner = optax.with_extra_args_support(inner)
 
-    def whole(params):
-        return whole_masks(params, lambda: select(magnitude(params), 0.0))
+    def whole(params: Params) -> Masks:
+        return whole_masks(params, select)
 
     def init(params):
         masks = params
         if jax.tree.leaves(params):
-            masks = _fit(params, _evaluate(whole, params))
+            masks = copy_masks(params, _evaluate(whole, params))
         zero = jnp.zeros((), jnp.int32)
         return GradualState(zero, jnp.zeros((), jnp.float32), masks, inner.init(params))
 
     def update(updates, state, params=None, *, batch=(), **extra_args):
-        _need(params, "gradual")
+        check_given(params, "gradual")
         sparsity = jnp.asarray(schedule(state.count), jnp.float32)
+        # The last sparsity is selected even if its step is not a multiple of `every`.
         final = jnp.asarray(schedule(jnp.int32(2**31 - 1)), jnp.float32)
         due = ((state.count % every == 0) | (sparsity == final)) & (sparsity != state.sparsity)
 
         def prune():
-            found = select(score(params, *batch), sparsity, within=state.masks)
-            return _tree.refit(state.masks, found)
+            masks = select(score(params, *batch), sparsity, within=state.masks)
+            return _tree.refit(state.masks, masks)
 
-        # Or XLA turns the masks into integers in both branches, and keeps these: 4 bytes a weight.
+        # Without the barrier XLA converts the masks to integers inside both branches, and the
+        # result of the `cond` takes 4 bytes a weight instead of 1.
         masks = jax.lax.optimization_barrier(jax.lax.cond(due, prune, lambda: state.masks))
         updates, inner_state = _masked(inner, updates, masks, state.inner, params, extra_args)
         count = optax.safe_increment(state.count)
-        asked = jnp.where(due, sparsity, state.sparsity)
-        return updates, GradualState(count, asked, masks, inner_state)
+        selected = jnp.where(due, sparsity, state.sparsity)
+        return updates, GradualState(count, selected, masks, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def get_masks(opt_state: Any) -> Any:
-    """Finds the masks in an optimizer state, however deep; links with disjoint leaves are merged.
+def get_masks(opt_state: optax.OptState) -> Masks:
+    """Returns the masks in an optimizer state, at any depth.
 
-    The arrays are those of the state, and are lost when a later step donates it.
+    The masks of links with disjoint leaves are merged. The arrays belong to the state: a later
+    step that donates the state deletes them.
 
     Raises:
-      ValueError: if there are none, or if two links mask the same leaf.
+      ValueError: if the state holds no masks, or if two links mask the same leaf.
 
     Examples:
       >>> tx = optax.chain(optax.clip(1.0), enforce(optax.adam(0.1), jnp.array([True, False])))
       >>> get_masks(tx.init(jnp.ones(2))).tolist()
       [True, False]
     """
-    found = [
-        state.masks for state in jax.tree.leaves(opt_state, is_leaf=_is_ours) if _is_ours(state)
-    ]
-    if not found:
+    states = jax.tree.leaves(opt_state, is_leaf=_is_link_state)
+    trees = [state.masks for state in states if _is_link_state(state)]
+    if not trees:
         raise ValueError(
-            "found no masks in this optimizer state. Wrap the optimizer: "
+            "opt_state must hold masks, got a state without masks. Wrap the optimizer in "
             "`jp.enforce(optimizer, masks)` or `jp.gradual(...)`."
         )
-    return _tree.union(found)
+    return _tree.union(trees)
 
 
-def set_masks(opt_state: Any, masks: Any) -> Any:
-    """Swaps the masks in an optimizer state; the transformation stays, and nothing recompiles.
+def set_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
+    """Returns an optimizer state with other masks, for the same transformation.
 
-    Newly pruned weights become zero with the next update.
+    Nothing is compiled again. Newly pruned weights become zero in the next update.
 
     Raises:
       ValueError: if the state holds no masks, or for masks of other paths or shapes.
@@ -191,39 +197,46 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
       >>> get_masks(set_masks(state, jnp.array([False, True]))).tolist()
       [False, True]
     """
-    get_masks(opt_state)
-    return jax.tree.map(
-        lambda s: (
-            s._replace(masks=_fit(s.masks, _tree.refit(s.masks, masks))) if _is_ours(s) else s
-        ),
-        opt_state,
-        is_leaf=_is_ours,
-    )
+    get_masks(opt_state)  # raises if there are none
+
+    def replace(state):
+        if not _is_link_state(state):
+            return state
+        return state._replace(masks=copy_masks(state.masks, _tree.refit(state.masks, masks)))
+
+    return jax.tree.map(replace, opt_state, is_leaf=_is_link_state)
 
 
-def _is_ours(x: Any) -> bool:
+def _is_link_state(x: Any) -> bool:
     return isinstance(x, (EnforceState, GradualState))
 
 
-def _need(params: Any, name: str) -> None:
+def check_given(params: Params | None, link: str) -> None:
+    """Raises a `ValueError` if ``update`` of a link was called without params."""
     if params is None:
-        raise ValueError(f"`{name}` needs the params: call `update(grads, state, params)`.")
+        raise ValueError(
+            f"{link}: params must be given to `update`, got None. Call "
+            "`update(grads, state, params)`."
+        )
 
 
 def _is_abstract(x: Any) -> bool:
     return isinstance(x, jax.ShapeDtypeStruct)
 
 
-def _evaluate(masks: Callable[[Any], Any], params: Any) -> Any:
+def _evaluate(masks: Callable[[Params], Masks], params: Params) -> Masks:
     abstract = any(map(_is_abstract, jax.tree.leaves(params)))
     return jax.eval_shape(masks, params) if abstract else masks(params)
 
 
-def _fit(params: Any, masks: Any) -> Any:
-    """Copies masks, or a donated step would delete the caller's, to where their params are."""
+def copy_masks(params: Params, masks: Masks) -> Masks:
+    """Copies masks to the devices of their params.
+
+    Without the copy, a step that donates the optimizer state would delete the caller's masks.
+    """
     leaves, treedef = jax.tree.flatten(params)
     placed = [
-        m if m is None or _is_abstract(m) else _tree.place(jnp.copy(m), w)
+        m if m is None or _is_abstract(m) else _mesh.place(jnp.copy(m), w)
         for m, w in zip(_tree.align_masks(params, masks), leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, placed)
@@ -235,7 +248,7 @@ def _masked(inner, updates, masks, inner_state, params, extra_args):
     leaves, treedef = jax.tree.flatten(updates)
     aligned = _tree.align(updates, params, "params"), _tree.align(updates, masks)
     updates = [
-        u if m is None else jnp.where(m, u, -w)  # in the wider of the two dtypes
+        u if m is None else jnp.where(m, u, -w)  # in the wider dtype of u and w
         for u, w, m in zip(leaves, *aligned, strict=True)
     ]
     return jax.tree.unflatten(treedef, updates), inner_state
@@ -245,8 +258,8 @@ def _silence(grads: jax.Array, mask: jax.Array) -> jax.Array:
     """Computes ``where(mask, grads, 0)``."""
     if not jnp.issubdtype(grads.dtype, jnp.floating):
         return jnp.where(mask, grads, jnp.zeros_like(grads))
-    # On bits: XLA on CPU vectorises the conversion of a bool to an integer, not to a choice, and an
-    # optimizer may read the gradient in several loops (twice in Adam: half the cost of the link).
+    # On the bits, because XLA on CPU vectorises the conversion of a bool to an integer, but not a
+    # select by a bool. Adam reads the gradient in two loops: half the cost of the link was here.
     bits = jnp.dtype(f"int{8 * grads.dtype.itemsize}")
     kept = jax.lax.bitcast_convert_type(grads, bits) & -mask.astype(bits)
     return jax.lax.bitcast_convert_type(kept, grads.dtype)

@@ -1,6 +1,6 @@
-r"""Penalties that shrink what is to be pruned, as optax links in front of the optimizer.
+r"""Penalties that prepare weights for pruning, as optax transformations before the optimizer.
 
-Each adds the gradient of a penalty to that of the loss, which stays as it is:
+Each transformation adds the gradient of its penalty to the gradient of the loss:
 
 >>> import jax.numpy as jnp
 >>> import optax
@@ -20,27 +20,27 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune import _mesh, _tree
+from jaxprune._tree import Masks, Params, Where
 from jaxprune.groups import Groups
-from jaxprune.optimizer import _fit, _need
+from jaxprune.optimizer import check_given, copy_masks
 from jaxprune.scores._slimming import check_scales, is_scale
 
 __all__ = ["group_lasso", "growing", "slimming"]
 
 
-def slimming(
-    strength: float, where: Callable[[str, Any], bool] = is_scale
-) -> optax.GradientTransformationExtraArgs:
-    r"""Draws the scales of norms towards zero, so that some channels fade.
+def slimming(strength: float, where: Where = is_scale) -> optax.GradientTransformationExtraArgs:
+    r"""Adds an L1 penalty on the scales of normalisation layers.
 
     .. math:: g_\gamma \leftarrow g_\gamma + \lambda \, \mathrm{sign}(\gamma)
 
-    the subgradient of :math:`\lambda \sum |\gamma|`. After training, rank the units by
+    This is the subgradient of :math:`\lambda \sum |\gamma|`. The penalty drives the scales of
+    unimportant channels towards zero. After training, rank the units by
     :func:`jaxprune.scores.slimming`.
 
     Args:
-      strength: :math:`\lambda`; in the paper 1e-4 for VGG, 1e-5 for ResNet and DenseNet.
-      where: ``where(path, leaf)`` says which leaves are scales: by default those named ``scale``,
-        which those of layer norms are too.
+      strength: :math:`\lambda`. The paper uses 1e-4 for VGG, and 1e-5 for ResNet and DenseNet.
+      where: ``where(path, leaf)`` returns whether a leaf is a scale. The default selects all leaves
+        named ``scale``, including those of layer norms.
 
     Raises:
       ValueError: in ``init`` if no floating leaf is a scale; in ``update`` without params.
@@ -62,7 +62,7 @@ def slimming(
         return optax.EmptyState()
 
     def update(updates, state, params=None, **extra_args):
-        _need(params, "slimming")
+        check_given(params, "slimming")
 
         def term(path, w):
             return strength * jnp.sign(w) if where(path, w) else None
@@ -73,15 +73,16 @@ def slimming(
 
 
 def group_lasso(groups: Groups, strength: float) -> optax.GradientTransformationExtraArgs:
-    r"""Draws whole units towards zero: the sum of their norms is the penalty.
+    r"""Adds a group-lasso penalty on the norms of units.
 
     .. math:: g \leftarrow g + \lambda \frac{\partial}{\partial w} \sum_u \lVert w_u \rVert_2
 
-    where :math:`w_u` is all that leaves with unit u. A weight of two units is drawn by both. A unit
-    at zero is left alone. The gradient alone takes no unit to exactly zero: select and mask after.
+    where :math:`w_u` holds all weights of unit u. A weight that belongs to two units takes part in
+    two norms. The gradient of a unit at zero is zero. The penalty makes units small, but never
+    exactly zero: select and mask them after training.
 
     Args:
-      groups: what :func:`jaxprune.find_groups` found for these params.
+      groups: the groups of these params, from :func:`jaxprune.find_groups`.
       strength: :math:`\lambda`.
 
     Raises:
@@ -106,7 +107,10 @@ def group_lasso(groups: Groups, strength: float) -> optax.GradientTransformation
       <https://arxiv.org/abs/1608.03665>`_, 2016
     """
     if not len(groups):
-        raise ValueError(f"Nothing can leave, so there is nothing to penalise.\n{groups}")
+        raise ValueError(
+            "group_lasso: groups must have at least one unit, got none. All axes are pinned:\n"
+            f"{groups}"
+        )
 
     def init(params):
         if jax.tree.leaves(params):
@@ -114,15 +118,15 @@ def group_lasso(groups: Groups, strength: float) -> optax.GradientTransformation
         return optax.EmptyState()
 
     def update(updates, state, params=None, **extra_args):
-        _need(params, "group_lasso")
-        pull = _pull(groups, params)
+        check_given(params, "group_lasso")
+        inverse = _inverse_norms(groups, params)
 
         def term(path, w):
-            pulls = [
-                jnp.expand_dims(strength * pull[unit], others)
+            factors = [
+                jnp.expand_dims(strength * inverse[unit], others)
                 for unit, others in _slices(groups, path)
             ]
-            return w * sum(pulls) if pulls else None
+            return w * sum(factors) if factors else None
 
         return _add(updates, params, term), state
 
@@ -133,26 +137,26 @@ class GrowingState(NamedTuple):
     """State of :func:`growing`."""
 
     count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=int32
-    masks: Any  # as the params, bool or None: what is going to stay
+    masks: Masks  # of the shapes of the params, bool or None: the weights without a penalty
 
 
 def growing(
-    masks: Any, growth: float, every: int, limit: float = 1.0
+    masks: Masks, growth: float, every: int, limit: float = 1.0
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Presses what is going to leave ever harder, before it leaves.
+    r"""Adds a growing L2 penalty to the weights that are about to be pruned.
 
     .. math:: g_i \leftarrow g_i + \min(\delta (1 + \lfloor t / K \rfloor), \tau) \, w_i
        \quad \text{where the mask is false}
 
-    so that the network has time to do without it. Then apply the masks and fine-tune. In the paper
-    (GReg-1) the filters with the smallest L1 norm are chosen, and these alone are pressed; masks of
-    units press all that leaves with them.
+    While these weights shrink, the network has time to adapt. Apply the masks afterwards and
+    fine-tune. The paper (GReg-1) penalises only the filters that have the smallest L1 norms. With
+    masks of units, all members of a unit are penalised.
 
     Args:
-      masks: a tree, which is copied: ``True`` stays, ``False`` is going to leave.
-      growth: :math:`\delta`, by which the factor grows; 1e-4 in the paper.
-      every: :math:`K`, the steps between growths.
-      limit: :math:`\tau`, where the factor stops. SGD at learning rate η needs it below 2 / η.
+      masks: a tree, which is copied; weights whose mask is false are penalised.
+      growth: :math:`\delta`, the increment of the factor; 1e-4 in the paper.
+      every: :math:`K`, the number of steps between two increments.
+      limit: :math:`\tau`, the largest factor. SGD with learning rate η diverges above 2 / η.
 
     Raises:
       ValueError: for ``every`` below 1; in ``init`` for masks of other paths or shapes; in
@@ -175,20 +179,20 @@ def growing(
       <https://arxiv.org/abs/2012.09243>`_, 2021
     """
     if every < 1:
-        raise ValueError(f"`growing` needs every >= 1, got {every=}.")
+        raise ValueError(f"growing: every must be at least 1, got {every}.")
 
     def init(params):
-        fitted = _fit(params, masks) if jax.tree.leaves(params) else params
-        return GrowingState(jnp.zeros((), jnp.int32), fitted)
+        copied = copy_masks(params, masks) if jax.tree.leaves(params) else params
+        return GrowingState(jnp.zeros((), jnp.int32), copied)
 
     def update(updates, state, params=None, **extra_args):
-        _need(params, "growing")
-        names = [path for path, _ in _tree.named_leaves(params)]
-        found = dict(zip(names, _tree.align_masks(params, state.masks), strict=True))
+        check_given(params, "growing")
+        paths = [path for path, _ in _tree.named_leaves(params)]
+        by_path = dict(zip(paths, _tree.align_masks(params, state.masks), strict=True))
         factor = jnp.minimum(growth * (1 + state.count // every), limit)
 
         def term(path, w):
-            return None if found[path] is None else jnp.where(found[path], 0.0, factor * w)
+            return None if by_path[path] is None else jnp.where(by_path[path], 0.0, factor * w)
 
         count = optax.safe_increment(state.count)
         return _add(updates, params, term), GrowingState(count, state.masks)
@@ -197,18 +201,16 @@ def growing(
 
 
 def _slices(groups: Groups, path: str) -> list[tuple[Any, tuple[int, ...]]]:
-    """Lists the units along every axis of a leaf that has some, and its other axes."""
-    axes = range(len(groups.unit[path]))
+    """Lists, for every axis of a leaf that has units, their numbers and the other axes."""
+    units = groups.unit[path]
     return [
-        (unit, tuple(i for i in axes if i != axis))
-        for axis, unit in enumerate(groups.unit[path])
-        if unit.any()
+        (unit, _tree.other_axes(len(units), axis)) for axis, unit in enumerate(units) if unit.any()
     ]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _pull(groups: Groups, params: Any) -> jax.Array:
-    """Gives 1 / norm of every unit; 0 for those at zero, and for number 0, which stays."""
+@functools.partial(jax.jit, static_argnames="groups")
+def _inverse_norms(groups: Groups, params: Params) -> jax.Array:
+    """Computes 1 / norm of every unit; 0 for units at zero and for number 0, the pinned slices."""
     squares = jnp.zeros(len(groups) + 1)
     for path, w in _tree.named_leaves(params):
         for unit, others in _slices(groups, path):
@@ -218,14 +220,16 @@ def _pull(groups: Groups, params: Any) -> jax.Array:
     return jnp.where(squares > 0, jax.lax.rsqrt(squares), 0.0)
 
 
-def _add(updates: Any, params: Any, term: Callable[[str, jax.Array], Any]) -> Any:
-    """Adds ``term(path, weights)`` to the gradient of every floating leaf, where it is one."""
+def _add(
+    updates: optax.Updates, params: Params, term: Callable[[str, jax.Array], jax.Array | None]
+) -> optax.Updates:
+    """Adds ``term(path, weights)`` to the gradient of every floating leaf, unless it is `None`."""
     leaves, treedef = jax.tree.flatten(updates)
-    names = [path for path, _ in _tree.named_leaves(updates)]
+    paths = [path for path, _ in _tree.named_leaves(updates)]
     aligned = _tree.align(updates, params, "params")
     terms = [
         term(path, w) if _tree.is_floating(w) else None
-        for path, w in zip(names, aligned, strict=True)
+        for path, w in zip(paths, aligned, strict=True)
     ]
     return jax.tree.unflatten(
         treedef,

@@ -55,6 +55,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", NETWORKS)
 def test_flops_agree_with_xla(name):
     network, shape = NETWORKS[name]

@@ -8,8 +8,6 @@ import zoo
 
 import jaxprune as jp
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def assert_close(actual, expected, tolerance):
     """Compares trees, to a fraction of the largest entry of all."""

@@ -1,59 +1,34 @@
 import collections
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import fuzz_files
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import orbax.checkpoint as ocp
 import pytest
+from files import sparse_model
+from fuzz_files import bits
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 from safetensors.flax import save_file
 
 import jaxprune as jp
-from jaxprune.__main__ import main
-from jaxprune._files import safetensors as _files
+from jaxprune._files import safetensors
 
 
 @pytest.fixture
 def model():
-    """Gives a sparse model with leaves of every kind."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {
-        "dense": {"kernel": jax.random.normal(keys[0], (24, 10)), "bias": jnp.zeros(10)},
-        "half": [jax.random.normal(keys[1], (8, 16), jnp.bfloat16)],
-        "steps": jnp.array(3),
-        "flags": jnp.array([True, False]),
-        "empty": jnp.zeros((0, 4)),
-        "rngs": (jax.random.key(7), jax.random.split(jax.random.key(1, impl="rbg"), 2)),
-    }
-    masks = jp.select(jp.scores.magnitude(params), 0.9)
-    return jp.apply_masks(params, masks), masks
+    return sparse_model()
 
 
-def bits(tree):
-    """Gives all of a tree but where it is."""
-
-    def is_key(w):
-        return jax.dtypes.issubdtype(getattr(w, "dtype", None), jax.dtypes.prng_key)
-
-    data = jax.tree.map(lambda w: (str(w.dtype), jax.random.key_data(w)) if is_key(w) else w, tree)
-    leaves, treedef = jax.tree.flatten(data)
-    return treedef, [(type(w), np.asarray(w).dtype, np.asarray(w).tobytes()) for w in leaves]
-
-
-def test_fuzzing(tmp_path):
+@pytest.mark.parametrize("cases", [24, pytest.param(300, marks=pytest.mark.slow)])
+def test_fuzzing(tmp_path, cases):
     found = collections.Counter()
-    fuzz_files.fuzz(str(tmp_path / "file"), 300, found)
+    fuzz_files.fuzz(str(tmp_path / "file"), cases, found)
     refused = sum(count for what, count in found.items() if what.endswith("refused"))
-    assert found["round trip"] == 150 and refused > 100
+    assert found["round trip"] == cases // 2 and refused > cases // 4
 
 
 @pytest.mark.parametrize("abstract", [False, True])
@@ -122,55 +97,10 @@ def test_tensors_are_aligned(tmp_path, model):
     assert int.from_bytes(data[:8], "little") % 8 == 0
     for name, entry in header.items():
         if name != "__metadata__":
-            assert entry["data_offsets"][0] % np.dtype(_files._DTYPES[entry["dtype"]]).itemsize == 0
-
-
-@pytest.mark.filterwarnings("ignore")  # Orbax has much to say
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_orbax_restores_a_training_onto_another_mesh(tmp_path, kind):
-    def training(mesh, axes):
-        place = lambda w, *spec: jax.device_put(w, NamedSharding(mesh, P(*spec)))  # noqa: E731
-        keys = jax.random.split(jax.random.key(0), 2)
-        w = place(jax.random.normal(keys[0], (16, 8)), None, axes[0])
-        params = {"w": w, "b": place(jax.random.normal(keys[1], (8,)), axes[-1])}
-        masks = jp.select(jp.scores.magnitude(params), 0.5)
-        params = jp.apply_masks(params, masks)
-        last = jp.recipes.Round(1, 0.5, params, masks)
-        state = jp.enforce(optax.adam(0.1), masks).init(params)
-        return {"params": params, "state": state, "last": last, "key": jax.random.key(3)}
-
-    saved = training(jax.make_mesh((8,), ("x",), axis_types=(kind,)), "x")
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "packed", jp.masks.pack(saved))
-        checkpointer.save(tmp_path / "plain", saved)
-    other = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind, kind))
-    wanted = training(other, "ab")
-    like = jax.tree.map(
-        lambda w: w if isinstance(w, int | float)
-        else jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding),
-        wanted,
-    )  # fmt: skip
-    with ocp.StandardCheckpointer() as checkpointer:
-        packed = checkpointer.restore(tmp_path / "packed", jp.masks.pack(like))
-        plain = checkpointer.restore(tmp_path / "plain", like)
-    assert packed["state"].masks["w"].nbytes == 16 * 8 // 8
-    for found in (jp.masks.unpack(packed, like), plain):
-        assert bits(found) == bits(wanted)
-        places = [
-            (w.sharding, v.sharding) for w, v in zip(*map(jax.tree.leaves, (found, wanted)),
-            strict=True) if isinstance(w, jax.Array)
-        ]  # fmt: skip
-        assert all(w.is_equivalent_to(v, 2) for w, v in places if isinstance(v, NamedSharding))
-        train = lambda params, masks: params  # noqa: E731
-        (after,) = jp.recipes.iterative(found["last"], train, jp.scores.magnitude, [0.5, 0.75])
-        assert (after.round, after.sparsity) == (2, 0.75)
-
-
-def test_killed_trainings_lose_nothing():
-    argv = [sys.executable, Path(__file__).with_name("kill_resume.py"), "--trials", "10"]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "kills: 10" in done.stdout.splitlines()
+            assert (
+                entry["data_offsets"][0] % np.dtype(safetensors.DTYPES[entry["dtype"]]).itemsize
+                == 0
+            )
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -207,18 +137,36 @@ def test_a_mesh_that_cannot_hold_a_leaf_is_named(tmp_path):
 
 
 ONE, HALF = jnp.array([True]), jnp.array([True, False])
+
+
 SAVES = {  # what cannot be saved, and what is said
     "other paths": ({"a": 1}, {"b": None}, "a: masks have no entry"),
     "floats": ({"w": HALF}, {"w": jnp.ones(2)}, "w: masks must be bool"),
-    "not zero": ({"w": jnp.ones(2)}, {"w": HALF}, "w: 1 masked weights are not .*apply_masks"),
-    "pruned NaN": ({"w": jnp.full(1, jnp.nan)}, {"w": ~ONE}, "w: 1 masked weights are not zero"),
+    "not zero": (
+        {"w": jnp.ones(2)},
+        {"w": HALF},
+        "w: masked weights must be zero, got 1 .*apply_masks",
+    ),
+    "pruned NaN": (
+        {"w": jnp.full(1, jnp.nan)},
+        {"w": ~ONE},
+        "w: masked weights must be zero, got 1",
+    ),
     "no array": ({"name": "x"}, None, "name: params to save must be arrays, got str"),
     "abstract": (jax.ShapeDtypeStruct((), "f4"), None, "itself.: params .* got ShapeDtypeStruct"),
-    "dtype": ({"w": jnp.ones(2, jnp.int4)}, None, "w: safetensors has no int4, only bool"),
-    "key": ({"k": jax.random.key(0)}, {"k": ONE[0]}, "k: a PRNG key has no weights to mask"),
+    "dtype": (
+        {"w": jnp.ones(2, jnp.int4)},
+        None,
+        "w: the dtype must be one that .*bool.*, got int4",
+    ),
+    "key": ({"k": jax.random.key(0)}, {"k": ONE[0]}, "k: the mask of a PRNG key must be `None`"),
     "two of a name": ({"a": {"b": 1}, "a/b": 2}, None, "a/b: two leaves have this path"),
-    "a taken name": ({"a": ONE, "a/values": 2}, {"a": ONE, "a/values": None}, "a/values: .* twice"),
-    "metadata": ({"__metadata__": 1}, None, "__metadata__: this name is needed twice"),
+    "a taken name": (
+        {"a": ONE, "a/values": 2},
+        {"a": ONE, "a/values": None},
+        "a/values: two tensors",
+    ),
+    "metadata": ({"__metadata__": 1}, None, "__metadata__: two tensors"),
 }
 
 
@@ -248,9 +196,9 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, model, monkeypatch, nam
     monkeypatch.undo()
     jp.masks.save(path, *model)
     assert path.stat().st_mode & 0o777 == 0o640
-    with pytest.raises(ValueError, match="no/file: there is no folder"):
+    with pytest.raises(ValueError, match="the folder .*no does not exist"):
         jp.masks.save(tmp_path / "no" / "file", *model)
-    with pytest.raises(ValueError, match="is no regular file"):
+    with pytest.raises(ValueError, match="is not a regular file"):
         jp.masks.save(tmp_path, *model)
 
 
@@ -275,19 +223,19 @@ LOADS = {  # what became of a file, and what is said
     "cut short": (lambda data: data[:-1], "truncated or damaged"),
     "empty": (lambda data: b"", "not a safetensors file"),
     "pickle": (lambda data: b"cos\nsystem\n(S'exit'\ntR.", "not a safetensors file"),
-    "a flipped bit": (flipped, "is damaged: its checksum is not that"),
-    "checksum": (metadata(checksum="0" * 64), "is damaged: its checksum"),
-    "newer": (metadata(version="2"), "has version '2' of its format, needed '1'.*upgrade jaxprune"),
-    "another format": (metadata(format="pt"), "was not written by `jp.masks.save`"),
-    "shapes": (metadata(shapes="[1"), "metadata need 'shapes', a JSON object"),
-    "keys": (metadata(keys="[]"), "metadata need 'keys', a JSON object"),
-    "no values": (metadata(shapes='{"a": [2]}'), "'a' needs a shape, values and a bitmap"),
+    "a flipped bit": (flipped, "is damaged: its contents do not match"),
+    "checksum": (metadata(checksum="0" * 64), "is damaged: .* its checksum"),
+    "newer": (metadata(version="2"), "format must be '1', got '2'.*upgrade jaxprune"),
+    "another format": (metadata(format="pt"), "must be a file that `jp.masks.save` wrote"),
+    "shapes": (metadata(shapes="[1"), "metadata must have 'shapes', a JSON object"),
+    "keys": (metadata(keys="[]"), "metadata must have 'keys', a JSON object"),
+    "no values": (metadata(shapes='{"a": [2]}'), "'a' must have a shape, values and a bitmap"),
     "a larger shape": (metadata(shapes='{"dense/kernel": [24, 11]}'), "bitmap .* does not fit"),
     "a huge shape": (metadata(shapes='{"dense/kernel": [1%s]}' % ("0" * 30)), "does not fit"),
     "a small shape": (metadata(shapes='{"dense/kernel": [1]}'), "values of 'dense/kernel' are"),
     "a turned shape": (metadata(shapes=json.dumps(
                            {"dense/kernel": [10, 24], "half/0": [8, 16], "empty": [0, 4]})),
-                       r"dense/kernel: the file has float32 of shape \(10, 24\), `like` has"),
+                       r"dense/kernel: `like` must have float32 of shape \(10, 24\), .*got"),
 }  # fmt: skip
 
 
@@ -320,12 +268,18 @@ def test_a_bitmap_that_keeps_another_number_is_refused(tmp_path, model):
         (lambda p: {**p, "dense": {"bias": p["dense"]["bias"]}}, "dense/kernel: only the file has"),
         (
             lambda p: {**p, "steps": jnp.array(3.0)},
-            "steps: the file has int32 .* `like` has float32",
+            "steps: `like` must have int32 .* got float32",
         ),
-        (lambda p: {**p, "empty": jnp.zeros((4, 0))}, "empty: the file has float32 of shape .0, 4"),
+        (
+            lambda p: {**p, "empty": jnp.zeros((4, 0))},
+            "empty: `like` must have float32 of shape .0, 4",
+        ),
         (lambda p: {**p, "rngs": p["rngs"][::-1]}, "rngs/0: .* a threefry2x32 key, .* a rbg key"),
         (lambda p: {**p, "rngs": (jnp.zeros(2, "uint32"), 1)}, "rngs/0: .* a threefry2x32 key, "),
-        (lambda p: {**p, "flags": jax.random.key(0)}, "flags: the file has bool of .* a threefry"),
+        (
+            lambda p: {**p, "flags": jax.random.key(0)},
+            "flags: `like` must have bool of .* a threefry",
+        ),
     ],
 )
 def test_another_structure_is_refused(tmp_path, model, change, words):
@@ -337,20 +291,5 @@ def test_another_structure_is_refused(tmp_path, model, change, words):
 def test_what_is_no_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="missing: No such file"):
         jp.masks.load(tmp_path / "missing", jnp.ones(1))
-    with pytest.raises(ValueError, match="is a folder, needed a file. Orbax"):
+    with pytest.raises(ValueError, match="must be a file, got a folder. .* Orbax"):
         jp.masks.load(tmp_path, jnp.ones(1))
-
-
-def test_the_command_line_knows_these_files(tmp_path, capsys, model):
-    path = str(tmp_path / "file")
-    jp.masks.save(path, *model)
-    assert main(["inspect", path, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    rows = {row["path"]: row for row in found["tensors"]}
-    row = rows["dense/kernel"]
-    assert row["shape"] == [24, 10] and row["size"] - row["zeros"] == 21
-    assert row["bytes"] == 21 * 4 + 30 and rows["dense/bias"]["zeros"] == 10
-    assert found["metadata"].keys() == {"format", "version", "checksum"}
-    assert main(["inspect", path]) == 0 and "24×10" in capsys.readouterr().out
-    assert main(["prune", path, path, "--sparsity", "0.5"]) == 2
-    assert "holds kept weights alone" in capsys.readouterr().err
