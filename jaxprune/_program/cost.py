@@ -5,8 +5,8 @@
     jaxpr, and its walked steps if units are asked for
       │ contractions
       ▼
-    [Contraction | Branches] ──total────▶ multiply-adds: a number, or one for every unit
-                             └─dearest──▶ [Contraction], the rows of a table
+    [Contraction | Branches] ──total───────────▶ multiply-adds: a number, or one for every unit
+                             └─most_expensive──▶ [Contraction], the rows of a table
 
 Matmuls and convolutions are counted, wherever they are: those of a `scan` once per step, of a
 `cond` those of the most expensive branch, of a `while` loop once. Derivative rules do not run.
@@ -110,13 +110,15 @@ def total(costs: Sequence[Cost], macs: Callable[[Contraction], Any]) -> Any:
     return sum(sums)
 
 
-def dearest(costs: Sequence[Cost], macs: Callable[[Contraction], float]) -> list[Contraction]:
+def most_expensive(
+    costs: Sequence[Cost], macs: Callable[[Contraction], float]
+) -> list[Contraction]:
     """Lists what :func:`total` sums: of branches, those of the most expensive one."""
     rows: list[Contraction] = []
     for cost in costs:
         if isinstance(cost, Branches):
             branch = max(cost.branches, key=lambda branch: total(branch, macs))
-            rows.extend(dearest(branch, macs))
+            rows.extend(most_expensive(branch, macs))
         else:
             rows.append(cost)
     return rows
