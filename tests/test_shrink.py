@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
-from jaxprune import _mesh, _shrink
+from jaxprune import _shrink, _sums
 
 
 def close(a, b, tolerance=1e-4):
@@ -449,8 +449,8 @@ def test_alike_layers_share_programs():
     params = [jnp.ones((7, 9)), jnp.ones((9, 7))] * 3
     fn = lambda params, x: functools.reduce(jnp.matmul, params, x)  # noqa: E731
     groups = jp.find_groups(fn, params, jnp.ones((2, 7)))
-    before = _mesh.exact_sum._cache_size(), _shrink._gone._cache_size()
+    before = _sums.exact_sum._cache_size(), _shrink._gone._cache_size()
     masks = groups.select(params, 0.5, scope="layer")
     jp.shrink(fn, params, masks, jnp.ones((2, 7)), groups=groups, verify=False)
-    after = _mesh.exact_sum._cache_size(), _shrink._gone._cache_size()
+    after = _sums.exact_sum._cache_size(), _shrink._gone._cache_size()
     assert [b - a for a, b in zip(before, after, strict=True)] == [4, 2]

@@ -296,5 +296,5 @@ def _placed(entries: np.ndarray, target: Any, key: Any = None) -> Any:
         return entries
     if key:
         data = jax.numpy.asarray(entries)
-        return _tree.place(jax.random.wrap_key_data(data, impl=_key_implementation(target)), target)
-    return jax.numpy.asarray(_tree.place(entries, target))  # an entire leaf may not fit one device
+        return _mesh.place(jax.random.wrap_key_data(data, impl=_key_implementation(target)), target)
+    return jax.numpy.asarray(_mesh.place(entries, target))  # an entire leaf may not fit one device
