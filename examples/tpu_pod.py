@@ -2,7 +2,7 @@
 
 Nothing runs, and no TPU is needed: params are shapes, and `libtpu` contains the compiler. Params
 and the moments of Adam are float32 and sharded over both axes of the mesh. The batch has a sequence
-of 1024 tokens for each row of chips, and is sharded over the first axis. A chip of a v5e has 16 GiB.
+of 1024 tokens for each row of chips, and is sharded over the first axis. A v5e chip has 16 GiB.
 The environment variable JAX_OPTIMIZATION_LEVEL=O0 halves the compile time, but changes the memory.
 
     pip install "jax[tpu]"
@@ -226,7 +226,7 @@ def counts(sent):
 def heading(result):
     return (
         f"\n{result['model']}, {result['params']:,} params on {result['topology']}, GiB per chip\n"
-        "program  compiled  arguments  outputs  temporary   total  collectives of scalars; of arrays"
+        "program  compiled  arguments  outputs  temporary   total  collectives: scalars; arrays"
     )
 
 

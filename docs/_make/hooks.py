@@ -1,4 +1,4 @@
-"""Hooks of the site: the table of public names, equations to MathML, drawings inside pages."""
+"""Lists public names, converts equations to MathML, and inlines SVG drawings for mkdocs."""
 
 import html
 import pathlib
@@ -39,7 +39,7 @@ def on_page_markdown(markdown, config, **_):
 
 
 def _inline(alt, path):
-    """Returns a drawing as part of the page, in the colours of the scheme that the reader chose."""
+    """Returns a drawing as an SVG element, which follows the color scheme of the page."""
     text = path.read_text()
     text = text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)
     return re.sub(r"<style>:?.*?</style>|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
