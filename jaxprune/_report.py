@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune import _files, _tree, plot
+from jaxprune import _atomic, _tree, plot
 from jaxprune import curves as _curves
 from jaxprune._shrink import Plan
 from jaxprune._table import Shown, Table, spell
@@ -129,7 +129,7 @@ def report(
     )
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _files.replacing(path) as new:
+    with _atomic.replacing(path) as new:
         new.write_text(page, encoding="utf-8")
     return path
 

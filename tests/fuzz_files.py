@@ -18,10 +18,9 @@ import ml_dtypes  # noqa: F401  # names its types to NumPy
 import numpy as np
 
 import jaxprune as jp
-from jaxprune._files import compact as _compact
-from jaxprune._files import safetensors as _files
+from jaxprune._files import compact, safetensors
 
-DTYPES = [name for name in _files._DTYPES.values() if name != "float8_e8m0fnu"]  # has no zero
+DTYPES = [name for name in safetensors.DTYPES.values() if name != "float8_e8m0fnu"]  # has no zero
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -74,10 +73,10 @@ def resigned(data):
         digests = {}
         for name, entry in header.items():
             start, stop = entry["data_offsets"]
-            dtype = _files._DTYPES[entry["dtype"]]
+            dtype = safetensors.DTYPES[entry["dtype"]]
             entries = np.frombuffer(body[start:stop], np.uint8)
-            digests[name] = _compact._digest(dtype, entry["shape"], entries)
-        metadata["checksum"] = _compact._checksum(metadata, digests)
+            digests[name] = compact._digest(dtype, entry["shape"], entries)
+        metadata["checksum"] = compact._checksum(metadata, digests)
         return joined({"__metadata__": metadata, **header}, body)
     except (ValueError, KeyError, TypeError, AttributeError, MemoryError):
         return data
@@ -100,7 +99,7 @@ def lies(draw, data):
         st.sampled_from("dtype shape dim offset swap rename drop more metadata table".split())
     )
     if kind == "dtype":
-        kinds = [*_files._DTYPES, *_files._PACKED, "F31", 3, None]
+        kinds = [*safetensors.DTYPES, *safetensors.PACKED, "F31", 3, None]
         entry["dtype"] = draw(st.sampled_from(kinds))
     elif kind == "shape":
         entry["shape"] = draw(st.one_of(NUMBERS, st.lists(NUMBERS, max_size=4)))
@@ -122,7 +121,7 @@ def lies(draw, data):
         values = ["", "0", "2", "10", "jaxprune", "{}", "[]", "null", "[" * 9999, 3, None, {}]
         metadata[key] = draw(st.sampled_from(values))
     else:
-        key = draw(st.sampled_from(_compact.INTERNAL))
+        key = draw(st.sampled_from(compact.INTERNAL))
         table = json.loads(metadata[key])
         table[draw(st.sampled_from([*table, name, "new"]))] = draw(
             st.one_of(NUMBERS, st.lists(NUMBERS, max_size=3))

@@ -185,11 +185,11 @@ def test_the_control_must_not_fail():
 @pytest.mark.parametrize(
     "methods, sparsities, seeds, match",
     [
-        ({"dense": neurons}, [0.5], [0], "cannot be named 'dense'"),
+        ({"dense": neurons}, [0.5], [0], "must not be named 'dense'"),
         ({"a": 3}, [0.5], [0], "method 'a' must be callable"),
         ({}, [1.0], [0], r"sparsity must be in \[0, 1\)"),
-        ({}, [0.5], [], "needs seeds"),
-        ({}, [0.5], [1, 1], "needs seeds, each once"),
+        ({}, [0.5], [], "seeds must be distinct and at least one"),
+        ({}, [0.5], [1, 1], r"got \[1, 1\]"),
     ],
 )
 def test_bad_arguments(methods, sparsities, seeds, match):
@@ -206,12 +206,14 @@ def test_corrupt_and_foreign_files(tmp_path, suffix):
     text = path.read_text()
     for wrong in (text[: len(text) // 2], "a,b\n1,2\n", "", "{}", "[1", text.replace("0.5", "x")):
         path.write_text(wrong)
-        with pytest.raises(ValueError, match="points.*not a table of curves, or cut short"):
+        with pytest.raises(
+            ValueError, match="points.*must be a table with the columns method, .* got a truncated"
+        ):
             sweep({}, [0.5], [0], train=train, store=path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="not a table of curves"):
+    with pytest.raises(ValueError, match="must be a table with the columns"):
         curves.load(path)
-    with pytest.raises(ValueError, match=r"\.csv or \.json"):
+    with pytest.raises(ValueError, match=r"suffix must be \.csv or \.json, got '\.txt'"):
         curves.load(tmp_path / "points.txt")
 
 

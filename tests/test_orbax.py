@@ -65,11 +65,14 @@ def test_orbax_folders_are_not_replaced_lightly(tmp_path, capsys, monkeypatch, c
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis").write_text("dear")
-    for out, words in ((home, "no Orbax checkpoint"), (home / "thesis", "no Orbax checkpoint")):
+    for out, words in (
+        (home, "not an Orbax checkpoint"),
+        (home / "thesis", "not an Orbax checkpoint"),
+    ):
         code, _, err = run(capsys, "prune", path, out, "--sparsity", 0.5)
         assert code == 2 and words in err and (home / "thesis").read_text() == "dear"
     code, _, err = run(capsys, "inspect", tmp_path)
-    assert code == 2 and f"name the one inside, {path}" in err
+    assert code == 2 and f"Give the one inside, {path}" in err
     before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
     def fail(*arguments):

@@ -134,7 +134,7 @@ def test_iterative_before_training_and_with_groups():
 def test_rounds_remove_a_fraction_of_what_is_left():
     np.testing.assert_allclose(recipes.rounds(0.2, 3), [0.2, 0.36, 0.488])
     np.testing.assert_allclose(recipes.rounds(1 - (1 - 0.9) ** (1 / 4), 4)[-1], 0.9)
-    with pytest.raises(ValueError, match="at least one, got 0"):
+    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
         recipes.rounds(0.2, 0)
 
 
@@ -144,15 +144,23 @@ def test_rounds_remove_a_fraction_of_what_is_left():
         (
             lambda p, m: (p, 0.0),
             recipes.keep,
-            r"`train` returned no leaf here, needed shape \(8,\)",
+            r"`train` must return shape \(8,\) here, got no leaf",
         ),
         (
             lambda p, m: p | {"w": p["w"].T},
             recipes.keep,
-            r"^w: `train` returned shape \(8, 6\) here, needed shape \(6, 8\)",
+            r"^w: `train` must return shape \(6, 8\) here, got shape \(8, 6\)",
         ),
-        (lambda p, m: p | {"v": 0.0}, recipes.keep, "^v: `train` returned shape .* needed no leaf"),
-        (lambda p, m: p, recipes.rewind({"w": FRESH["w"]}), "^b: `restart` returned no leaf"),
+        (
+            lambda p, m: p | {"v": 0.0},
+            recipes.keep,
+            "^v: `train` must return no leaf here, got shape",
+        ),
+        (
+            lambda p, m: p,
+            recipes.rewind({"w": FRESH["w"]}),
+            r"^b: `restart` must return shape \(8,\) here, got no leaf",
+        ),
         (
             lambda p, m: jax.tree.map(lambda w: w + 1, p),
             recipes.keep,
@@ -167,7 +175,7 @@ def test_what_train_returns_is_checked(train, restart, words):
 
 
 @pytest.mark.parametrize(
-    "sparsities, words", [([0.5, 0.5], "got 0.5 before 0.5"), ([0.5, 1.0], "got 1.0")]
+    "sparsities, words", [([0.5, 0.5], "got 0.5 after 0.5"), ([0.5, 1.0], "got 1.0")]
 )
 def test_sparsities_are_checked_before_anything_runs(sparsities, words):
     with pytest.raises(ValueError, match=words):
@@ -205,9 +213,16 @@ def test_dropout_rate(rate, kept, total, expected):
     assert recipes.dropout_rate(rate, kept, total) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("arguments", [(1.5, 1, 2), (0.5, 3, 2), (0.5, 0, 0)])
-def test_dropout_rate_needs_a_fraction(arguments):
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((1.5, 1, 2), r"rate must be in \[0, 1\], got 1.5"),
+        ((0.5, 3, 2), r"kept must be in \[0, total=2\] .* got kept=3"),
+        ((0.5, 0, 0), r"total > 0, got kept=0"),
+    ],
+)
+def test_dropout_rate_needs_a_fraction(arguments, words):
+    with pytest.raises(ValueError, match=words):
         recipes.dropout_rate(*arguments)
 
 
@@ -293,5 +308,5 @@ def test_remove_dead_notices_a_change():
     def apply_fn(p, x):
         return jnp.concatenate([jnp.sign(x @ p["in"][:, :1]), x @ p["in"][:, 1:]], 1) @ p["out"]
 
-    with pytest.raises(ValueError, match="the output would change"):
+    with pytest.raises(ValueError, match="apply_fn must return the same output"):
         recipes.remove_dead(apply_fn, params, masks, jnp.ones((1, 2)))

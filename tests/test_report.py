@@ -45,7 +45,7 @@ def path(tmp_path_factory):
 
 def test_report_stands_alone(path):
     page = path.read_text()
-    for name in ("Summary", "Curves", "Layers", "Groups", "Shrunk", "Settings", "Data", "Versions"):
+    for name in ("Summary", "Curves", "Layers", "Groups", "Plan", "Settings", "Data", "Versions"):
         assert f"<h2>{name}</h2>" in page
     names = re.sub(r'(xmlns(:\w+)?|rdf:\w+)="[^"]*"', "", page)  # names, which nothing fetches
     names = re.sub(r"<metadata>.*?</metadata>", "", names, flags=re.S)
@@ -84,7 +84,7 @@ def test_data_hash_tells_arrays_apart(tmp_path):
 
 
 def test_wrong_parts_are_named(tmp_path):
-    with pytest.raises(TypeError, match="summary must be a Summary, got dict"):
+    with pytest.raises(TypeError, match="summary must be of type Summary, got dict"):
         jp.report(tmp_path / "r.html", summary=PARAMS)
     assert not list(tmp_path.iterdir())
 

@@ -12,7 +12,7 @@
 ``jaxpr.py`` alone touches JAX's internals. This room imports ``_tree`` and nothing else.
 """
 
-from jaxprune._program.atoms import Product
+from jaxprune._program.atoms import Merge
 from jaxprune._program.cost import (
     Contraction,
     Cost,
@@ -23,17 +23,19 @@ from jaxprune._program.cost import (
     total,
     warn_of_loops,
 )
+from jaxprune._program.cut import Cut, take
 from jaxprune._program.flat import Flat
 from jaxprune._program.jaxpr import bind, inner
 from jaxprune._program.structure import Structure, analyse, check_inputs, trace
-from jaxprune._program.walk import Cut, take
+from jaxprune._program.values import ProgramMismatch
 
 __all__ = [
     "Contraction",
     "Cost",
     "Cut",
     "Flat",
-    "Product",
+    "Merge",
+    "ProgramMismatch",
     "Structure",
     "analyse",
     "bind",

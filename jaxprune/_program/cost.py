@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxprune import _tree
 from jaxprune._program import jaxpr as _jaxpr
-from jaxprune._program.walk import Program, Step
+from jaxprune._program.values import Program, Step
 
 # Primitives that only move entries, so that the kept weights can be followed through them.
 _MOVES = frozenset(

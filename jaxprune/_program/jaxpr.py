@@ -135,15 +135,15 @@ def rules(eqn: Any) -> list[Any]:
 
         def jvp(*args: Any) -> list[Any]:
             found = iter(args[len(avals) :])
-            tangents = [next(found) if is_floating(a) else _no_tangent(a) for a in avals]
+            tangents = [next(found) if is_inexact(a) else _no_tangent(a) for a in avals]
             results = rule.call_wrapped(*args[: len(avals)], *tangents)
             return [
                 _instantiate(x, a)
                 for x, a in zip(results, outputs * 2, strict=True)
-                if is_floating(a)
+                if is_inexact(a)
             ]
 
-        return [trace(jvp, *avals, *filter(is_floating, avals))]
+        return [trace(jvp, *avals, *filter(is_inexact, avals))]
     _, forward, backward = params["subfuns"]
 
     def fwd(*args: Any) -> list[Any]:
@@ -156,7 +156,7 @@ def rules(eqn: Any) -> list[Any]:
     def bwd(*args: Any) -> list[Any]:
         results = backward.call_wrapped(*args)
         results = results[0] if isinstance(results[0], list) else results  # with logs since 0.12
-        return [_instantiate(x, a) for x, a in zip(results, avals, strict=True) if is_floating(a)]
+        return [_instantiate(x, a) for x, a in zip(results, avals, strict=True) if is_inexact(a)]
 
     first = trace(fwd, *avals)
     residuals = [_shape(v.aval) for v in first.jaxpr.outvars[len(outputs) :]]
@@ -213,10 +213,10 @@ def _custom_jvp(body: Callable[..., list[Any]], rule: Callable[..., list[Any]]) 
     fn = jax.custom_jvp(lambda *args: body(*args))
 
     def jvp(primals: Any, tangents: Any) -> Any:
-        some = [t for x, t in zip(primals, tangents, strict=True) if is_floating(x)]
+        some = [t for x, t in zip(primals, tangents, strict=True) if is_inexact(x)]
         outputs = fn(*primals)
-        derived = iter(rule(*primals, *some)[sum(map(is_floating, outputs)) :])
-        changes = [next(derived) if is_floating(x) else _float0(x) for x in outputs]
+        derived = iter(rule(*primals, *some)[sum(map(is_inexact, outputs)) :])
+        changes = [next(derived) if is_inexact(x) else _float0(x) for x in outputs]
         return outputs, changes
 
     fn.defjvp(jvp)
@@ -232,7 +232,7 @@ def _custom_vjp(
     floating: list[bool] = []
 
     def fwd(*args: Any) -> Any:
-        floating[:] = map(is_floating, args)
+        floating[:] = map(is_inexact, args)
         results = forward(*args)
         count = len(jax.eval_shape(body, *args))
         return results[:count], results[count:]
@@ -250,7 +250,7 @@ def _shape(aval: Any) -> Any:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
 
 
-def is_floating(x: Any) -> bool:
+def is_inexact(x: Any) -> bool:
     """Says whether derivatives flow through an array, or a value of its type."""
     return jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
 

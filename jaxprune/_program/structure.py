@@ -10,9 +10,10 @@ import numpy as np
 
 from jaxprune import _tree
 from jaxprune._program import jaxpr as _jaxpr
-from jaxprune._program.atoms import Product
+from jaxprune._program.atoms import Merge
 from jaxprune._program.rules import RULES
-from jaxprune._program.walk import Program, Value, Walk
+from jaxprune._program.values import Program, Value
+from jaxprune._program.walk import Walk
 
 Split = Mapping[str, int]
 
@@ -34,7 +35,7 @@ class Structure:
     program: Program
     leaves: list[Value]
     order: list[int]
-    choices: list[tuple[Product, int, list[int]]]
+    choices: list[tuple[Merge, int, list[int]]]
     out_tree: Any
 
     def spread(self, units: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
@@ -132,8 +133,8 @@ def check_inputs(inputs: Sequence[Any]) -> None:
 
 def _solve(
     walk: Walk, leaves: Mapping[str, Value], split: Split
-) -> list[tuple[Product, int, list[int]]]:
-    choices: list[tuple[Product, int, list[int]]] = []
+) -> list[tuple[Merge, int, list[int]]]:
+    choices: list[tuple[Merge, int, list[int]]] = []
     unused = dict(split)
     for path in split:
         if path not in leaves:
@@ -143,29 +144,29 @@ def _solve(
         free = [walk.atoms.find(axis)[walk.atoms.free(axis)] for axis in axes]
         return np.concatenate(free) if free else np.empty(0, np.int32)
 
-    def choose(products: list[Product], counts: list[list[int]]) -> tuple[int, int]:
+    def choose(merges: list[Merge], counts: list[list[int]]) -> tuple[int, int]:
         for path, factor in split.items():
             own = roots(leaves[path].axes)
-            for which, (product, units) in enumerate(zip(products, counts, strict=True)):
-                touched = roots([product.merged, *product.factors])
+            for which, (merge, units) in enumerate(zip(merges, counts, strict=True)):
+                touched = roots([merge.merged, *merge.factors])
                 if np.isin(own, touched).any() and -len(units) <= factor < len(units):
                     unused.pop(path, None)
                     if not units[factor]:
                         raise ValueError(
                             f"split: {path!r} cannot be cut along factor {factor} of "
-                            f"{product.where}: nothing can leave there. Units by factor: {units}."
+                            f"{merge.where}: nothing can leave there. Units by factor: {units}."
                         )
-                    choices.append((product, factor % len(units), units))
+                    choices.append((merge, factor % len(units), units))
                     return which, factor % len(units)
-        product, units = products[0], counts[0]
+        merge, units = merges[0], counts[0]
         before = roots(walk.atoms.cut)
-        follows = [np.isin(roots([factor]), before).any() for factor in product.factors]
+        follows = [np.isin(roots([factor]), before).any() for factor in merge.factors]
         best = [(bool(f and n), n) for f, n in zip(follows, units, strict=True)]
         factor = best.index(max(best))  # what was cut before, then the factor with more units
-        choices.append((product, factor, units))
+        choices.append((merge, factor, units))
         return 0, factor
 
-    walk.atoms.solve(walk.products, choose)
+    walk.atoms.solve(walk.merges, choose)
     if unused:
         ambiguous = "; ".join(f"{p.where}, units by factor {units}" for p, _, units in choices)
         raise ValueError(

@@ -35,7 +35,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from tqdm import tqdm
 
 from jaxprune import _loss, _progress, _select, _tree, scores
 from jaxprune._tree import Masks, Params, Score, Select
@@ -234,7 +233,7 @@ def sweep(
     points = [(DENSE, 0.0)] + [(name, float(s)) for name in methods for s in sparsities]
     wanted = [(name, s, seed) for seed in seeds for name, s in points]
     network = jax.jit(apply_fn)
-    bar = tqdm([key for key in wanted if key not in rows], disable=not _progress.seen())
+    bar = _progress.bar([key for key in wanted if key not in rows])
     run = functools.lru_cache(maxsize=1)(  # seeds follow each other: only one dense network is held
         lambda seed: runner(seed, init, train, evaluate, network, tuple(inputs))
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune import _files
+from jaxprune import _atomic
 from jaxprune._table import Table
 
 Curves = Mapping[str, np.ndarray]  # columns of equal length, one entry for each point
@@ -18,6 +18,7 @@ Row = dict[str, Any]
 Key = tuple[str, float, int]  # method, sparsity, seed
 
 DENSE = "dense"
+"""The method of the rows that hold the unpruned control."""
 MEASURES = {
     "before": float,
     "after": float,
@@ -30,6 +31,7 @@ MEASURES = {
     "trainings": float,
     "seconds": float,
 }
+"""The columns that hold numbers, and their types."""
 COLUMNS = {"method": str, "sparsity": float, "seed": int} | MEASURES | {"error": str}
 
 
@@ -89,7 +91,7 @@ def save(table: Curves, path: str | os.PathLike[str]) -> None:
         # JSON has no NaN, which marks the numbers of failed points.
         finite = {k: [None if x != x else x for x in cells] for k, cells in columns.items()}
         json.dump({"jaxprune": "curves", "columns": finite}, text, indent=1)
-    with _files.replacing(path) as new:
+    with _atomic.replacing(path) as new:
         new.write_text(text.getvalue(), encoding="utf-8", newline="")
 
 
