@@ -39,9 +39,10 @@ from jaxprune import (
     search,
     units,
 )
+from jaxprune._plan import Plan
 from jaxprune._report import report
 from jaxprune._select import select, select_iteratively
-from jaxprune._shrink import CannotShrink, Plan, shrink
+from jaxprune._shrink import CannotShrink, shrink
 from jaxprune.groups import find_groups
 from jaxprune.masks import apply_masks
 from jaxprune.metrics import summary
