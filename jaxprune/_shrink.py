@@ -29,7 +29,7 @@ class CannotShrink(ValueError):
       >>> try:
       ...     shrink(lambda p, x: x @ p["w"], params, masks, jnp.ones((5, 3)))
       ... except CannotShrink as error:
-      ...     print(str(error)[:54])
+      ...     print(str(error)[:52])
       w: masks must keep a slice of axis 0, got none of 3.
     """
 

@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -50,7 +49,7 @@ def test_a_module_that_needs_its_dense_sizes(block):
     masks = groups.select(jp.scores.magnitude(state), scope={"attention/value/kernel": 0.5})
     small_fn, small, plan = jp.shrink(fn, state, masks, x)
     assert any(path == "attention/value/kernel" for path, *_ in plan.kept)
-    with pytest.raises(ValueError, match="MultiHeadAttention|Block.*use the shrunk function"):
+    with pytest.raises(ValueError, match="Block cannot run with .*use the shrunk function"):
         jp.nnx.merge(model, small_fn, small, x)
 
 
@@ -74,11 +73,9 @@ def test_split_of_a_training_step():
     model.train()
     x = jax.random.normal(jax.random.key(0), (2, 5, 6))
     fn, state = jp.nnx.split(model, has_aux=True)
-    before = jax.tree.map(jnp.copy, state)
     out, new = fn(state, x)
-    unchanged = jax.tree.map(lambda a, b: bool((a == b).all()), state, before)
-    assert all(jax.tree.leaves(unchanged))
-    assert not np.allclose(new["norm"]["mean"][...], state["norm"]["mean"][...])
+    assert not state["norm"]["mean"][...].any() and not model.norm.mean[...].any()
+    assert new["norm"]["mean"][...].all()
     close(out, nnx.clone(model)(x))
     groups = jp.find_groups(fn, state, x, has_aux=True)
     masks = groups.select(jp.scores.magnitude(state), scope={"inner/bias": 0.5})
