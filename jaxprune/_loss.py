@@ -1,4 +1,8 @@
-"""Losses as criteria take them: of the floating leaves, scalar, or of one example at a time."""
+"""Helpers for data-driven criteria: checks around a score, gradients, loops over examples.
+
+A criterion is a function ``(loss, params, *batch) -> scores`` decorated with :func:`checked`. It
+differentiates with :func:`grad`, with respect to the floating leaves alone.
+"""
 
 import contextlib
 import functools
@@ -10,12 +14,44 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _mesh, _tree
+from jaxprune._tree import Params, Tree
+
+Loss = Callable[..., jax.Array]  # (params, *batch) -> scalar
 
 
-def of_floats(name: str, loss: Callable[..., jax.Array], params: Any, *batch: Any) -> Any:
-    """Gives the loss as a function of the floating leaves, and these leaves."""
+def checked(
+    name: str, *, examples: bool = False, curvature: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Returns a decorator that checks the arguments of a criterion before it is traced.
 
-    def scalar(floats):
+    Args:
+      name: the name of the criterion in messages.
+      examples: whether all arrays of the batch must have the examples along their first axis.
+      curvature: whether the criterion returns ``(result, largest)``, where ``largest`` comes from
+        :func:`largest`; it is checked, and the decorated criterion returns the result.
+    """
+
+    def decorate(criterion: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(criterion)
+        def run(loss: Callable[..., Any], params: Params, *batch: Any, **options: Any) -> Any:
+            _tree.check_params(params)
+            if examples:
+                check_examples(name, batch)
+            if not curvature:
+                return criterion(loss, params, *batch, **options)
+            result, largest = criterion(loss, params, *batch, **options)
+            check_curvature(name, largest)
+            return result
+
+        return run
+
+    return decorate
+
+
+def of_floats(name: str, loss: Loss, params: Params, *batch: Any) -> tuple[Loss, Tree]:
+    """Returns the loss as a function of the floating leaves, and these leaves."""
+
+    def scalar(floats: Tree) -> jax.Array:
         value = loss(_tree.merge(floats, params), *batch)
         if not isinstance(value, _tree.ARRAYS) or jnp.shape(value) or not _tree.is_floating(value):
             raise TypeError(
@@ -28,47 +64,50 @@ def of_floats(name: str, loss: Callable[..., jax.Array], params: Any, *batch: An
     return scalar, jax.tree.map(jnp.asarray, _tree.floating(params))
 
 
-def grad(name: str, loss: Callable[..., jax.Array], params: Any, *batch: Any) -> Any:
-    """Takes ``jax.grad`` over the floating leaves alone; `None` for the others."""
+def grad(name: str, loss: Loss, params: Params, *batch: Any) -> Tree:
+    """Returns the gradient of a loss in the floating leaves, and `None` for the others."""
     scalar, floats = of_floats(name, loss, params, *batch)
     with differentiating(name, scalar, floats):
         return jax.grad(scalar)(floats)
 
 
 @contextlib.contextmanager
-def differentiating(name: str, scalar: Callable[..., jax.Array], floats: Any) -> Iterator[None]:
-    """Raises a `TypeError` that names the criterion where the loss runs, but has no derivative."""
+def differentiating(name: str, scalar: Loss, floats: Tree) -> Iterator[None]:
+    """Raises a `TypeError` that names the criterion if the loss runs but has no derivative."""
     try:
         yield
     except Exception as error:
-        jax.eval_shape(scalar, floats)  # an error of the loss itself stays as it is
+        jax.eval_shape(scalar, floats)  # raises first, if the loss itself has an error
         raise TypeError(
-            f"{name}: the loss cannot be differentiated: {error} First derivatives are needed, and "
-            "second ones by obd, obd_hutchinson and grasp; magnitude needs none."
+            f"{name}: the loss cannot be differentiated: {error} All criteria with a loss need "
+            "first derivatives; obd, obd_hutchinson and grasp need second ones. Use a "
+            "differentiable loss, or `magnitude`."
         ) from error
 
 
-def check_examples(name: str, batch: Any) -> None:
-    """Raises a `ValueError` unless all batch arrays have as many examples, on their first axis."""
+def check_examples(name: str, batch: Tree) -> None:
+    """Raises a `ValueError` unless all batch arrays have equally many examples on axis 0."""
     shapes = {path: jnp.shape(x) for path, x in _tree.named_leaves(batch)}
     counts = {shape[0] if shape else 0 for shape in shapes.values()}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(
-            f"{name}: needed the examples along the first axis of every batch array, got the "
-            f"shapes {shapes}. Close the loss over what is not split by example."
+            f"{name}: every batch array must have the examples along the first axis, got the "
+            f"shapes {shapes}. Close the loss over arrays that are not split by example."
         )
 
 
-def example(batch: Any, i: Any) -> Any:
-    """Gives one example, as a batch of one."""
+def example(batch: Tree, i: Any) -> Tree:
+    """Returns example i as a batch of one."""
     one = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=1)
     return jax.tree.map(lambda x: _mesh.automatic(one, x, i), batch)
 
 
 def fold(step: Callable[[Any, Any], Any], carry: Any, count: int, traced: bool) -> Any:
-    """Calls ``carry = step(carry, i)`` for every i, in a loop of Python where nothing is traced.
+    """Computes ``carry = step(carry, i)`` for every i below count.
 
-    XLA on CPUs takes gradients of convolutions ten times slower in a loop of its own.
+    Outside jit this is a Python loop over a jitted step, because XLA on CPUs computes gradients of
+    convolutions ten times slower inside a loop of its own. Under jit it is a scan, which compiles
+    the step once.
     """
     numbers = np.arange(count, dtype=np.int32)
     if traced:
@@ -78,13 +117,13 @@ def fold(step: Callable[[Any, Any], Any], carry: Any, count: int, traced: bool) 
     return carry
 
 
-def largest(curvature: Any) -> Any:
-    """Finds the largest absolute value of every leaf."""
+def largest(curvature: Tree) -> Tree:
+    """Returns the largest absolute value of every leaf."""
     return jax.tree.map(lambda h: jnp.max(jnp.abs(h), initial=0), curvature)
 
 
-def check_curvature(name: str, largest: Any) -> None:
-    """Raises a `ValueError`, outside jit, for a curvature that is not finite, or 0 everywhere."""
+def check_curvature(name: str, largest: Tree) -> None:
+    """Raises a `ValueError`, outside jit, for a curvature that is not finite or 0 everywhere."""
     if _tree.is_traced(largest):
         return
     sizes = {path: float(size) for path, size in _tree.named_leaves(jax.device_get(largest))}
@@ -97,6 +136,6 @@ def check_curvature(name: str, largest: Any) -> None:
     if not any(sizes.values()):
         raise ValueError(
             f"{name}: the curvature is exactly 0 in every leaf ({_tree.show(next(iter(sizes)))}, "
-            "...), so that scores say nothing. Needed a loss with a curvature: one that is linear "
-            "in the outputs of a piecewise linear network has none. Try `taylor`."
+            "...), so that all scores are 0. Use a loss with a curvature: one that is linear in "
+            "the outputs of a piecewise linear network has none. Or use `taylor`."
         )

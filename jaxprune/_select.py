@@ -1,9 +1,9 @@
-"""Scores to masks: which weights stay, to an exact count."""
+"""From scores to masks: which weights are kept, to an exact count."""
 
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,49 +11,60 @@ import numpy as np
 
 from jaxprune import _mesh, _threshold, _tree, patterns
 from jaxprune import masks as _masks
-from jaxprune._tree import Masks, Params, Scores, Select
+from jaxprune._tree import Masks, Params, Score, Scores, Select, Where
 
 SCOPES = ("global", "layer", "erk")
 
 
+class _Entry(NamedTuple):
+    """A leaf to prune."""
+
+    number: int  # among all leaves
+    path: str
+    scores: jax.Array
+    within: jax.Array | None  # its mask so far
+
+
 def select(
-    scores: Any,
+    scores: Scores,
     sparsity: float | jax.Array | None = None,
     *,
     scope: str | Mapping[str, float] = "global",
     pattern: patterns.Pattern = patterns.unstructured,
-    where: Callable[[str, Any], bool] | None = None,
-    within: Any = None,
+    where: Where | None = None,
+    within: Masks | None = None,
     stacked: Callable[[str], bool] | None = None,
-) -> Any:
-    r"""Keeps the weights with the largest scores: exactly ``round(sparsity * n)`` of n go.
+) -> Masks:
+    r"""Builds masks that keep the highest-scoring weights.
 
-    Ties are broken by a hash of the position, so that equal scores spread evenly. Jittable; a
-    Python sparsity is exact, a traced float32 one within 6e-8 n. Under jit NaN counts as lowest.
+    Exactly ``round(sparsity * n)`` of the n prunable weights are removed; a sparsity that is traced
+    as float32 is exact to 6e-8 n. Ties are broken by a hash of the position, so equal scores are
+    pruned evenly. The function can be jitted; under jit NaN counts as the lowest score.
 
     Args:
-      scores: a pytree, higher is kept; `None` leaves are never pruned.
-      sparsity: the fraction to remove, in [0, 1): of weights, or of the units of a pattern. One
-        such as n:m has a sparsity of its own: there it may be left out, and less makes no
-        difference.
-      scope: ``"global"`` compares all weights; ``"layer"`` removes the same fraction of every leaf;
-        ``"erk"`` keeps leaf densities proportional to :math:`\sum_d n_d / \prod_d n_d`; a mapping
-        from path to sparsity sets leaves one by one, and ``sparsity`` (else 0) the others.
-      pattern: the units inside a leaf.
-      where: maps ``(path, score leaf)`` to whether the leaf may be pruned; by default those with
-        two or more axes.
-      within: masks to prune further. What they removed counts towards the sparsity and stays
-        removed, even where it is more than asked.
-      stacked: maps a path to whether the leaf's first axis stacks layers, as `jax.lax.scan` wants
-        them; the default ``where`` and ERK ignore that axis.
+      scores: a pytree of arrays; higher is kept, `None` leaves are never pruned.
+      sparsity: the fraction to remove, in [0, 1): of weights, or of the cells of a pattern. n:m
+        patterns imply a sparsity; it may then be omitted, and a smaller value has no effect.
+      scope: ``"global"`` compares all weights; ``"layer"`` removes the same fraction of every leaf,
+        which counts as a layer here; ``"erk"`` keeps leaf densities proportional to
+        :math:`\sum_d n_d / \prod_d n_d`; a mapping from paths to sparsities sets single leaves, and
+        ``sparsity`` (by default 0) the others.
+      pattern: the cells of a leaf that are kept or pruned together. Make a pattern once: `select`
+        compiles anew for each object.
+      where: maps ``(path, score leaf)`` to whether the leaf may be pruned; by default a leaf with
+        two or more axes may.
+      within: masks to prune further. Weights already pruned there count towards ``sparsity`` and
+        stay pruned, even if they exceed it.
+      stacked: maps a path to whether the first axis of the leaf stacks layers, as `jax.lax.scan`
+        takes them; the default ``where`` and ERK ignore that axis.
 
     Returns:
-      Masks: bool leaves, `True` for kept; `None` for leaves that are never pruned.
+      Masks: bool leaves, `True` for kept, and `None` for leaves that are never pruned.
 
     Raises:
-      ValueError: for a sparsity outside [0, 1), an unknown scope or path, no leaf to prune, other
-        paths or shapes in ``within``, a leaf that the pattern does not fit, and (outside jit)
-        scores that are not finite or on different devices.
+      ValueError: for a sparsity outside [0, 1), an unknown scope or path, no leaf to prune, masks
+        in ``within`` of other paths or shapes, or a leaf that the pattern does not fit; outside jit
+        also for scores that are not finite or lie on different devices.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -66,87 +77,112 @@ def select(
     """
     stacked = stacked or (lambda path: False)
     where = where or (lambda path, leaf: jnp.ndim(leaf) - stacked(path) >= 2)
-    names = _tree.named_leaves(scores)
-    inside = [None] * len(names) if within is None else _tree.align_masks(scores, within)
-    chosen = [
-        i
-        for i, (path, leaf) in enumerate(names)
-        if where(path, leaf) and (within is None or inside[i] is not None)
+    leaves = _tree.named_leaves(scores)
+    before = [None] * len(leaves) if within is None else _tree.align_masks(scores, within)
+    entries = [
+        _Entry(i, path, leaf, mask)
+        for i, ((path, leaf), mask) in enumerate(zip(leaves, before, strict=True))
+        if where(path, leaf) and (within is None or mask is not None)
     ]
-    if not chosen:
+    if not entries:
         raise ValueError(
-            f"select found no leaf to prune among {[path for path, _ in names][:10]}. By default "
-            "leaves with two or more axes are pruned; name others with `where=lambda path, s: ...`."
+            f"select found no leaf to prune among {[path for path, _ in leaves][:10]}. By default "
+            "leaves with two or more axes are pruned; choose others with "
+            "`where=lambda path, score: ...`."
         )
-    paths = [names[i][0] for i in chosen]
-    for i in chosen:
-        if not hasattr(names[i][1], "dtype"):
-            raise TypeError(f"{_tree.show(names[i][0])}: scores must be arrays.")
-    _mesh.check_together(
-        [(_tree.show(names[i][0]), x) for i in chosen for x in (names[i][1], inside[i])]
-    )
+    for entry in entries:
+        if not hasattr(entry.scores, "dtype"):
+            raise TypeError(
+                f"{_tree.show(entry.path)}: scores must be arrays, got "
+                f"{type(entry.scores).__name__}. Convert with `jnp.asarray`."
+            )
+    _mesh.check_together([(_tree.show(e.path), x) for e in entries for x in (e.scores, e.within)])
     if sparsity is None and pattern.share is not None:
         sparsity = 0.0
+    paths = [entry.path for entry in entries]
     sparsity = _check_scope(scope, sparsity, paths)
+    pools = (0,) * len(entries) if scope == "global" else tuple(range(len(entries)))
     with jax.enable_x64(True):
-        units = [_pool(pattern, *names[i]) for i in chosen]
-        held = [
-            None if (m := inside[i]) is None else _mesh.automatic(pattern.pool, m).astype(bool)
-            for i in chosen
-        ]
-        shapes = [jnp.shape(names[i][1])[stacked(names[i][0]) :] for i in chosen]
-        sizes = [math.prod(u.shape) for u in units]
+        sizes = [math.prod(_cells(pattern, entry)) for entry in entries]
+        shapes = [jnp.shape(entry.scores)[stacked(entry.path) :] for entry in entries]
         keep = budget(scope, sparsity, paths, sizes, shapes, pattern.share or 1.0)
-        group = (0,) * len(units) if scope == "global" else tuple(range(len(units)))
-        kept, bad = _largest(units, held, keep, group, pattern.limit)
+        arrays = [entry.scores for entry in entries], [entry.within for entry in entries]
+        kept, bad = _largest(*arrays, keep, pattern=pattern, pools=pools)
     if not _tree.is_traced(bad):
         for count, path in zip(np.asarray(bad), paths, strict=True):
             if count:
                 raise ValueError(
                     f"{_tree.show(path)}: {count} scores are NaN or infinite. Check the loss and "
-                    "the params, or leave this leaf out with `where=lambda path, s: ...`."
+                    "the params, or exclude this leaf with `where=lambda path, score: ...`."
                 )
-    leaves: list[Any] = [None] * len(names)
-    for i, mask in zip(chosen, kept, strict=True):
-        leaves[i] = mask
-        if pattern is not patterns.unstructured:
-            leaves[i] = _mesh.automatic(functools.partial(_spread, pattern), names[i][1], mask)
-        if inside[i] is not None and pattern is not patterns.unstructured:
-            leaves[i] &= inside[i]  # a kept unit may hold weights that are gone already
-    return _tree.rebuild(scores, leaves)
+    masks: list[Any] = [None] * len(leaves)
+    for entry, mask in zip(entries, kept, strict=True):
+        masks[entry.number] = mask
+    return _tree.rebuild(scores, masks)
 
 
-def _pool(pattern: patterns.Pattern, path: str, scores: Any) -> jax.Array:
+def _cells(pattern: patterns.Pattern, entry: _Entry) -> tuple[int, ...]:
+    """Returns the shape of the cells of a leaf; raises a `ValueError` if the pattern misfits."""
+    like = jax.ShapeDtypeStruct(entry.scores.shape, entry.scores.dtype)
     try:
-        return _mesh.automatic(pattern.pool, jnp.asarray(scores))
+        return jax.eval_shape(pattern.pool, like).shape
     except ValueError as error:
         raise ValueError(
-            f"{_tree.show(path)}: {error} Leave this array out with `where=lambda path, s: ...`."
+            f"{_tree.show(entry.path)}: {error} Or exclude this leaf with "
+            "`where=lambda path, score: ...`."
         ) from error
 
 
-def _spread(pattern: patterns.Pattern, scores: Any, kept: jax.Array) -> jax.Array:
-    return _mesh.follow(pattern.spread(kept, jnp.shape(scores)), scores)
+@functools.partial(jax.jit, static_argnames=("pattern", "pools"))
+def _largest(
+    scores: list[jax.Array],
+    within: list[jax.Array | None],
+    keep: jax.Array,
+    *,
+    pattern: patterns.Pattern,
+    pools: tuple[int, ...],
+) -> tuple[list[jax.Array], jax.Array]:
+    """Returns the mask of every leaf, and how many of its competing cells are not finite.
 
-
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _largest(scores, within, keep, group, limit):
-    scores = [s.astype(jnp.float32) for s in scores]
-    if limit is None:
-        return _threshold.largest(scores, within, keep, group)
-    fraction = keep / np.bincount(group, [s.size for s in scores])
-    allowed = [
-        _mesh.automatic(limit, s, m, fraction[g])
-        for s, m, g in zip(scores, within, group, strict=True)
+    ``pools`` holds the pool in which each leaf competes; ``keep`` how many cells each pool keeps.
+    """
+    cells = [_mesh.automatic(pattern.pool, s).astype(jnp.float32) for s in scores]
+    # A cell competes while any of its weights is left.
+    competing = [
+        None if m is None else _mesh.automatic(pattern.pool, m).astype(bool) for m in within
     ]
-    kept, bad = _threshold.largest(scores, allowed, keep, group)
-    lost = [~a if m is None else m & ~a for a, m in zip(allowed, within, strict=True)]
-    pairs = zip(scores, lost, strict=True)
-    return kept, bad + jnp.stack([jnp.sum(m & ~jnp.isfinite(s)) for s, m in pairs])
+    if pattern.limit is None:
+        kept, bad = _threshold.largest(cells, competing, keep, pools)
+    else:
+        share = keep / np.bincount(pools, [c.size for c in cells])
+        allowed = [
+            _mesh.automatic(pattern.limit, c, m, share[pool])
+            for c, m, pool in zip(cells, competing, pools, strict=True)
+        ]
+        kept, bad = _threshold.largest(cells, allowed, keep, pools)
+        # A limit drops NaN first: count also those that it did not let compete.
+        barred = [~a if m is None else m & ~a for a, m in zip(allowed, competing, strict=True)]
+        pairs = zip(cells, barred, strict=True)
+        bad += jnp.stack([jnp.sum(m & ~jnp.isfinite(c)) for c, m in pairs])
+    return [_spread(pattern, *x) for x in zip(scores, kept, within, strict=True)], bad
+
+
+def _spread(
+    pattern: patterns.Pattern, scores: jax.Array, kept: jax.Array, within: jax.Array | None
+) -> jax.Array:
+    """Turns the kept cells of a leaf into its mask."""
+    if pattern is patterns.unstructured:
+        return kept
+
+    def spread(scores: jax.Array, kept: jax.Array) -> jax.Array:
+        return _mesh.follow(pattern.spread(kept, scores.shape), scores)
+
+    mask = _mesh.automatic(spread, scores, kept)
+    return mask if within is None else mask & within  # a kept cell may hold pruned weights
 
 
 def check_sparsity(sparsity: Any, name: str = "sparsity") -> Any:
-    """Returns a concrete sparsity as a Python float, a traced one as it is."""
+    """Checks a sparsity; returns a concrete one as a Python float, a traced one unchanged."""
     if _tree.is_traced(sparsity):
         return sparsity
     try:
@@ -161,29 +197,43 @@ def check_sparsity(sparsity: Any, name: str = "sparsity") -> Any:
     return value
 
 
-def _check_scope(scope: Any, sparsity: Any, paths: Sequence[str]) -> Any:
+def _check_scope(
+    scope: str | Mapping[str, float], sparsity: Any, paths: Sequence[str]
+) -> float | jax.Array:
     if isinstance(scope, Mapping):
         for path, value in scope.items():
             if path not in paths:
-                raise ValueError(f"{path}: this scope path matches no prunable leaf of {paths}.")
-            check_sparsity(value, f"the sparsity of {path}")
+                raise ValueError(
+                    f"{path}: a path of `scope` must be the path of a prunable leaf, got none of "
+                    f"{list(paths)}. Correct the path, or choose the leaf with `where`."
+                )
+            check_sparsity(value, f"{path}: sparsity")
         sparsity = 0.0 if sparsity is None else sparsity
-    elif scope not in SCOPES:
-        raise ValueError(f"unknown scope {scope!r}; needed one of {SCOPES} or {{path: sparsity}}.")
+    else:
+        _tree.check_word("scope", scope, SCOPES)
     if sparsity is None:
-        raise ValueError("select needs a sparsity in [0, 1), such as `select(scores, 0.9)`.")
+        raise ValueError(
+            "sparsity must be a number in [0, 1), got None. Pass it, as in `select(scores, 0.9)`."
+        )
     return check_sparsity(sparsity)
 
 
-def budget(scope, sparsity, paths, sizes, shapes, share=1.0) -> Any:
-    """Counts what each group keeps: on the host for a Python sparsity, so that it is exact.
+def budget(
+    scope: str | Mapping[str, float],
+    sparsity: float | jax.Array,
+    paths: Sequence[str],
+    sizes: Sequence[int],
+    shapes: Sequence[tuple[int, ...]],
+    share: float = 1.0,
+) -> Any:
+    """Returns how many cells each pool keeps: on the host, so exact, for a Python sparsity.
 
-    Of no leaf more than a ``share`` can stay; where ERK would keep more, other leaves keep it.
+    At most ``share`` of each leaf is kept; ERK redistributes any excess to the other leaves.
     """
     xp: Any = jnp if _tree.is_traced(sparsity) else np
     total = np.array(sizes, np.int64)
 
-    def keep(sparsity, n):
+    def keep(sparsity: Any, n: np.ndarray) -> Any:
         return n - xp.round(xp.asarray(sparsity, np.float64) * n).astype(np.int64)
 
     if isinstance(scope, Mapping):
@@ -199,47 +249,54 @@ def budget(scope, sparsity, paths, sizes, shapes, share=1.0) -> Any:
 
 
 def _erk(xp: Any, kept: Any, sizes: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> Any:
-    """Shares out kept weights by Erdős–Rényi kernel densities, to an exact total."""
+    """Distributes kept weights by Erdős–Rényi kernel densities, to an exact total.
+
+    Densities above 1 are not possible, so the leaves with the largest ones become dense and the
+    rest is distributed over the others. `xp` is NumPy, or jax.numpy for a traced count.
+    """
     density = np.array([sum(s) / max(math.prod(s), 1) for s in shapes])
-    order = np.argsort(-density, kind="stable")  # which leaves become dense first
+    order = np.argsort(-density, kind="stable")  # in which leaves become dense
     n, d = sizes[order], density[order]
     dense = np.cumsum(n) - n  # weights in the leaves before
     rest = np.cumsum((n * d)[::-1])[::-1]
     scale = (kept - dense) / rest  # if exactly the leaves before are dense
     fits = scale * d <= 1
-    first = xp.sum(xp.cumsum(fits[:-1]) == 0)  # the last leaf at the latest
+    first = xp.sum(xp.cumsum(fits[:-1]) == 0)  # the first leaf that is not dense, or the last one
     share = xp.where(np.arange(len(n)) < first, n, xp.minimum(scale[first] * d, 1) * n)
-    whole = xp.clip(xp.floor(share), 0, n).astype(np.int64)
-    rank = xp.argsort(xp.argsort(-xp.where(whole < n, share - whole, -1)))
-    whole = whole + (rank < kept - whole.sum())
-    return whole[np.argsort(order)]
+    floor = xp.clip(xp.floor(share), 0, n).astype(np.int64)
+    # The weights lost by rounding down go to the leaves with the largest remainders.
+    rank = xp.argsort(xp.argsort(-xp.where(floor < n, share - floor, -1)))
+    count = floor + (rank < kept - floor.sum())
+    return count[np.argsort(order)]
 
 
 def select_iteratively(
-    score: Callable[..., Any],
-    params: Any,
+    score: Score,
+    params: Params,
     sparsity: float,
     *batch: Any,
     rounds: int = 100,
-    select: Callable[..., Any] = select,
-) -> Any:
-    r"""Masks, scores what is left, and masks again, without training in between.
+    select: Select = select,
+) -> Masks:
+    r"""Scores and prunes in rounds, without training in between.
 
-    After round k of n a fraction :math:`(1 - s)^{k / n}` is kept. All rounds run in one jit.
+    After round k of n, a fraction :math:`(1 - s)^{k / n}` of the weights is kept. Each round scores
+    the params masked by the round before. All rounds run in one jit.
 
     Args:
       score: maps ``(params, *batch)`` to scores, such as ``jp.scores.synflow(apply_fn)``.
       params: the params to score.
-      sparsity: the fraction removed in the end, in [0, 1).
+      sparsity: the fraction that is removed in the end, in [0, 1).
       *batch: passed to ``score``.
-      rounds: how often to score.
+      rounds: the number of rounds.
       select: ``functools.partial(jp.select, scope=..., where=...)`` for other choices.
 
     Returns:
-      Masks.
+      Masks: bool leaves, `True` for kept, and `None` for leaves that are never pruned.
 
     Raises:
-      ValueError: for a sparsity outside [0, 1), fewer than one round, or scores not finite.
+      ValueError: for a sparsity outside [0, 1) or fewer than one round; outside jit also for scores
+        that are not finite in some round.
 
     Examples:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -254,37 +311,39 @@ def select_iteratively(
     """
     _tree.check_params(params)
     if rounds < 1:
-        raise ValueError(f"`rounds` must be at least 1, got {rounds}.")
+        raise ValueError(f"rounds must be at least 1, got {rounds}.")
     sparsity = check_sparsity(sparsity)
     sparsities = 1 - (1 - sparsity) ** (np.arange(1, rounds + 1) / rounds)
-    sparsities[-1] = sparsity  # whatever rounding made of it
+    sparsities[-1] = sparsity  # exactly, without rounding errors
     outer = bool(jax.enable_x64.value)
     with jax.enable_x64(True):
         masks, bad = _iterate(score, select, outer, params, sparsities, batch)
     if not _tree.is_traced(bad):
-        for found, (path, _) in zip(np.asarray(bad), _tree.named_leaves(masks), strict=True):
-            if found:
+        for is_bad, (path, _) in zip(np.asarray(bad), _tree.named_leaves(masks), strict=True):
+            if is_bad:
                 raise ValueError(
                     f"{_tree.show(path)}: scores became NaN or infinite in some round. Check the "
-                    "params and the score; SynFlow's are NaN where no signal reaches the output."
+                    "params and the score; SynFlow scores NaN if no signal reaches the output."
                 )
     return masks
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _iterate(score, select, outer, params, sparsities, batch):
-    def scored(masks):
-        with jax.enable_x64(outer):
+@functools.partial(jax.jit, static_argnames=("score", "select", "outer"))
+def _iterate(
+    score: Score, select: Select, outer: bool, params: Params, sparsities: jax.Array, batch: Any
+) -> tuple[Masks, jax.Array]:
+    def scored(masks: Masks | None) -> Scores:
+        with jax.enable_x64(outer):  # the score runs as the caller has it
             return score(params if masks is None else _masks.apply_masks(params, masks), *batch)
 
-    def round_(masks, sparsity):
+    def round_(masks: Masks, sparsity: jax.Array) -> tuple[Masks, jax.Array]:
         scores = scored(masks)
         pairs = zip(jax.tree.leaves(scores), _tree.align(scores, masks), strict=True)
         bad = jnp.stack([~jnp.all(jnp.isfinite(s)) for s, m in pairs if m is not None])
         return select(scores, sparsity, within=masks), bad
 
     start = whole_masks(params, select, jax.eval_shape(lambda: scored(None)))
-    # Behind a barrier: XLA copies masks in every round if it knows what they hold in the first.
+    # Behind a barrier: XLA copies masks in every round if it knows their values in the first.
     masks, bad = jax.lax.scan(round_, jax.lax.optimization_barrier(start), sparsities)
     return masks, jnp.any(bad, axis=0)
 

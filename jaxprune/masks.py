@@ -203,7 +203,7 @@ def _unpacked(path: str, entry: Any, leaf: Any) -> Any:
         return jnp.unpackbits(bits, axis, count).astype(bool).reshape(shape)
 
     mask = _mesh.automatic(unpack_bits, jnp.asarray(entry))
-    return _mesh.follow(mask, leaf) if _tree.is_traced(leaf) else _tree.place(mask, leaf)
+    return _mesh.follow(mask, leaf) if _tree.is_traced(leaf) else _mesh.place(mask, leaf)
 
 
 def save(path: str | os.PathLike[str], params: Any, masks: Masks) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import _tree
+from jaxprune import _mesh, _tree
 from jaxprune._select import select as _select
 from jaxprune._select import whole_masks
 from jaxprune._tree import Masks, Params, Score, Select
@@ -127,7 +127,7 @@ def gradual(
         raise ValueError(f"gradual: every must be at least 1, got {every}.")
     inner = optax.with_extra_args_support(inner)
 
-    def whole(params: Any) -> Any:
+    def whole(params: Params) -> Masks:
         return whole_masks(params, select)
 
     def init(params):
@@ -236,7 +236,7 @@ def copy_masks(params: Params, masks: Masks) -> Masks:
     """
     leaves, treedef = jax.tree.flatten(params)
     placed = [
-        m if m is None or _is_abstract(m) else _tree.place(jnp.copy(m), w)
+        m if m is None or _is_abstract(m) else _mesh.place(jnp.copy(m), w)
         for m, w in zip(_tree.align_masks(params, masks), leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, placed)

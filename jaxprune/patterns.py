@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _mesh, _threshold
+from jaxprune import _sums, _threshold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +103,10 @@ def block(shape: Sequence[int]) -> Pattern:
         for n, length in zip(scores.shape[first:], lengths, strict=True):
             full = np.minimum(length, n - length * np.arange(-(-n // length)))
             count = np.multiply.outer(count, full.astype(np.float32))
-        return _mesh.exact_block_sum(scores, lengths) / count
+        return _sums.exact_block_sum(scores, lengths) / count
 
     def spread(kept, shape):
-        return _mesh.spread_blocks(kept, lengths, shape)
+        return _sums.spread_blocks(kept, lengths, shape)
 
     return Pattern(pool, spread)
 
@@ -147,7 +147,7 @@ def axis(*axes: int) -> Pattern:
 
     def pool(scores):
         away = others(scores.shape)
-        return _mesh.exact_sum(scores, away) / max(math.prod(scores.shape[a] for a in away), 1)
+        return _sums.exact_sum(scores, away) / max(math.prod(scores.shape[a] for a in away), 1)
 
     def spread(kept, shape):
         return jnp.broadcast_to(jnp.expand_dims(kept, others(shape)), shape)

@@ -253,10 +253,10 @@ def test_scores_that_turn_nan_between_rounds_name_their_leaf():
         ({"sparsity": 1.0}, r"\[0, 1\), got 1.0"),
         ({"sparsity": -0.1}, "got -0.1"),
         ({"sparsity": float("nan")}, "got nan"),
-        ({}, "needs a sparsity"),
-        ({"sparsity": 0.5, "scope": "layers"}, "unknown scope 'layers'"),
-        ({"scope": {"nope": 0.5}}, "nope: this scope path matches no"),
-        ({"scope": {"d": 1.5}}, "sparsity of d"),
+        ({}, r"^sparsity must be a number in \[0, 1\), got None"),
+        ({"sparsity": 0.5, "scope": "layers"}, "^scope must be one of .*, got 'layers'"),
+        ({"scope": {"nope": 0.5}}, "^nope: a path of `scope` must be"),
+        ({"scope": {"d": 1.5}}, "^d: sparsity must be in"),
         ({"sparsity": 0.5, "where": lambda p, s: False}, "no leaf to prune"),
         ({"sparsity": 0.5, "within": {"a": None}}, "have"),
         (
@@ -578,5 +578,5 @@ def test_patterns_that_do_not_fit_are_named(pattern, words):
 
 
 def test_n_of_m_ramped_needs_a_sparsity():
-    with pytest.raises(ValueError, match="needs a sparsity"):
+    with pytest.raises(ValueError, match="sparsity must be a number"):
         jp.select(problem(), pattern=jp.patterns.n_of_m(None, 4))

@@ -1,6 +1,6 @@
-"""Importance scores, one criterion a file: float32, higher is kept, `None` for other dtypes.
+"""Importance scores, one criterion per file: float32, higher is kept, `None` for other dtypes.
 
-Data-free scores are called on params, data-driven ones like ``jax.grad``, as
+Data-free criteria are called with the params. Data-driven ones are used like ``jax.grad``:
 ``snip(loss)(params, x, y)``. All are jitted and can be called inside another jit.
 """
 

@@ -1,29 +1,33 @@
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxprune import _tree
-from jaxprune.scores._leaf import whole
+from jaxprune._tree import Params, Scores
+from jaxprune.scores._sharded import score_leaf
 
 
-def fpgm(params: Any, axis: int = -1) -> Any:
-    r"""Scores a filter by its distances to the other filters of its layer, summed.
+def fpgm(params: Params, axis: int = -1) -> Scores:
+    r"""Scores a filter by the sum of its distances to the other filters of its layer.
 
     .. math:: s_k = \sum_j \lVert W_k - W_j \rVert_2
 
-    A filter near the geometric median of its layer can be replaced by the others, and leaves first.
-    Every weight gets an equal part of its filter's score, so that the filter's weights sum to it:
-    use it as ``groups.select(fpgm(params), sparsity, scope="layer", reduce="first")``.
+    A filter near the geometric median of its layer can be replaced by the others and is removed
+    first. Each weight gets an equal part of the score of its filter, so that the weights of a
+    filter sum to its score. Use it as
+    ``groups.select(fpgm(params), sparsity, scope="layer", reduce="first")``.
 
     Args:
-      params: any pytree of arrays. Leaves with fewer than two axes get `None`.
-      axis: the axis that numbers filters: the last one in Flax, 0 in PyTorch.
+      params: any pytree of arrays.
+      axis: the axis that enumerates filters: the last one in Flax, 0 in PyTorch.
+
+    Returns:
+      One float32 score per weight; higher is kept. Leaves with fewer than two axes get `None`.
 
     Raises:
-      ValueError: for a leaf without this axis, or params without floating leaves.
-      TypeError: for a leaf that is no array.
+      ValueError: if a leaf lacks this axis, or params have no floating leaves.
+      TypeError: if a leaf is not an array.
 
     Examples:
       >>> fpgm(jnp.array([[0.0, 3.0, 0.0], [0.0, 4.0, 0.0]])).sum(0).tolist()
@@ -37,25 +41,26 @@ def fpgm(params: Any, axis: int = -1) -> Any:
     for path, w in _tree.named_leaves(params):
         if _tree.is_floating(w) and (ndim := jnp.ndim(w)) >= 2 and not -ndim <= axis < ndim:
             raise ValueError(
-                f"{_tree.show(path)}: fpgm needs axis {axis} in every leaf of two or more axes, "
-                f"got shape {jnp.shape(w)}. The last axis, -1, is in all of them."
+                f"{_tree.show(path)}: the axis of fpgm must be an axis of every leaf with two or "
+                f"more axes, got axis {axis} and shape {jnp.shape(w)}. Use -1, the last axis."
             )
     return _fpgm(params, axis)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _fpgm(params, axis):
-    return _tree.map_floating(
-        lambda w: whole(functools.partial(_leaf, axis=axis), w) if jnp.ndim(w) >= 2 else None,
-        params,
-    )
+@functools.partial(jax.jit, static_argnames="axis")
+def _fpgm(params: Params, axis: int) -> Scores:
+    score = functools.partial(_distances, axis=axis)
+    return _tree.map_floating(lambda w: score_leaf(score, w) if jnp.ndim(w) >= 2 else None, params)
 
 
-def _leaf(w, axis):
+def _distances(w: jax.Array, axis: int) -> jax.Array:
     filters = jnp.moveaxis(w.astype(jnp.float32), axis, 0).reshape(w.shape[axis], -1)
-    filters -= jnp.mean(filters, axis=0, keepdims=True)  # small products lose fewer digits
+    # Distances do not change with the origin, and smaller products lose fewer digits below.
+    filters -= jnp.mean(filters, axis=0, keepdims=True)
     products = jnp.matmul(filters, filters.T, precision=jax.lax.Precision.HIGHEST)
     norms = jnp.diag(products)
     distances = jnp.sqrt(jnp.maximum(norms[:, None] + norms[None] - 2 * products, 0))
     share = jnp.sum(distances, axis=1) / max(filters.shape[1], 1)
-    return jnp.broadcast_to(jnp.expand_dims(share, range(1, w.ndim)).swapaxes(0, axis), w.shape)
+    return jnp.broadcast_to(
+        jnp.expand_dims(share, _tree.other_axes(w.ndim, axis % w.ndim)), w.shape
+    )

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import _loss, _tree
+from jaxprune._tree import Params, Score, Scores
 
 
-def gradient(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
+def gradient(loss: Callable[..., jax.Array]) -> Score:
     r"""Scores a weight by the size of its gradient.
 
     .. math:: s_i = |\partial L / \partial w_i|
@@ -19,21 +20,22 @@ def gradient(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
       loss: maps ``(params, *batch)`` to a scalar.
 
     Returns:
-      A function of ``(params, *batch)`` giving one float32 score per weight; higher is kept.
+      A function of ``(params, *batch)`` that returns one float32 score per weight; higher is kept.
 
     Raises:
-      TypeError: for a loss that is not scalar.
+      TypeError: if the loss is not scalar.
 
     Examples:
       >>> loss = lambda w, x: jnp.sum(w * x)
       >>> gradient(loss)(jnp.array([1.0, -2.0]), jnp.array([3.0, -1.0])).tolist()
       [3.0, 1.0]
     """
-    return functools.partial(_tree.checked, _gradient, loss)
+    return functools.partial(_gradient, loss)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _gradient(loss, params, *batch):
+@_loss.checked("gradient")
+@functools.partial(jax.jit, static_argnames="loss")
+def _gradient(loss: _loss.Loss, params: Params, *batch: Any) -> Scores:
     grads = _loss.grad("gradient", loss, params, *batch)
     return jax.tree.map(
         # Reading w gives the score its sharding.

@@ -5,26 +5,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _loss, _tree
+from jaxprune import _loss
+from jaxprune._tree import Params, Score, Scores, Tree
 
 
-def grasp(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
-    r"""Scores a weight by how much removing it would hurt the gradient flow.
+def grasp(loss: Callable[..., jax.Array]) -> Score:
+    r"""Scores a weight by how much its removal reduces the gradient flow.
 
     .. math:: s = w \odot H g, \qquad g = \partial_w L, \quad H = \partial_w^2 L
 
-    The paper's score has the opposite sign, and there the largest are removed. Divide the logits by
-    a temperature (200 in the paper) inside the loss.
+    The paper uses the opposite sign, and removes the weights with the largest scores. It also
+    divides the logits by a temperature of 200: do this inside the loss.
 
     Args:
       loss: maps ``(params, *batch)`` to a scalar, twice differentiable.
 
     Returns:
-      A function of ``(params, *batch)`` giving one float32 score per weight; higher is kept.
+      A function of ``(params, *batch)`` that returns one float32 score per weight; higher is kept.
 
     Raises:
-      ValueError: (outside jit) for a curvature that is not finite, or 0 everywhere.
-      TypeError: for a loss that is not scalar, or not differentiable twice.
+      ValueError: outside jit, if the curvature is not finite, or 0 everywhere.
+      TypeError: if the loss is not scalar, or not twice differentiable.
 
     Examples:
       >>> loss = lambda w: jnp.sum(w**2 * jnp.array([1.0, 2.0])) / 2
@@ -35,18 +36,12 @@ def grasp(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
       Wang et al, `Picking Winning Tickets Before Training by Preserving Gradient Flow
       <https://arxiv.org/abs/2002.07376>`_, 2020
     """
-    return functools.partial(_checked, loss)
+    return functools.partial(_grasp, loss)
 
 
-def _checked(loss, params, *batch):
-    _tree.check_params(params)
-    scores, largest = _grasp(loss, params, *batch)
-    _loss.check_curvature("grasp", largest)
-    return scores
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _grasp(loss, params, *batch):
+@_loss.checked("grasp", curvature=True)
+@functools.partial(jax.jit, static_argnames="loss")
+def _grasp(loss: _loss.Loss, params: Params, *batch: Any) -> tuple[Scores, Tree]:
     scalar, floats = _loss.of_floats("grasp", loss, params, *batch)
     grads = jax.grad(scalar)
     with _loss.differentiating("grasp", scalar, floats):

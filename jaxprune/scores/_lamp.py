@@ -1,27 +1,29 @@
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from jaxprune import _tree
-from jaxprune.scores._leaf import whole
+from jaxprune._tree import Params, Scores
+from jaxprune.scores._sharded import score_leaf
 
 
-def lamp(params: Any) -> Any:
-    r"""Scores a weight by its share in what pruning would still leave of its layer.
+def lamp(params: Params) -> Scores:
+    r"""Scores a weight by its share of the squared weights that pruning would still keep.
 
     .. math:: s_i = w_i^2 \Big/ \sum_{|w_j| \ge |w_i|} w_j^2
 
-    Within a layer the order is that of magnitude. The largest weight of every layer scores 1, so
-    that one global threshold gives each layer a sparsity of its own, and takes that weight last.
-    Equal weights come one after another in the sum. Sorts every leaf once: :math:`O(n \log n)`.
+    Inside a layer the order is that of magnitude. The largest weight of every layer scores 1, so
+    one global threshold gives each layer its own sparsity and never empties a layer first. Equal
+    weights enter the sum one after another. Each leaf is sorted once: :math:`O(n \log n)`.
 
     Args:
       params: any pytree of arrays; every leaf is a layer.
 
+    Returns:
+      One float32 score per weight; higher is kept.
+
     Raises:
-      ValueError: for params without floating leaves.
-      TypeError: for a leaf that is no array.
+      ValueError: if params have no floating leaves.
+      TypeError: if a leaf is not an array.
 
     Examples:
       >>> print(lamp(jnp.array([3.0, -4.0, 0.0])))
@@ -32,16 +34,16 @@ def lamp(params: Any) -> Any:
       <https://arxiv.org/abs/2010.07611>`_, 2021
     """
     _tree.check_params(params)
-    with jax.enable_x64(True):  # a float32 sum over a million squares is wrong by percents
+    with jax.enable_x64(True):  # a float32 sum over a million squares is off by several percent
         return _lamp(params)
 
 
 @jax.jit
-def _lamp(params):
-    return _tree.map_floating(lambda w: whole(_leaf, w), params)
+def _lamp(params: Params) -> Scores:
+    return _tree.map_floating(lambda w: score_leaf(_shares, w), params)
 
 
-def _leaf(w):
+def _shares(w: jax.Array) -> jax.Array:
     size = jnp.abs(w.astype(jnp.float32)).ravel()
     tiny = jnp.finfo(jnp.float32).tiny
     order = jnp.argsort(size)

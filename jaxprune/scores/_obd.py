@@ -1,33 +1,35 @@
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxprune import _loss, _tree
+from jaxprune._tree import Params, Score, Scores, Tree
 
 
-def obd(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
-    r"""Scores a weight by how much the loss would grow without it, to second order.
+def obd(loss: Callable[..., jax.Array]) -> Score:
+    r"""Scores a weight by the growth of the loss without it, to second order.
 
     .. math:: s_i = \tfrac{1}{2} h_i w_i^2, \qquad h_i = \partial^2 L / \partial w_i^2
 
-    The diagonal is exact and costs one Hessian-vector product per weight: for small networks. Use
-    :func:`obd_hutchinson` or :func:`fisher` for others. The gradient counts as zero, as it is at a
-    minimum; outside jit a warning says if it is not: if :math:`\sum_i |w_i g_i|` is larger than
-    :math:`\sum_i |s_i|`. A negative curvature gives a negative score: such a weight leaves early.
+    The diagonal is exact and costs one Hessian-vector product per weight, so this is for small
+    networks: use :func:`obd_hutchinson` or :func:`fisher` for others. The gradient counts as zero,
+    as it is at a minimum. Outside jit a warning says if it is not: if :math:`\sum_i |w_i g_i|` is
+    larger than :math:`\sum_i |s_i|`. A weight with negative curvature has a negative score and is
+    pruned early.
 
     Args:
       loss: maps ``(params, *batch)`` to a scalar, twice differentiable.
 
     Returns:
-      A function of ``(params, *batch)`` giving one float32 score per weight; higher is kept.
+      A function of ``(params, *batch)`` that returns one float32 score per weight; higher is kept.
 
     Raises:
-      ValueError: (outside jit) for a curvature that is not finite, or 0 everywhere.
-      TypeError: for a loss that is not scalar, or not differentiable twice.
+      ValueError: outside jit, if the curvature is not finite, or 0 everywhere.
+      TypeError: if the loss is not scalar, or not twice differentiable.
 
     Examples:
       >>> minimum = jnp.array([3.0, -1.0])
@@ -40,33 +42,34 @@ def obd(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
       <https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html>`_,
       1989 (there h is that of Gauss and Newton, never negative)
     """
-    return functools.partial(_checked, "obd", functools.partial(_obd, loss))
+    return functools.partial(_scores_at_minimum, "obd", functools.partial(_obd, loss))
 
 
-def obd_hutchinson(loss: Callable[..., jax.Array], samples: int = 100) -> Callable[..., Any]:
+def obd_hutchinson(loss: Callable[..., jax.Array], samples: int = 100) -> Score:
     r"""Scores as :func:`obd` does, with an estimate of the diagonal from random signs.
 
     .. math:: s_i = \tfrac{1}{2} w_i^2 \, \frac{1}{n} \sum_{k=1}^n (v_k \odot H v_k)_i,
         \qquad v_k \in \{-1, 1\}^d
 
-    Costs one Hessian-vector product per sample. The estimate is unbiased and exact for a diagonal
-    Hessian; its variance is :math:`\tfrac{1}{n} \sum_{j \ne i} H_{ij}^2`. Signs are kept: an
-    estimate may be negative. Where all of the diagonal is 0, as in a piecewise linear network with
-    a linear loss, the estimate is noise around 0: there :func:`obd` raises an error. Where weights
-    share curvature, 100 samples may be too few: a large weight with a negative estimate leaves
-    first.
+    The cost is one Hessian-vector product per sample. The estimate is unbiased, and exact for a
+    diagonal Hessian; its variance is :math:`\tfrac{1}{n} \sum_{j \ne i} H_{ij}^2`. An estimate may
+    be negative, and its sign is kept. If weights share curvature, 100 samples may be too few: a
+    large weight with a negative estimate is pruned first. If the true diagonal is 0, as in a
+    piecewise linear network with a linear loss, the estimate is noise around 0; :func:`obd` raises
+    an error there.
 
     Args:
       loss: maps ``(params, *batch)`` to a scalar, twice differentiable.
-      samples: how many random vectors.
+      samples: the number of random vectors.
 
     Returns:
-      A function of ``(params, key, *batch)`` giving one float32 score per weight; higher is kept.
+      A function of ``(params, key, *batch)`` that returns one float32 score per weight; higher is
+      kept.
 
     Raises:
-      ValueError: for fewer than one sample and (outside jit) a curvature that is not finite, or 0
+      ValueError: for fewer than one sample; outside jit also if the curvature is not finite, or 0
         everywhere.
-      TypeError: for a loss that is not scalar, or not differentiable twice.
+      TypeError: if the loss is not scalar, or not twice differentiable.
 
     Examples:
       >>> minimum = jnp.array([3.0, -1.0])
@@ -79,48 +82,60 @@ def obd_hutchinson(loss: Callable[..., jax.Array], samples: int = 100) -> Callab
       <https://doi.org/10.1016/j.apnum.2007.01.003>`_, 2007
     """
     if samples < 1:
-        raise ValueError(f"obd_hutchinson needs at least one sample, got {samples}.")
-    return functools.partial(
-        _checked, "obd_hutchinson", functools.partial(_obd_hutchinson, loss, samples)
-    )
+        raise ValueError(f"obd_hutchinson: samples must be at least one sample, got {samples}.")
+    score = functools.partial(_obd_hutchinson, loss, samples=samples)
+    return functools.partial(_scores_at_minimum, "obd_hutchinson", score)
 
 
-def _checked(name, score, params, *args):
-    _tree.check_params(params)
-    scores, largest, first, second = score(params, *args)
-    _loss.check_curvature(name, largest)
+class _Orders(NamedTuple):
+    """Scores, and how much pruning changes the loss to each order, summed over weights."""
+
+    scores: Scores
+    first: jax.Array
+    second: jax.Array
+
+
+def _scores_at_minimum(
+    name: str, score: Callable[..., _Orders], params: Params, *args: Any
+) -> Scores:
+    """Returns scores, with a warning if the first order, which they ignore, is the larger one."""
+    scores, first, second = score(params, *args)
     if not _tree.is_traced(first, second) and first > second:
         warnings.warn(
-            f"{name}: the params are not at a minimum of the loss. To first order pruning changes "
-            f"it by up to {first:.3g}, to second order by {second:.3g}, and only the second counts "
-            "here. Train longer, or use `taylor`.",
+            f"{name}: the params are not at a minimum of the loss. Pruning changes it by up to "
+            f"{first:.3g} to first order and {second:.3g} to second order, and only the second is "
+            "scored. Train longer, or use `taylor`.",
             stacklevel=2,
         )
     return scores
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _obd(loss, params, *batch):
+@_loss.checked("obd", curvature=True)
+@functools.partial(jax.jit, static_argnames="loss")
+def _obd(loss: _loss.Loss, params: Params, *batch: Any) -> tuple[_Orders, Tree]:
     scalar, floats = _loss.of_floats("obd", loss, params, *batch)
     with _loss.differentiating("obd", scalar, floats):
         grads, product = jax.linearize(jax.grad(scalar), floats)
-    leaves, treedef = jax.tree.flatten(floats)
+    leaves, rebuild = _flat(floats)
 
-    def diagonal(k):
+    def diagonal(k: int) -> jax.Array:
         index = jnp.arange(leaves[k].size).reshape(leaves[k].shape)
 
-        def second(i):
+        def second(i: jax.Array) -> jax.Array:
             basis = jax.tree.map(jnp.zeros_like, leaves)
             basis[k] += index == i
-            return jnp.sum(basis[k] * jax.tree.leaves(product(treedef.unflatten(basis)))[k])
+            return jnp.sum(basis[k] * jax.tree.leaves(product(rebuild(basis)))[k])
 
-        # One at a time: several at once are no faster on a CPU.
+        # One at a time: several in parallel are not faster on a CPU.
         return jax.lax.map(second, index.ravel()).reshape(index.shape)
 
-    return _scores(floats, grads, treedef.unflatten([diagonal(k) for k in range(len(leaves))]))
+    return _orders(floats, grads, rebuild([diagonal(k) for k in range(len(leaves))]))
 
 
-def _obd_hutchinson(loss, samples, params, key, *batch):
+@_loss.checked("obd_hutchinson", curvature=True)
+def _obd_hutchinson(
+    loss: _loss.Loss, params: Params, key: jax.Array, *batch: Any, samples: int
+) -> tuple[_Orders, Tree]:
     keys = jax.random.split(key, samples)
     params, batch = jax.tree.map(jnp.asarray, (params, batch))
     zeros = [jnp.zeros_like(w, jnp.float32) for w in jax.tree.leaves(_tree.floating(params))]
@@ -129,36 +144,46 @@ def _obd_hutchinson(loss, samples, params, key, *batch):
     return _estimate(loss, params, total, samples, *batch)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _add(loss, params, keys, batch, total, i):
+@functools.partial(jax.jit, static_argnames="loss", donate_argnames="total")
+def _add(
+    loss: _loss.Loss, params: Params, keys: jax.Array, batch: Tree, total: list, i: jax.Array
+) -> list[jax.Array]:
+    """Adds the products of one sample, a vector of signs, to the estimate of every leaf."""
     scalar, floats = _loss.of_floats("obd_hutchinson", loss, params, *batch)
-    leaves, treedef = jax.tree.flatten(floats)
+    leaves, rebuild = _flat(floats)
     signs = [  # zeros_like has the sharding of w
         jnp.zeros_like(w) + jax.random.rademacher(k, w.shape, w.dtype)
         for w, k in zip(leaves, jax.random.split(keys[i], len(leaves)), strict=True)
     ]
     with _loss.differentiating("obd_hutchinson", scalar, floats):
-        _, products = jax.jvp(jax.grad(scalar), (floats,), (treedef.unflatten(signs),))
+        _, products = jax.jvp(jax.grad(scalar), (floats,), (rebuild(signs),))
     return [
         t + v.astype(jnp.float32) * hv.astype(jnp.float32)
         for t, v, hv in zip(total, signs, jax.tree.leaves(products), strict=True)
     ]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _estimate(loss, params, total, samples, *batch):
+@functools.partial(jax.jit, static_argnames="loss")
+def _estimate(
+    loss: _loss.Loss, params: Params, total: list, samples: jax.Array, *batch: Any
+) -> tuple[_Orders, Tree]:
     scalar, floats = _loss.of_floats("obd_hutchinson", loss, params, *batch)
-    curvature = jax.tree.structure(floats).unflatten([t / samples for t in total])
-    return _scores(floats, jax.grad(scalar)(floats), curvature)
+    curvature = _tree.rebuild(floats, [t / samples for t in total])
+    return _orders(floats, jax.grad(scalar)(floats), curvature)
 
 
-def _scores(floats, grads, curvature):
-    """Gives the scores, the largest curvature by leaf, and the size of both orders."""
+def _flat(floats: Tree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Tree]]:
+    """Returns the leaves, and the function that rebuilds the tree from others."""
+    return jax.tree.leaves(floats), functools.partial(_tree.rebuild, floats)
+
+
+def _orders(floats: Tree, grads: Tree, curvature: Tree) -> tuple[_Orders, Tree]:
+    """Returns the scores with both orders, and the largest curvature of every leaf."""
     weights = jax.tree.map(lambda w: w.astype(jnp.float32), floats)
     scores = jax.tree.map(lambda h, w: h.astype(jnp.float32) * w**2 / 2, curvature, weights)
     products = jax.tree.map(
         lambda w, g: jnp.sum(jnp.abs(w * g.astype(jnp.float32))), weights, grads
     )
-    first = sum(jax.tree.leaves(products))
-    second = sum(jnp.sum(jnp.abs(s)) for s in jax.tree.leaves(scores))
-    return scores, _loss.largest(curvature), first, second
+    first = sum(jax.tree.leaves(products), jnp.float32(0))
+    second = sum((jnp.sum(jnp.abs(s)) for s in jax.tree.leaves(scores)), jnp.float32(0))
+    return _Orders(scores, first, second), _loss.largest(curvature)

@@ -1,13 +1,12 @@
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from jaxprune import _tree
+from jaxprune._tree import Params, Scores
 
 
-def random(params: Any, key: jax.Array) -> Any:
-    r"""Scores weights at random: :math:`s_i \sim U[0, 1)`; the baseline of every comparison.
+def random(params: Params, key: jax.Array) -> Scores:
+    r"""Scores weights at random: :math:`s_i \sim U[0, 1)`, the baseline of every comparison.
 
     A weight that is NaN scores NaN, as with every other criterion.
 
@@ -15,9 +14,12 @@ def random(params: Any, key: jax.Array) -> Any:
       params: any pytree of arrays.
       key: a PRNG key.
 
+    Returns:
+      One float32 score per weight; higher is kept.
+
     Raises:
-      ValueError: for params without floating leaves.
-      TypeError: for a leaf that is no array.
+      ValueError: if params have no floating leaves.
+      TypeError: if a leaf is not an array.
 
     Examples:
       >>> random(jnp.ones((2, 3)), jax.random.key(0)).shape
@@ -28,12 +30,11 @@ def random(params: Any, key: jax.Array) -> Any:
 
 
 @jax.jit
-def _random(params, key):
-    leaves, treedef = jax.tree.flatten(params)
-    keys = treedef.unflatten([jax.random.fold_in(key, i) for i in range(len(leaves))])
+def _random(params: Params, key: jax.Array) -> Scores:
+    keys = [jax.random.fold_in(key, i) for i in range(len(jax.tree.leaves(params)))]
 
-    def score(w, key):
+    def score(w: jax.Array, key: jax.Array) -> jax.Array:
         uniform = jax.random.uniform(key, jnp.shape(w), jnp.float32)
         return jnp.where(jnp.isnan(w), jnp.nan, uniform)  # reading w keeps its sharding
 
-    return _tree.map_floating(score, params, keys)
+    return _tree.map_floating(score, params, _tree.rebuild(params, keys))

@@ -1,29 +1,32 @@
-from collections.abc import Callable
 from typing import Any
 
 from jaxprune import _tree
+from jaxprune._tree import Params, Scores, Where
 from jaxprune.scores._magnitude import magnitude
 
 
 def is_scale(path: str, leaf: Any) -> bool:
-    """Says whether a leaf is named ``scale``, as the scales of norms are in Flax and Haiku."""
+    """Returns whether a leaf is named ``scale``, like the scales of norms in Flax and Haiku."""
     return path.split("/")[-1] == "scale"
 
 
-def slimming(params: Any, where: Callable[[str, Any], bool] = is_scale) -> Any:
-    r"""Scores a channel by the scale of its norm: :math:`s_i = |\gamma_i|`.
+def slimming(params: Params, where: Where = is_scale) -> Scores:
+    r"""Scores a channel by the scale of its normalisation: :math:`s_i = |\gamma_i|`.
 
-    Other leaves have no score. ``groups.select(..., where=lambda path, score: True)`` ranks units
-    by it, with one threshold for all layers; :func:`jaxprune.regularizers.slimming` makes scales
-    small.
+    ``groups.select(scores, sparsity)`` ranks units by these scores, with one threshold for all
+    layers. :func:`jaxprune.regularizers.slimming` makes scales small in training.
 
     Args:
       params: any pytree of arrays.
-      where: ``where(path, leaf)`` says which leaves are scales: by default those named ``scale``.
+      where: maps ``(path, leaf)`` to whether the leaf is a scale; by default a leaf named
+        ``scale``.
+
+    Returns:
+      One float32 score per scale; higher is kept. Other leaves get `None`.
 
     Raises:
-      ValueError: for params in which no floating leaf is a scale.
-      TypeError: for a leaf that is no array.
+      ValueError: if no floating leaf is a scale.
+      TypeError: if a leaf is not an array.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -41,7 +44,7 @@ def slimming(params: Any, where: Callable[[str, Any], bool] = is_scale) -> Any:
     return magnitude(_tree.rebuild(params, scales))
 
 
-def check_scales(params: Any, where: Callable[[str, Any], bool]) -> None:
+def check_scales(params: Params, where: Where) -> None:
     """Raises a `ValueError` if no floating leaf is a scale."""
     leaves = _tree.named_leaves(params)
     if not any(_tree.is_floating(w) and where(path, w) for path, w in leaves):

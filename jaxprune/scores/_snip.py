@@ -5,26 +5,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _tree
-from jaxprune.scores._taylor import _taylor
+from jaxprune import _loss
+from jaxprune._tree import Params, Score, Scores
+from jaxprune.scores._taylor import changes
 
 
-def snip(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
-    r"""Scores a connection by its share in the loss's sensitivity to gates on all of them.
+def snip(loss: Callable[..., jax.Array]) -> Score:
+    r"""Scores a connection by its share in the sensitivity of the loss to gates on all of them.
 
     .. math:: s_i = |w_i g_i| \big/ \sum_j |w_j g_j|, \qquad g = \partial L / \partial w
 
-    Used like ``jax.grad``: ``snip(loss)(params, *batch)``, on untrained params.
+    Used like ``jax.grad`` on untrained params: ``snip(loss)(params, *batch)``.
 
     Args:
       loss: maps ``(params, *batch)`` to a scalar.
 
     Returns:
-      A function of ``(params, *batch)`` giving one float32 score per weight; higher is kept. A
-      gradient of zero everywhere gives NaN.
+      A function of ``(params, *batch)`` that returns one float32 score per weight; higher is kept.
+      If the gradient is zero everywhere, scores are NaN.
 
     Raises:
-      TypeError: for a loss that is not scalar.
+      TypeError: if the loss is not scalar.
 
     Examples:
       >>> loss = lambda w, x: jnp.sum(w * x)
@@ -35,11 +36,12 @@ def snip(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
       Lee et al, `SNIP: Single-shot Network Pruning based on Connection Sensitivity
       <https://arxiv.org/abs/1810.02340>`_, 2019
     """
-    return functools.partial(_tree.checked, _snip, loss)
+    return functools.partial(_snip, loss)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _snip(loss, params, *batch):
-    scores = _taylor("snip", loss, params, *batch)
+@_loss.checked("snip")
+@functools.partial(jax.jit, static_argnames="loss")
+def _snip(loss: _loss.Loss, params: Params, *batch: Any) -> Scores:
+    scores = changes("snip", loss, params, *batch)
     total = sum(jnp.sum(s) for s in jax.tree.leaves(scores))
     return jax.tree.map(lambda s: s / total, scores)

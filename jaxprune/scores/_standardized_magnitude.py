@@ -1,26 +1,28 @@
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _mesh, _tree
+from jaxprune import _sums, _tree
+from jaxprune._tree import Params, Scores
 
 
-def standardized_magnitude(params: Any) -> Any:
+def standardized_magnitude(params: Params) -> Scores:
     r"""Scores a weight by its size in standard deviations of its layer.
 
     .. math:: s_i = |w_i| / \operatorname{std}(w)
 
-    Han et al. keep the weights with :math:`|w_i| > q \operatorname{std}(w)`, with one quality
-    parameter q for all layers: that is :math:`s_i > q`. A global selection finds the q that gives
-    the sparsity asked for; for a given q compare the scores with it.
+    Han et al keep the weights with :math:`|w_i| > q \operatorname{std}(w)`, where the quality
+    parameter q is the same for all layers. That is :math:`s_i > q`, so a global selection finds the
+    q for a given sparsity. For a given q, compare the scores with it.
 
     Args:
       params: any pytree of arrays; every leaf is a layer.
 
+    Returns:
+      One float32 score per weight; higher is kept.
+
     Raises:
-      ValueError: for params without floating leaves.
-      TypeError: for a leaf that is no array.
+      ValueError: if params have no floating leaves.
+      TypeError: if a leaf is not an array.
 
     Examples:
       >>> scores = standardized_magnitude(jnp.array([1.0, -1.0, 3.0, -3.0]))
@@ -36,15 +38,15 @@ def standardized_magnitude(params: Any) -> Any:
 
 
 @jax.jit
-def _standardized_magnitude(params):
-    return _tree.map_floating(_leaf, params)
+def _standardized_magnitude(params: Params) -> Scores:
+    return _tree.map_floating(_deviations, params)
 
 
-def _leaf(w):
+def _deviations(w: jax.Array) -> jax.Array:
     w = jnp.asarray(w, jnp.float32)
     limits = jnp.finfo(jnp.float32)
     axes = tuple(range(w.ndim))
-    mean = _mesh.exact_sum(w, axes) / max(w.size, 1)
-    deviation = jnp.sqrt(_mesh.exact_sum((w - mean) ** 2, axes) / max(w.size, 1))
-    # Of equal weights the deviation is 0: their scores are large, and finite.
+    mean = _sums.exact_sum(w, axes) / max(w.size, 1)
+    deviation = jnp.sqrt(_sums.exact_sum((w - mean) ** 2, axes) / max(w.size, 1))
+    # Equal weights have a deviation of 0: their scores are large, but finite.
     return jnp.minimum(jnp.abs(w) / jnp.maximum(deviation, limits.tiny), limits.max)

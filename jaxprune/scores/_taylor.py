@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import _loss, _tree
+from jaxprune._tree import Params, Score, Scores
 
 
-def taylor(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
-    r"""Scores a weight by how much the loss would change, to first order, without it.
+def taylor(loss: Callable[..., jax.Array]) -> Score:
+    r"""Scores a weight by the change of the loss without it, to first order.
 
     .. math:: s_i = |w_i \, \partial L / \partial w_i|
 
@@ -19,10 +20,10 @@ def taylor(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
       loss: maps ``(params, *batch)`` to a scalar.
 
     Returns:
-      A function of ``(params, *batch)`` giving one float32 score per weight; higher is kept.
+      A function of ``(params, *batch)`` that returns one float32 score per weight; higher is kept.
 
     Raises:
-      TypeError: for a loss that is not scalar.
+      TypeError: if the loss is not scalar.
 
     Examples:
       >>> loss = lambda w, x: jnp.sum(w * x)
@@ -33,11 +34,17 @@ def taylor(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
       Molchanov et al, `Importance Estimation for Neural Network Pruning
       <https://arxiv.org/abs/1906.10771>`_, 2019 (there squared, and on gates)
     """
-    return functools.partial(_tree.checked, functools.partial(_taylor, "taylor"), loss)
+    return functools.partial(_taylor, loss)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _taylor(name, loss, params, *batch):
+@_loss.checked("taylor")
+@functools.partial(jax.jit, static_argnames="loss")
+def _taylor(loss: _loss.Loss, params: Params, *batch: Any) -> Scores:
+    return changes("taylor", loss, params, *batch)
+
+
+def changes(name: str, loss: _loss.Loss, params: Params, *batch: Any) -> Scores:
+    """Returns the size of weight times gradient; messages have the name of the criterion."""
     grads = _loss.grad(name, loss, params, *batch)
     return jax.tree.map(
         # Cast first: in float16 the product of 1e-4 and 1e-4 is 0.

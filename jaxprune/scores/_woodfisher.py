@@ -6,38 +6,37 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import _loss, _mesh, _tree
+from jaxprune._tree import Masks, Params, Score, Scores, Tree
 from jaxprune.masks import apply_masks
 
 
-def woodfisher(
-    loss: Callable[..., jax.Array], block: int = 50, damping: float = 1e-7
-) -> Callable[..., Any]:
+def woodfisher(loss: Callable[..., jax.Array], block: int = 50, damping: float = 1e-7) -> Score:
     r"""Scores a weight by the growth of the loss without it, after the others have adapted.
 
     .. math:: s_i = \frac{w_i^2}{2 [F^{-1}]_{ii}}, \qquad
         F = \lambda I + \frac{1}{m} \sum_{n=1}^{m} g_n g_n^\top
 
-    Optimal Brain Surgeon with the empirical Fisher information as Hessian, in blocks of consecutive
-    weights of a leaf. Its inverse grows by one example at a time. Takes :math:`O(m b)` operations
-    and 8 b bytes a weight, b being the block: the inverse is held in float64, since in float32 it
-    can be wrong by percents where weights have gradients of very different size.
+    This is Optimal Brain Surgeon with the empirical Fisher information as Hessian, in blocks of
+    consecutive weights of a leaf. The inverse is updated one example at a time, in :math:`O(m b)`
+    operations and 8 b bytes per weight for blocks of b weights. It is held in float64, because
+    float32 is off by several percent if the gradients of a block differ much in size.
 
     Args:
       loss: maps ``(params, *batch)`` to a scalar, the mean over examples. It is called with one
-        example at a time, as a batch of one: batch norm needs its inference mode.
-      block: how many weights share a block; 1 gives :func:`fisher`, damped.
-      damping: :math:`\lambda`. Before training has converged 1e-7 may be too little, and empty
-        a layer: try 1e-5.
+        example at a time, as a batch of one, so batch norm must be in inference mode.
+      block: the number of weights in a block; 1 gives a damped :func:`fisher`.
+      damping: :math:`\lambda`. Before training has converged 1e-7 may be too small, so that an
+        entire layer is pruned: try 1e-5.
 
     Returns:
-      A function of ``(params, *batch)`` giving one float32 score per weight; higher is kept. All
-      arrays of the batch have the examples along their first axis; there should be a few times more
-      of them than the block has weights.
+      A function of ``(params, *batch)`` that returns one float32 score per weight; higher is kept.
+      All arrays of the batch must have the examples along their first axis; use a few times more
+      examples than weights in a block.
 
     Raises:
-      ValueError: for a block below 1, a damping not above 0, batch arrays of different lengths and
-        (outside jit) gradients that are not finite, or 0 everywhere.
-      TypeError: for a loss that is not scalar.
+      ValueError: for a block below 1, a damping not above 0, or batch arrays of different lengths;
+        outside jit also if gradients are not finite, or 0 everywhere.
+      TypeError: if the loss is not scalar.
 
     Examples:
       >>> loss = lambda w, x: jnp.mean(x @ w)
@@ -58,26 +57,26 @@ def woodfisher(
 
 def woodfisher_update(
     loss: Callable[..., jax.Array], block: int = 50, damping: float = 1e-7
-) -> Callable[..., Any]:
-    r"""Removes weights and moves the others of their blocks to where the loss grows least.
+) -> Callable[..., Params]:
+    r"""Removes weights, and moves the others of their blocks so that the loss grows least.
 
     .. math:: \delta w = -[F^{-1}]_{:Q} \, \left([F^{-1}]_{QQ}\right)^{-1} w_Q
 
-    for all removed weights Q of a block together, so that these become exactly 0. The papers sum
-    the updates of single weights, which is exact for one.
+    Q are all pruned weights of a block together, so they become exactly 0. The papers sum the
+    updates of single weights, which is exact only for one.
 
     Args:
       loss: as in :func:`woodfisher`.
-      block: how many weights share a block.
+      block: the number of weights in a block.
       damping: :math:`\lambda`.
 
     Returns:
-      A function of ``(params, masks, *batch)`` giving params: those removed are 0, those kept have
-      moved, and leaves without a mask are as they were.
+      A function of ``(params, masks, *batch)`` that returns params: pruned weights are 0, kept ones
+      have moved, and leaves without a mask are unchanged.
 
     Raises:
       ValueError: as in :func:`woodfisher`, and for masks of other paths or shapes.
-      TypeError: for a loss that is not scalar, or masks that are not bool.
+      TypeError: if the loss is not scalar, or masks are not bool.
 
     Examples:
       >>> loss = lambda w, x: jnp.mean(x @ w)
@@ -93,47 +92,50 @@ def woodfisher_update(
     return functools.partial(_update, loss, block, damping)
 
 
-def _check(block, damping):
+def _check(block: int, damping: float) -> None:
     if not isinstance(block, int) or block < 1:
-        raise ValueError(f"woodfisher needs a block of at least one weight, got {block!r}.")
+        raise ValueError(f"woodfisher: block must be an integer of at least 1, got {block!r}.")
     if not damping > 0:
-        raise ValueError(f"woodfisher needs a damping above 0, got {damping}: F may be singular.")
+        raise ValueError(f"woodfisher: damping must be above 0, got {damping}: F may be singular.")
 
 
-def _score(loss, block, damping, params, *batch):
-    return _run(lambda inverses: _scores(params, inverses), loss, block, damping, params, batch)
+def _score(loss: _loss.Loss, block: int, damping: float, params: Params, *batch: Any) -> Scores:
+    params, inverses = _inverses(loss, params, *batch, block=block, damping=damping)
+    with jax.enable_x64(True):
+        return _scores(params, inverses)
 
 
-def _update(loss, block, damping, params, masks, *batch):
+def _update(
+    loss: _loss.Loss, block: int, damping: float, params: Params, masks: Masks, *batch: Any
+) -> Params:
     _tree.check_params(params)
-    aligned = _tree.align_masks(params, masks)
+    aligned = _tree.rebuild(params, _tree.align_masks(params, masks))
+    params, inverses = _inverses(loss, params, *batch, block=block, damping=damping)
+    with jax.enable_x64(True):
+        moved = _moved(block, params, aligned, inverses)
+    return apply_masks(moved, masks)
 
-    def move(inverses):
-        return _moved(block, params, aligned, inverses)
 
-    return apply_masks(_run(move, loss, block, damping, params, batch), masks)
-
-
-def _run(f, loss, block, damping, params, batch):
-    _tree.check_params(params)
-    _loss.check_examples("woodfisher", batch)
+@_loss.checked("woodfisher", examples=True, curvature=True)
+def _inverses(
+    loss: _loss.Loss, params: Params, *batch: Any, block: int, damping: float
+) -> tuple[tuple[Params, Tree], Tree]:
+    """Returns the params as arrays with the inverses of their blocks, and the largest gradients."""
     params, batch = jax.tree.map(jnp.asarray, (params, batch))
     count = len(jax.tree.leaves(batch)[0])
-    outer = bool(jax.enable_x64.value)
+    outer = bool(jax.enable_x64.value)  # the loss runs as the caller has it
     with jax.enable_x64(True):
         grow = functools.partial(_grow, loss, block, outer, params, batch)
         start = _start(block, params, damping)
         inverses, largest = _loss.fold(grow, start, count, _tree.is_traced(params, batch))
-        result = f(inverses)
-    _loss.check_curvature("woodfisher", largest)
-    return result
+    return (params, inverses), largest
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _start(block, params, damping):
-    """Gives the inverses of the blocks of every floating leaf before any example, and zeros."""
+@functools.partial(jax.jit, static_argnames="block")
+def _start(block: int, params: Params, damping: float) -> tuple[Tree, Tree]:
+    """Returns the inverses of all blocks before the first example, and zeros."""
 
-    def start(w):
+    def start(w: jax.Array) -> jax.Array:
         rows, size = jax.eval_shape(lambda w: _blocked(w, block), w).shape
         return jnp.broadcast_to(jnp.eye(size) / damping, (rows, size, size))
 
@@ -141,15 +143,17 @@ def _start(block, params, damping):
     return jax.tree.map(start, floats), jax.tree.map(lambda w: jnp.zeros((), w.dtype), floats)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def _grow(loss, block, outer, params, batch, state, i):
-    """Takes one more example into the inverses, and its largest gradient."""
+@functools.partial(jax.jit, static_argnames=("loss", "block", "outer"), donate_argnames="state")
+def _grow(
+    loss: _loss.Loss, block: int, outer: bool, params: Params, batch: Tree, state: Any, i: jax.Array
+) -> tuple[Tree, Tree]:
+    """Adds one example to the inverses by the formula of Sherman and Morrison."""
     inverses, largest = state
     count = len(jax.tree.leaves(batch)[0])
     with jax.enable_x64(outer):
         grad = _loss.grad("woodfisher", loss, params, *_loss.example(batch, i))
 
-    def update(inverse, g):
+    def update(inverse: jax.Array, g: jax.Array) -> jax.Array:
         g = _blocked(g.astype(jnp.float64), block)
         v = jnp.einsum("kij,kj->ki", inverse, g)
         scale = count + jnp.sum(v * g, axis=1)[:, None, None]
@@ -160,25 +164,25 @@ def _grow(loss, block, outer, params, batch, state, i):
 
 
 @jax.jit
-def _scores(params, inverses):
-    def score(w, inverse):
+def _scores(params: Params, inverses: Tree) -> Scores:
+    def score(w: jax.Array, inverse: jax.Array) -> jax.Array:
         diagonal = _unblocked(jnp.diagonal(inverse, axis1=1, axis2=2), w)
         return (w.astype(jnp.float64) ** 2 / (2 * diagonal)).astype(jnp.float32)
 
     return _tree.map_floating(score, params, inverses)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _moved(block, params, masks, inverses):
-    def move(w, inverse, mask):
-        gone = ~_blocked(mask, block, fill=True)
+@functools.partial(jax.jit, static_argnames="block")
+def _moved(block: int, params: Params, masks: Masks, inverses: Tree) -> Params:
+    def move(w: jax.Array, inverse: jax.Array, mask: jax.Array) -> jax.Array:
+        pruned = ~_blocked(mask, block, fill=True)
 
-        def remove(i, state):
-            # One after the other: all at once is a batched LAPACK solve, and several of these in
-            # one program wait for each other forever on CPUs with JAX 0.10.
+        def remove(i: jax.Array, state: Any) -> Any:
+            # One weight after the other: all of a block need a batched LAPACK solve, and several of
+            # these in one program wait for each other forever on CPUs with JAX 0.10.
             weights, inverse = state
             column = jnp.take(inverse, i, axis=2)
-            factor = jnp.where(gone[:, i], 1 / column[:, i], 0)[:, None]
+            factor = jnp.where(pruned[:, i], 1 / column[:, i], 0)[:, None]
             moved = weights - factor * weights[:, i, None] * column
             return moved, inverse - factor[:, :, None] * column[:, :, None] * column[:, None]
 
@@ -186,21 +190,19 @@ def _moved(block, params, masks, inverses):
         weights, _ = jax.lax.fori_loop(0, weights.shape[1], remove, (weights, inverse))
         return _unblocked(weights, w).astype(w.dtype)
 
-    leaves = jax.tree.leaves(params)
-    inverse_leaves = jax.tree.structure(params).flatten_up_to(inverses)
-    moved = [
-        w if mask is None or inverse is None else move(w, inverse, mask)
-        for w, inverse, mask in zip(leaves, inverse_leaves, masks, strict=True)
-    ]
-    return _tree.rebuild(params, moved)
+    def leaf(w: jax.Array, inverse: Any, mask: Any) -> jax.Array:
+        return w if mask is None or inverse is None else move(w, inverse, mask)
+
+    return jax.tree.map(leaf, params, inverses, masks)
 
 
-def _blocked(leaf, block, fill=0):
+def _blocked(leaf: jax.Array, block: int, fill: Any = 0) -> jax.Array:
     """Cuts a leaf into rows of ``block`` consecutive entries, the last one filled up."""
     block = max(min(block, leaf.size), 1)
     flat = _mesh.replicated(leaf).ravel()
     return jnp.pad(flat, (0, -flat.size % block), constant_values=fill).reshape(-1, block)
 
 
-def _unblocked(blocks, leaf):
+def _unblocked(blocks: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Puts rows of blocks back into the shape of their leaf."""
     return blocks.ravel()[: leaf.size].reshape(leaf.shape)

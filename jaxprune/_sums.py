@@ -1,0 +1,88 @@
+"""Sums in no order: floating addition that no mesh, and no compiler, changes in the last bit.
+
+Devices add their shards first and these sums later, so a plain sum depends on the mesh. Here the
+terms are rounded to multiples of one power of two, which is small enough for float32 results, and
+large enough for the sum of all to fit the mantissa: then every partial sum is exact.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def exact_sum(x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
+    """Sums over axes to float32, independent of the order of the terms.
+
+    The unit is chosen so that n terms of the largest size make at most 2⁴⁶ of it. Float64 adds
+    such numbers exactly, also on TPUs, where it is two float32. The rounding is finer than that of
+    float32 for up to millions of terms.
+    """
+    with jax.enable_x64(True):
+        x = x.astype(jnp.float32)
+        largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
+        finite = jnp.isfinite(largest)
+        shift = 46 - (x.size // max(largest.size, 1)).bit_length() - jnp.frexp(largest)[1]
+        # Two factors, because 2**shift may exceed the range of float32.
+        half = jnp.ldexp(jnp.float32(1), shift // 2)
+        rest = jnp.ldexp(jnp.float32(1), shift - shift // 2)
+        scale = half.astype(jnp.float64) * rest
+        total = jnp.sum(jnp.round(x * scale), axes, keepdims=True) / scale
+
+        def special() -> jax.Array:  # a plain sum of NaN and infinities has no order either
+            return jnp.where(finite, total, jnp.sum(x, axes, keepdims=True))
+
+        total = jax.lax.cond(jnp.all(finite), lambda: total, special)
+        return jnp.squeeze(total.astype(jnp.float32), axes)
+
+
+@functools.partial(jax.jit, static_argnames="block")
+def exact_block_sum(x: jax.Array, block: tuple[int, ...]) -> jax.Array:
+    """Sums blocks of the last axes to float32, independent of the order of the terms.
+
+    A block is a window of ``reduce_window``, for which devices exchange only the blocks that they
+    share: a reshape to blocks would gather an axis whose shards are not multiples of the block.
+    TPUs have no windows of float64, so the sum is made of int32 sums:
+
+        |x| / 2**e  =  0.b₁b₂b₃…         e: the exponent of the largest term of the block
+        digit 1 of each term: the first `width` bits, as an integer; their sum fits int32
+        digit 2: the next `width` bits; …; until 24 bits of the sum, those of float32, are covered
+    """
+    window = (1,) * (x.ndim - len(block)) + block
+    pad = [(0, -size % length) for size, length in zip(x.shape, window, strict=True)]
+
+    def reduce(op: Callable[..., Any], x: jax.Array) -> jax.Array:
+        return jax.lax.reduce_window(x, jnp.zeros((), x.dtype), op, window, window, pad)
+
+    x = x.astype(jnp.float32)
+    largest = reduce(jax.lax.max, jnp.abs(x))
+    finite = jnp.isfinite(largest)
+    exponent = jnp.frexp(jnp.where(finite, largest, 1))[1]
+    # Two factors, because 2**exponent may exceed the range of float32; powers of two are exact.
+    powers = [jnp.ldexp(jnp.float32(1), e) for e in (exponent // 2, exponent - exponent // 2)]
+    rest = x
+    for power in powers:
+        rest *= spread_blocks(1 / power, block, x.shape)  # now |rest| < 1
+    bits = math.prod(block).bit_length()  # a sum of n digits is this much longer than one
+    width = 31 - bits
+    total = jnp.zeros_like(largest)
+    for i in range(1, 1 + -(-(24 + bits) // width)):
+        rest *= 2.0**width
+        digit = jnp.round(rest)
+        rest -= digit  # exact: the bits that follow, at most half a unit in size
+        # Behind a barrier, so that the window adds integers and no conversion is fused into it.
+        part = reduce(jax.lax.add, jax.lax.optimization_barrier(digit.astype(jnp.int32)))
+        total += part.astype(jnp.float32) * 2.0 ** (-i * width)
+    # NaN and infinities have no leading bits; their plain sum has no order either.
+    return jnp.where(finite, total * powers[0] * powers[1], reduce(jax.lax.add, x))
+
+
+def spread_blocks(x: jax.Array, block: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
+    """Repeats the entry of each block over the block, to an array of the given shape."""
+    for axis, length in enumerate(block, len(shape) - len(block)):
+        x = jnp.repeat(x, length, axis)
+    return jax.lax.slice(x, (0,) * len(shape), shape)
