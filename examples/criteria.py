@@ -172,9 +172,12 @@ def of_units(net, filters):
         )
         return params, filters(result.scores, sparsity)
 
+    def normalized(scores, *args, **options):
+        return filters(jp.units.reduce(net.groups, scores, normalize="mean"), *args, **options)
+
     def activation(statistic):
         score = jp.units.activation(net.groups, net.apply_fn, statistic)
-        return method(score, net.x[:512], select=select(normalize="mean"))
+        return method(score, net.x[:512], select=normalized)
 
     return {
         "FPGM, filters": method(jp.scores.fpgm, select=select(scope="layer", reduce="first")),

@@ -119,8 +119,11 @@ def selectors(groups, find_error, held, args):
     def random(variables, ratio, key):
         return groups.select(jax.random.uniform(key, (len(groups),)), ratio, scope="layer")
 
-    def norm(variables, ratio, key, **options):
-        return groups.select(jp.scores.magnitude(variables), ratio, reduce="first", **options)
+    def norm(variables, ratio, key, normalize=None, **options):
+        scores = jp.units.reduce(
+            groups, jp.scores.magnitude(variables), "first", normalize=normalize
+        )
+        return groups.select(scores, ratio, **options)
 
     def search(variables, ratio, key):
         # One network at a time: on CPUs, XLA is slow at batches of convolutions.

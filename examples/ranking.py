@@ -112,11 +112,13 @@ def compare(args):
         select = {
             "oracle": lambda s: groups.select(abs(scores["oracle"]), s),
             "oracle, signed": lambda s: groups.select(scores["oracle"], s),
-            "Taylor, ℓ2 by layer": lambda s: groups.select(summed, s, normalize="l2"),
+            "Taylor, ℓ2 by layer": lambda s: groups.select(
+                jp.units.reduce(groups, summed, normalize="l2"), s
+            ),
             AVERAGED: lambda s: groups.select(scores[AVERAGED], s),
             "L1": lambda s: groups.select(magnitude, s, reduce="first"),
             "L1, mean by layer": lambda s: groups.select(
-                magnitude, s, reduce="first", normalize="mean"
+                jp.units.reduce(groups, magnitude, "first", normalize="mean"), s
             ),
         }
         pruned = []
