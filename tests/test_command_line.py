@@ -57,7 +57,7 @@ def test_inspect_lists_the_leaves_of_a_sparse_model(tmp_path, capsys):
     assert found["metadata"].keys() == {"format", "version", "checksum"}
     assert main(["inspect", path]) == 0 and "24×10" in capsys.readouterr().out
     assert main(["prune", path, path, "--sparsity", "0.5"]) == 2
-    assert "stores kept weights alone" in capsys.readouterr().err
+    assert "stores only the kept weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
