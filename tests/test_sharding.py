@@ -301,13 +301,3 @@ def test_two_processes_select_the_masks_of_one():
     finally:
         for process in processes:
             process.kill()
-
-
-def test_import_starts_no_backend():
-    code = """
-import jaxprune, jaxprune.nnx, jax
-from jax._src import xla_bridge
-assert not xla_bridge._backends, xla_bridge._backends
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
