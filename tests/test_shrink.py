@@ -419,9 +419,9 @@ def test_bad_calls():
     small_fn, small, _, _ = halve(fn, params, x)
     with pytest.raises(ValueError, match="the shrunk function got params of shape"):
         small_fn(params, x)
-    with pytest.raises(TypeError, match="needed an array or its shape, got function"):
+    with pytest.raises(TypeError, match="must be an array or its shape, got function"):
         jp.shrink(fn, params, jax.tree.map(lambda w: w > 0, params), lambda: x)
-    with pytest.raises(ValueError, match="has_aux=True needs fn to return a pair"):
+    with pytest.raises(ValueError, match="has_aux=True: apply_fn must return a pair"):
         jp.find_groups(fn, params, x, has_aux=True)
 
 

@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Coming from PyTorch
 #
-# This notebook lists what replaces each call of `torch.nn.utils.prune` and of Torch-Pruning, and the
-# differences. The PyTorch code is shown, but not run.
+# This notebook lists what replaces each call of `torch.nn.utils.prune` and of Torch-Pruning, and
+# the differences. The PyTorch code is shown, but not run.
 #
 # | | `torch.nn.utils.prune` | jaxprune |
 # |---|---|---|
@@ -71,8 +71,8 @@ params = init(jax.random.key(0))
 # ```
 #
 # Scoring and selection are two steps. A dict of paths sets the sparsity of single leaves;
-# `scope="layer"` applies the same sparsity to each. By default, leaves with one axis, such as biases,
-# are not pruned.
+# `scope="layer"` applies the same sparsity to each. By default, leaves with one axis, such as
+# biases, are not pruned.
 
 # %%
 scores = jp.scores.magnitude(params)
@@ -129,8 +129,8 @@ print(f"{jnp.mean(pruned['hidden']['kernel'] == 0):.1%} of the first kernel is z
 
 # %% [markdown]
 # PyTorch keeps the old value of a pruned weight in `weight_orig`; `apply_masks` does not. To train
-# pruned weights further, so that they may come back, mask them in the loss instead. The network then
-# sees zeros, and the gradient still reaches the pruned weights.
+# pruned weights further, so that they may come back, mask them in the loss instead. The network
+# then sees zeros, and the gradient still reaches the pruned weights.
 
 # %%
 grads = jax.grad(lambda p: loss(jp.masks.straight_through(p, masks), x, y))(params)
@@ -187,9 +187,9 @@ print(f"{jnp.mean(tuned['hidden']['kernel'] == 0):.1%} of the first kernel is ze
 #     train(model)
 # ```
 #
-# `amount` of PyTorch is a fraction of the remaining weights: three rounds of one half keep an eighth.
-# `sparsity` is a fraction of all weights, so that each round states its final sparsity. With
-# `within=`, pruned weights stay pruned.
+# `amount` of PyTorch is a fraction of the remaining weights: three rounds of one half keep an
+# eighth. `sparsity` is a fraction of all weights, so that each round states its final sparsity.
+# With `within=`, pruned weights stay pruned.
 
 # %%
 tuned, masks = params, None
@@ -206,8 +206,8 @@ for sparsity in (0.5, 0.75, 0.875):
 # ```
 #
 # PyTorch zeroes rows of this one tensor, but neither the biases of the layer nor the inputs of the
-# next layer. Here a neuron is a unit that includes both, so that it can be removed. `reduce="first"`
-# scores it by its incoming weights, as PyTorch does.
+# next layer. Here a neuron is a unit that includes both, so that it can be removed.
+# `reduce="first"` scores it by its incoming weights, as PyTorch does.
 
 # %%
 groups = jp.find_groups(apply_fn, params, x)
@@ -229,15 +229,16 @@ print(f"removed norms: from {norms[~kept].min():.4f} to {norms[~kept].max():.4f}
 # group.prune()
 # ```
 #
-# Torch-Pruning changes the modules in place, and `idxs` are the removed indices. Here the masks name
-# the units to keep, and `shrink` returns a new, smaller network. The table of groups lists the slices
-# that are removed together.
+# Torch-Pruning changes the modules in place, and `idxs` are the removed indices. Here the masks
+# name the units to keep, and `shrink` returns a new, smaller network. The table of groups lists the
+# slices that are removed together.
 
 # %%
 groups
 
 # %% [markdown]
-# `groups.unit` holds the number of the unit of each index of each axis; the first unit has number 1.
+# `groups.unit` holds the number of the unit of each index of each axis; the first unit has number
+# 1.
 
 # %%
 removed = groups.unit["hidden/kernel"][1][[2, 6, 9]]
@@ -246,8 +247,8 @@ small_fn, small, plan = jp.shrink(apply_fn, params, masks, x)
 plan
 
 # %% [markdown]
-# The small function computes what the dense one computes with masked params, up to rounding, and the
-# plan lists the places where it would not.
+# The small function computes what the dense one computes with masked params, up to rounding, and
+# the plan lists the places where it would not.
 
 # %%
 masked = apply_fn(jp.apply_masks(params, masks), x)
@@ -277,8 +278,8 @@ jax.tree.map(jnp.shape, small_state[0].mu)
 # ```
 #
 # The outputs of the network need no `ignored_layers`: they are pinned, as the table above states.
-# `scope="layer"` removes half of each layer; the default scope compares all units. `jp.metrics.latency`
-# measures whether the smaller network is faster.
+# `scope="layer"` removes half of each layer; the default scope compares all units.
+# `jp.metrics.latency` measures whether the smaller network is faster.
 
 # %%
 masks = groups.select(jp.scores.magnitude(params, p=2), 0.5, scope="layer")

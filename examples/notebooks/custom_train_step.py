@@ -13,8 +13,8 @@
 # %% [markdown]
 # # A train step of your own
 #
-# This notebook prunes inside an existing train step: in plain JAX, with a linen `TrainState`, and with
-# an `nnx.Optimizer`. It also replaces the masks while training continues.
+# This notebook prunes inside an existing train step: in plain JAX, with a linen `TrainState`, and
+# with an `nnx.Optimizer`. It also replaces the masks while training continues.
 #
 # The library has no trainer and no callbacks. `jp.enforce(optimizer, masks)` is an ordinary optax
 # transformation, and the rest of the train step does not change.
@@ -214,8 +214,8 @@ show("linen at 0.9", lambda params, x: model.apply({"params": params}, x), state
 # %% [markdown]
 # ## Flax nnx: an Optimizer
 #
-# An nnx module contains its params. `nnx.state(model, nnx.Param)` returns them as a tree, from which
-# masks are selected. `nnx.update` writes a masked tree back.
+# An nnx module contains its params. `nnx.state(model, nnx.Param)` returns them as a tree, from
+# which masks are selected. `nnx.update` writes a masked tree back.
 
 
 # %%
@@ -268,8 +268,8 @@ show("nnx at 0.9", apply_module, nnx.state(model, nnx.Param))
 # ## What `enforce` does
 #
 # `enforce` masks the gradients before the optimizer sees them, and replaces the update of a pruned
-# weight by the negative of the weight, so that the sum is exactly zero. A pruned weight that was not
-# zero before is zero after one step:
+# weight by the negative of the weight, so that the sum is exactly zero. A pruned weight that was
+# not zero before is zero after one step:
 
 # %%
 masks = {"in": jnp.arange(4) > 1}

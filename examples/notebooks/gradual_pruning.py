@@ -57,8 +57,8 @@ _ = axes.legend(frameon=False)
 # %% [markdown]
 # ## Training
 #
-# `jp.gradual` wraps an optimizer. Every 20 steps it scores the weights and prunes to the sparsity of
-# the schedule. Pruned weights stay at zero. The train function also records the sparsity of each
+# `jp.gradual` wraps an optimizer. Every 20 steps it scores the weights and prunes to the sparsity
+# of the schedule. Pruned weights stay at zero. The train function also records the sparsity of each
 # step, which it reads from the masks in the optimizer state.
 
 
@@ -113,8 +113,8 @@ jp.summary(params, masks)
 axes = jp.plot.training(steps, sparsities, losses)
 
 # %% [markdown]
-# The sparsity follows the schedule in steps of 20. The loss rises while the last weights are pruned,
-# and falls again. It rises more if all weights are pruned in one step:
+# The sparsity follows the schedule in steps of 20. The loss rises while the last weights are
+# pruned, and falls again. It rises more if all weights are pruned in one step:
 
 # %%
 _, _, (losses, sparsities) = train(jax.random.key(0), schedules["one shot"])
@@ -134,8 +134,8 @@ for name, schedule in schedules.items():
 #
 # ## A look at the masks
 #
-# One threshold separates the scores of kept and pruned weights, across all layers. The layers do not
-# lose the same fraction.
+# One threshold separates the scores of kept and pruned weights, across all layers. The layers do
+# not lose the same fraction.
 
 # %%
 axes = jp.plot.sparsity(masks)

@@ -68,8 +68,9 @@ jp.metrics.layers(apply_fn, params, one)
 # ## Five criteria
 #
 # SNIP estimates how much the loss changes without a weight, and GraSP how much the norm of the
-# gradient changes; both need data. SynFlow needs none: it sends ones through the network of absolute
-# weights. It scores again after each of many small rounds, which `select_iteratively` runs.
+# gradient changes; both need data. SynFlow needs none: it sends ones through the network of
+# absolute weights. It scores again after each of many small rounds, which `select_iteratively`
+# runs.
 
 # %%
 batch = x_train[:512], y_train[:512]
@@ -98,8 +99,8 @@ for panel, (name, selected) in zip(panels, masks.items(), strict=True):
 # %% [markdown]
 # ## Layer collapse
 #
-# An empty layer passes no signal: the network has the same output for all images, and training cannot
-# repair it. At which compression does this happen? Each method prunes the initial network to
+# An empty layer passes no signal: the network has the same output for all images, and training
+# cannot repair it. At which compression does this happen? Each method prunes the initial network to
 # different numbers of weights. The table lists the number of weights in the smallest layer.
 
 

@@ -38,6 +38,8 @@ def opened(path: str, tick: Tick = lambda size: None) -> Iterator[Checkpoint]:
         checkpointer = ocp.PyTreeCheckpointer()
         description: Any = checkpointer.metadata(folder)
         item = description.item_metadata
+        if item is None:
+            raise ValueError("its metadata cannot be read")
         args = jax.tree.map(
             # NumPy arrays need none of the devices that wrote the checkpoint. Text has no storage.
             lambda leaf: ocp.RestoreArgs(np.ndarray if getattr(leaf, "storage", None) else None),
