@@ -16,6 +16,7 @@ from jaxprune._tree import Masks, Params
 from jaxprune.curves._table import Row
 from jaxprune.masks import apply_masks
 
+Network = Callable[..., Any]  # (params, *inputs) -> outputs
 Method = Callable[..., tuple[Params, Masks]]  # (params, sparsity, key, train) -> params, masks
 Train = Callable[[Params, Masks, jax.Array], Params]  # (params, masks, key) -> params
 
@@ -25,7 +26,7 @@ def runner(
     init: Callable[[jax.Array], Params],
     train: Train,
     evaluate: Callable[[Params], float],
-    network: Callable[..., Any],
+    network: Network,
     inputs: Sequence[Any],
 ) -> Callable[[Method, float], Row]:
     """Returns a function that measures one point of a seed; all points share the dense network."""
@@ -54,10 +55,12 @@ def runner(
         params = counted(params, masks)
         _tree.check_pruned(params, masks)
         after = float(evaluate(params))
+        savings = _savings(network, initial, params, masks, inputs)
         return {
             "before": before,
             "after": after,
-            **_savings(network, initial, dense_flops(), params, masks, inputs),
+            **savings,
+            "theoretical_speedup": dense_flops() / max(savings["flops"], 1),
             "trainings": next(calls) - 1,
             "seconds": time.perf_counter() - start,
             "error": "",
@@ -67,12 +70,7 @@ def runner(
 
 
 def _savings(
-    network: Callable[..., Any],
-    dense: Params,
-    dense_flops: float,
-    params: Params,
-    masks: Masks,
-    inputs: Sequence[Any],
+    network: Network, dense: Params, params: Params, masks: Masks, inputs: Sequence[Any]
 ) -> dict[str, float]:
     """Measures the pruned network and compares it with the dense one."""
     small, small_params, small_masks = _shrunk(network, params, masks, inputs)
@@ -82,7 +80,6 @@ def _savings(
     table = metrics.summary(params, masks)
     return {
         "compression": table.size / max(table.kept, 1),
-        "theoretical_speedup": dense_flops / max(flops, 1),
         "measured_speedup": np.median(np.divide(times["dense"], times["pruned"])),
         "stored_bytes": metrics.stored_bytes(small_params, small_masks),
         "params": table.kept,
@@ -91,8 +88,8 @@ def _savings(
 
 
 def _shrunk(
-    network: Callable[..., Any], params: Params, masks: Masks, inputs: Sequence[Any]
-) -> tuple[Callable[..., Any], Params, Masks]:
+    network: Network, params: Params, masks: Masks, inputs: Sequence[Any]
+) -> tuple[Network, Params, Masks]:
     """Shrinks a network as far as its masks allow; returns its function, params and masks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "shrink: the masks remove no whole slice")
