@@ -103,7 +103,7 @@ def shrink(
     cut = functools.partial(_cut, apply_fn, like, masked, has_aux)
     example = cut(inputs)
     if not any(len(indices) for indices in masked.values()):
-        warnings.warn("shrink: the masks remove no whole slice, so nothing shrinks.", stacklevel=2)
+        warnings.warn("shrink: the masks remove no entire slice, so the network keeps its size.", stacklevel=2)
     elif not example.removed:
         raise CannotShrink(_disagreement(example.structure, list(shapes), masked))
     plan = _plan(example, shapes)
