@@ -48,8 +48,9 @@ def nine_methods(net):
     # Kernels are written for round widths: 11 and 22 filters run slower here than 16 and 32.
     filters = functools.partial(net.groups.select, cost="params", round_to=4)
 
-    def taylor_filters(scores, *args, **options):
-        return filters(jp.units.reduce(net.groups, scores, normalize="mean"), *args, **options)
+    def by_relative_score(scores, sparsity):
+        """Compares filters of all layers by their score over the mean of their layer."""
+        return filters(jp.units.reduce(net.groups, scores, normalize="mean"), sparsity)
 
     return {
         "magnitude": method(scores.magnitude),
@@ -61,7 +62,7 @@ def nine_methods(net):
         "L1 filters": method(
             scores.magnitude, select=functools.partial(filters, scope="layer", reduce="first")
         ),
-        "Taylor filters": method(scores.taylor(net.loss), *sample, select=taylor_filters),
+        "Taylor filters": method(scores.taylor(net.loss), *sample, select=by_relative_score),
     }
 
 

@@ -78,14 +78,8 @@ __all__ = [
 
 # What reads programs, draws or trains is imported on first use: it takes two thirds of the time
 # that importing all of the package takes, and flax.nnx as long again.
-_HOMES = {
-    "CannotShrink": "_shrink",
-    "Plan": "_plan",
-    "find_groups": "groups",
-    "report": "_report",
-    "shrink": "_shrink",
-    "summary": "metrics",
-}
+_HOMES = {"CannotShrink": "_shrink", "Plan": "_plan", "shrink": "_shrink"}
+_HOMES |= {"find_groups": "groups", "report": "_report", "summary": "metrics"}
 
 
 def __getattr__(name: str) -> Any:

@@ -63,7 +63,7 @@ def test_regularizer_contract(name, dtype):
     assert len(traces) == update._cache_size() == 1
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
     assert all(u.dtype == dtype for u in jax.tree.leaves(updates))
-    with pytest.raises(ValueError, match=f"{name}: params must be given to `update`"):
+    with pytest.raises(ValueError, match=f"{name}: params must be given, got None"):
         tx.update(grads, tx.init(params))
     tx = optax.chain(tx, optax.adam(1e-3))
     doubled = optax.tree.map_params(tx, lambda x: x, tx.init(params))
