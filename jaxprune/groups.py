@@ -36,12 +36,6 @@ class Group:
     Attributes:
       units: the numbers of the units, from 1.
       members: ``(path, axis, indices per unit)``, in the order in which the program uses them.
-
-    Examples:
-      >>> params = {"in": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}
-      >>> groups = find_groups(lambda p, x: x @ p["in"] @ p["out"], params, jnp.ones((5, 3)))
-      >>> groups.groups[0].members
-      (('in', 1, 1), ('out', 0, 1))
     """
 
     units: np.ndarray

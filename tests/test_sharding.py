@@ -198,6 +198,10 @@ def placed_network(mesh):
     return fn, jax.device_put(jnp.cos(jnp.arange(128.0)).reshape(8, 16), rows)
 
 
+def normalized(groups):
+    return lambda p, x: jp.units.reduce(groups, jp.scores.magnitude(p), normalize="max")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_structure_on_a_mesh(kind):
     mesh, placed = spread("tensor", kind)
@@ -213,6 +217,7 @@ def test_structure_on_a_mesh(kind):
             (jp.units.taylor(found, loss), jp.units.taylor(groups(), plain)),
             (jp.units.activation(found, fn), jp.units.activation(groups(), apply_fn)),
             (jp.search.oracle(found, loss), jp.search.oracle(groups(), plain)),
+            (normalized(found), normalized(groups())),
         ):
             np.testing.assert_allclose(score(placed, x), expected(*here), rtol=1e-3, atol=1e-5)
         curved = jp.scores.fisher(loss)(placed, x)["up"]  # one example of a sharded batch at a time
