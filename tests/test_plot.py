@@ -107,7 +107,7 @@ def test_curves_say_what_failed():
     rows = failed["method"] == "a"
     failed["error"] = np.where(rows, "ValueError: no", "")
     axes = jp.plot.curves(failed)
-    assert axes.get_title(loc="left") == "15 points failed"
+    assert axes.get_title(loc="left") == "failed points: 15"
     assert "a" not in [line.get_label() for line in axes.lines]
 
 
