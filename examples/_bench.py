@@ -1,4 +1,4 @@
-"""Times and memory beside plain JAX: how they are measured, kept, compared and printed."""
+"""Measures time and memory against references in plain JAX; stores and compares runs."""
 
 import datetime
 import json
@@ -15,26 +15,26 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from _results import markdown
+from _common import markdown
 
 import jaxprune as jp
 
-NOISE = 0.2  # a change beyond this is marked
+NOISE = 0.2  # larger changes are marked
 FORMAT = "jaxprune benchmarks 1"
 
 
 class Row(NamedTuple):
-    """What something takes, and what plain JAX takes for the same in the same run.
+    """A measurement, and that of a reference in plain JAX in the same run.
 
     Attributes:
-      part: the table that it belongs to.
-      name: what is measured.
-      at: what it is drawn against, such as the number of params.
-      seconds: a median.
-      plain_seconds: that of the reference.
-      ratio: the median ratio of pairs timed in turn, or else that of the medians.
-      bytes: of memory.
-      plain_bytes: of the reference.
+      part: name of the table.
+      name: the measured function.
+      at: the size on the x-axis, such as the number of params.
+      seconds: median time.
+      plain_seconds: median time of the reference.
+      ratio: median ratio of pairs timed in turn, or otherwise the ratio of the medians.
+      bytes: memory.
+      plain_bytes: memory of the reference.
     """
 
     part: str
@@ -63,20 +63,20 @@ def seconds(f: Callable[[], Any]) -> float:
 
 
 def alone(f: Callable[[], Any], repeats: int, plain_seconds: float | None = None) -> dict[str, Any]:
-    """Times calls after a first one, beside a reference that was timed before."""
+    """Times calls after a first one; the reference was timed before."""
     f()
-    took = statistics.median(seconds(f) for _ in range(repeats))
-    ratio = plain_seconds and took / plain_seconds
-    return {"seconds": took, "plain_seconds": plain_seconds, "ratio": ratio}
+    median = statistics.median(seconds(f) for _ in range(repeats))
+    ratio = plain_seconds and median / plain_seconds
+    return {"seconds": median, "plain_seconds": plain_seconds, "ratio": ratio}
 
 
 def paired(f: Callable[[], Any], plain: Callable[[], Any], pairs: int) -> dict[str, Any]:
-    """Times both in turn after a first pair, the order swapped each time."""
-    took: dict[Any, list[float]] = {f: [], plain: []}
+    """Times both in turn after a first pair, in alternating order."""
+    times: dict[Any, list[float]] = {f: [], plain: []}
     for i in range(pairs + 1):
-        for each in (f, plain) if i % 2 else (plain, f):
-            took[each].append(seconds(each))
-    ours, theirs = took[f][1:], took[plain][1:]
+        for call in (f, plain) if i % 2 else (plain, f):
+            times[call].append(seconds(call))
+    ours, theirs = times[f][1:], times[plain][1:]
     return {
         "seconds": statistics.median(ours),
         "plain_seconds": statistics.median(theirs),
@@ -85,7 +85,7 @@ def paired(f: Callable[[], Any], plain: Callable[[], Any], pairs: int) -> dict[s
 
 
 def stepping(step: Callable[..., Any], carry: Any, *args: Any) -> Callable[[], Any]:
-    """Makes a call of a step that takes what it gave before, donated or not."""
+    """Returns a call of a step whose argument is its last result, so that it may be donated."""
 
     def call():
         nonlocal carry
@@ -96,7 +96,7 @@ def stepping(step: Callable[..., Any], carry: Any, *args: Any) -> Callable[[], A
 
 
 class Compiled(NamedTuple):
-    """A program compiled ahead of time, what that took, and the memory that XLA plans."""
+    """A program compiled ahead of time, its compile time, and the memory that XLA plans."""
 
     call: Callable[..., Any]
     seconds: float
@@ -112,13 +112,13 @@ def compiled(f: Callable[..., Any], *args: Any, **options: Any) -> Compiled:
     """Compiles a function for arguments."""
     start = time.perf_counter()
     call = jax.jit(f, **options).lower(*args).compile()
-    took = time.perf_counter() - start
+    elapsed = time.perf_counter() - start
     planned = call.memory_analysis()
-    return Compiled(call, took, planned.temp_size_in_bytes, planned.output_size_in_bytes)
+    return Compiled(call, elapsed, planned.temp_size_in_bytes, planned.output_size_in_bytes)
 
 
-def apart(f: Callable[..., list[Row]], *args: Any, devices: int = 1) -> list[Row]:
-    """Calls a function in a process of its own, where its peak shows, with simulated devices."""
+def in_new_process(f: Callable[..., list[Row]], *args: Any, devices: int = 1) -> list[Row]:
+    """Calls a function in a new process, for its peak memory or for simulated devices."""
     text = f"import json, {f.__module__} as m; print(json.dumps(m.{f.__name__}(*{args!r})))"
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     done = subprocess.run(
@@ -133,7 +133,7 @@ def apart(f: Callable[..., list[Row]], *args: Any, devices: int = 1) -> list[Row
 
 
 def peak(f: Callable[[], Any]) -> int | None:
-    """Gives the bytes that a call needs beyond those that the process has before; on Linux."""
+    """Returns by how many bytes a call raises the memory of the process, or `None` off Linux."""
     status = pathlib.Path("/proc/self/status")
     if not status.exists():
         return None
@@ -141,14 +141,14 @@ def peak(f: Callable[[], Any]) -> int | None:
     def read(name):
         return int(re.search(rf"{name}:\s*(\d+) kB", status.read_text())[1]) * 1024
 
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = read("VmRSS")
     f()
     return max(read("VmHWM") - before, 0)
 
 
 def machine() -> dict[str, Any]:
-    """Says where and with what is measured."""
+    """Describes the machine and the versions of a run."""
     git = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -168,15 +168,15 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    found = None
+    model = None
     if os.path.exists("/proc/cpuinfo"):
         text = pathlib.Path("/proc/cpuinfo").read_text()
-        found = re.search(r"model name\s*:\s*(.+)", text)
-    return found[1] if found else platform.processor() or platform.machine()
+        model = re.search(r"model name\s*:\s*(.+)", text)
+    return model[1] if model else platform.processor() or platform.machine()
 
 
 def describe(run: Mapping[str, Any]) -> str:
-    """Writes the machine of a run in one line."""
+    """Formats the machine and the versions of a run in one line."""
     return (
         f"{run['processor']}, {run['cores']} cores, {run['memory'] / 1e9:.0f} GB, "
         f"JAX {run['jax']} on {run['backend']}, jaxprune {run['jaxprune']} ({run['commit']}), "
@@ -185,9 +185,9 @@ def describe(run: Mapping[str, Any]) -> str:
 
 
 def store(path: pathlib.Path, machine: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Writes a run as JSON, whole or not at all."""
-    found = [{k: v for k, v in row._asdict().items() if v is not None} for row in rows]
-    lines = ",\n  ".join(json.dumps(row) for row in found)
+    """Writes a run as JSON. An interrupted write leaves the old file."""
+    entries = [{k: v for k, v in row._asdict().items() if v is not None} for row in rows]
+    lines = ",\n  ".join(map(json.dumps, entries))
     head = json.dumps({"format": FORMAT, **machine}, indent=1).removesuffix("\n}")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
@@ -199,34 +199,34 @@ def load(path: pathlib.Path) -> tuple[dict[str, Any], list[Row]]:
     """Reads a run.
 
     Raises:
-      ValueError: if the file is none.
+      ValueError: if the file is not a stored run.
     """
     try:
         run = json.loads(path.read_text())
         if run.pop("format") != FORMAT:
-            raise ValueError(f"needed the format {FORMAT!r}")
+            raise ValueError(f"the format must be {FORMAT!r}")
         rows = [Row(**row) for row in run.pop("rows")]
         describe(run)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path}: not a stored run of benchmarks.py ({type(error).__name__}: {error}). "
-            "Move it away, or choose another folder with --out."
+            "Move the file, or choose another folder with --out."
         ) from error
     return run, rows
 
 
 def previous(*paths: pathlib.Path) -> dict[Any, Row]:
-    """Gives the rows of the first run that is there by their keys, and says which it is."""
+    """Returns the rows of the first run that exists, by key, and prints its name."""
     for path in paths:
         if path.exists():
             run, rows = load(path)
-            print(f"changes: to {path}: {describe(run)}")
+            print(f"changes are relative to {path}: {describe(run)}")
             return {row.key: row for row in rows}
     return {}
 
 
 def changes(row: Row, previous: Mapping[Any, Row]) -> list[str]:
-    """Says how the ratios of time and of memory moved against those of a previous run."""
+    """Formats the changes of the time ratio and of the memory ratio since a previous run."""
     before = previous.get(row.key)
     if before is None:
         return ["new", ""]
@@ -245,16 +245,16 @@ def _change(now: float | None, then: float | None) -> str:
 
 
 def table(rows: Sequence[Row], previous: Mapping[Any, Row] | None = None) -> str:
-    """Writes rows as a Markdown table, without empty columns; beside a previous run its changes."""
-    header = ("what", "time", "plain", "ratio", "change", "memory", "plain", "ratio", "change")
-    lines = [[*header], *(cells(row, previous) for row in rows)]
-    used = [i for i in range(len(header)) if any(line[i] for line in lines[1:])]
-    found = [[line[i] for i in used] for line in lines]
-    return markdown(found[0], found[1:])
+    """Formats rows as a Markdown table without empty columns, with changes since a previous run."""
+    columns = ("reference", "ratio", "change")
+    header = ["measured", "time", *columns, "memory", *columns]
+    lines = [cells(row, previous) for row in rows]
+    used = [i for i in range(len(header)) if any(line[i] for line in lines)]
+    return markdown([header[i] for i in used], [[line[i] for i in used] for line in lines])
 
 
 def cells(row: Row, previous: Mapping[Any, Row] | None = None) -> list[str]:
-    """Writes the figures of a row."""
+    """Formats the cells of a row."""
     time, memory = ("", "") if previous is None else changes(row, previous)
     return [
         row.name if row.at is None else f"{row.name}, {si(row.at)}",
@@ -263,15 +263,20 @@ def cells(row: Row, previous: Mapping[Any, Row] | None = None) -> list[str]:
     ]
 
 
+def sentences(f: Callable[..., Any]) -> str:
+    """Returns the docstring of a part in one line."""
+    return " ".join((f.__doc__ or "").split())
+
+
 def three(x: float | None) -> str:
-    """Writes three digits."""
+    """Formats three digits."""
     if x is None:
         return ""
     return f"{x:.3g}" if x < 1000 else f"{x:,.0f}"
 
 
 def si(x: float | None, unit: str = "") -> str:
-    """Writes three digits and a prefix: 25M, 1.6 GB."""
+    """Formats three digits and a prefix: 25M, 1.6 GB."""
     if x is None:
         return ""
     for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -281,7 +286,7 @@ def si(x: float | None, unit: str = "") -> str:
 
 
 def spell_seconds(x: float | None) -> str:
-    """Writes three digits of s, ms or µs."""
+    """Formats three digits in s, ms or µs."""
     if x is None:
         return ""
     for unit, size in (("s", 1), ("ms", 1e-3)):
@@ -291,10 +296,10 @@ def spell_seconds(x: float | None) -> str:
 
 
 def growth(rows: Sequence[Row]) -> str:
-    """Says how times grow with what they are drawn against, over the last three points."""
-    found = []
+    """Formats the exponents by which times grow, fitted to the last three points."""
+    exponents = []
     for name in dict.fromkeys(row.name for row in rows):
         points = [(r.at, r.seconds) for r in rows if r.name == name and r.at and r.seconds][-3:]
         if len(points) > 1:
-            found.append(f"{name} n^{np.polyfit(*np.log(points).T, 1)[0]:.2f}")
-    return f"\ngrowth: {', '.join(found)}\n" if found else ""
+            exponents.append(f"{name}: n^{np.polyfit(*np.log(points).T, 1)[0]:.2f}")
+    return f"\ngrowth: {'; '.join(exponents)}\n" if exponents else ""

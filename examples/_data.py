@@ -1,6 +1,6 @@
-"""Data for the examples: scikit-learn's digits, or MNIST files from a folder.
+"""Data for the examples: the digits of scikit-learn, or MNIST files from a folder.
 
-x_train, y_train, x_test, y_test = load()           # 8 x 8 digits, nothing to download
+x_train, y_train, x_test, y_test = load()           # 8 x 8 digits, no download
 x_train, y_train, x_test, y_test = load("mnist/")   # train-images-idx3-ubyte(.gz) and so on
 """
 
@@ -12,7 +12,7 @@ from sklearn import datasets
 
 
 def load(directory=None):
-    """Gives x_train, y_train, x_test, y_test: flat float32 images in [0, 1] and int32 labels."""
+    """Returns x_train, y_train, x_test, y_test: flat float32 images in [0, 1] and int32 labels."""
     if directory is not None:
         return _mnist(pathlib.Path(directory))
     x, y = datasets.load_digits(return_X_y=True)
@@ -22,8 +22,15 @@ def load(directory=None):
     return x[train], y[train], x[test], y[test]
 
 
+def load_images(directory=None):
+    """Returns the same with square images of shape (n, side, side, 1)."""
+    x, y, x_test, y_test = load(directory)
+    side = round(x.shape[1] ** 0.5)
+    return x.reshape(-1, side, side, 1), y, x_test.reshape(-1, side, side, 1), y_test
+
+
 def epoch_order(n, seed, size):
-    """Gives the shuffled indices of one epoch, shaped (batches, size)."""
+    """Returns the shuffled indices of one epoch, of shape (batches, size)."""
     size = min(size, n)
     order = np.random.default_rng(seed).permutation(n)
     return order[: n // size * size].reshape(-1, size)
@@ -35,7 +42,10 @@ def _mnist(directory):
         images = _idx(directory / f"{part}-images-idx3-ubyte", axes=3)
         labels = _idx(directory / f"{part}-labels-idx1-ubyte", axes=1)
         if len(images) != len(labels):
-            raise ValueError(f"{directory}: {len(images)} {part} images, {len(labels)} labels.")
+            raise ValueError(
+                f"{directory}: the number of {part} labels must be {len(images)}, that of the "
+                f"images, got {len(labels)}."
+            )
         parts += [images.reshape(len(images), -1).astype(np.float32) / 255, labels.astype(np.int32)]
     return tuple(parts)
 
@@ -47,12 +57,15 @@ def _idx(path, axes):
     elif packed.exists():
         path, data = packed, gzip.decompress(packed.read_bytes())
     else:
-        raise ValueError(f"{path}: no such file, nor {packed.name}.")
+        raise ValueError(f"{path}: neither this file nor {packed.name} exists.")
     magic = bytes([0, 0, 8, axes])  # 8: unsigned bytes
     if data[:4] != magic:
-        raise ValueError(f"{path}: bad magic number {data[:4].hex()}, expected {magic.hex()}.")
+        raise ValueError(f"{path}: the magic number must be {magic.hex()}, got {data[:4].hex()}.")
     head = 4 + 4 * axes
     shape = tuple(int(n) for n in np.frombuffer(data[4:head], ">i4"))
     if len(data) - head != np.prod(shape):
-        raise ValueError(f"{path}: {len(data) - head} bytes of data for shape {shape}.")
+        raise ValueError(
+            f"{path}: data of shape {shape} must have {np.prod(shape)} bytes, got "
+            f"{len(data) - head}."
+        )
     return np.frombuffer(data, np.uint8, offset=head).reshape(shape)

@@ -1,4 +1,4 @@
-"""What the benchmarks prune: arrays, an MLP, convolutions, ResNet-50, VGG-16, ViT, a decoder."""
+"""Networks of the benchmarks: an MLP, convolutions, ResNet-50, VGG-16, ViT, and a decoder."""
 
 from collections.abc import Sequence
 
@@ -79,15 +79,19 @@ class ViT(nn.Module):
 
 
 def initialise(model, x):
-    """Random weights without compiling the initialisers."""
+    """Returns random variables without compiling the initialisers."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)
-    spread = lambda s: rng.uniform(0.5, 1.5, s.shape) / np.sqrt(max(np.prod(s.shape[:-1]), 1))  # noqa: E731
-    return jax.tree.map(lambda s: jnp.asarray(spread(s), s.dtype), shapes)
+
+    def draw(leaf):
+        values = rng.uniform(0.5, 1.5, leaf.shape) / np.sqrt(max(np.prod(leaf.shape[:-1]), 1))
+        return jnp.asarray(values, leaf.dtype)
+
+    return jax.tree.map(draw, shapes)
 
 
 def normal_arrays(n, count=20):
-    """Random matrices of n weights in all, or a little less."""
+    """Returns random matrices with about n weights in total."""
     side = max(n // count // 256, 1)
     make = jax.jit(lambda key: jax.random.normal(key, (side, 256)))
     return [make(jax.random.key(i)) for i in range(count)]
@@ -124,9 +128,12 @@ def convs(params, x):
 
 
 def decoder(layers, width, hidden, heads, kv_heads, vocabulary):
-    """A decoder with grouped queries, as shapes alone."""
+    """Returns a decoder with grouped queries, the shapes of its params, and that of its tokens."""
     dim = width // heads
-    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)  # noqa: E731
+
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
+
     block = {"norm0": shape(width), "q": shape(width, width), "o": shape(width, width)}
     block |= {name: shape(width, kv_heads * dim) for name in "kv"}
     block |= {"norm1": shape(width), "gate": shape(width, hidden), "up": shape(width, hidden)}
@@ -142,7 +149,7 @@ def decoder(layers, width, hidden, heads, kv_heads, vocabulary):
         a, b = jnp.split(x, 2, -1)
         return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
-    def fn(params, tokens):
+    def apply_fn(params, tokens):
         x = params["embed"][tokens]
         for p in params["blocks"]:
             y = norm(x, p["norm0"])
@@ -153,4 +160,4 @@ def decoder(layers, width, hidden, heads, kv_heads, vocabulary):
             x = x + (jax.nn.silu(y @ p["gate"]) * (y @ p["up"])) @ p["down"]
         return norm(x, params["norm"]) @ params["embed"].T
 
-    return fn, params, jax.ShapeDtypeStruct((1, 128), jnp.int32)
+    return apply_fn, params, jax.ShapeDtypeStruct((1, 128), jnp.int32)

@@ -1,4 +1,4 @@
-"""What the benchmarks compare with: the same, as one would write it with plain JAX."""
+"""References of the benchmarks: the same functions, as one would write them in plain JAX."""
 
 import json
 import math
@@ -10,24 +10,24 @@ import numpy as np
 
 
 def masks(scores, sparsity=0.9):
-    """Sorts all scores and compares with the threshold; equal ones all go."""
+    """Sorts all scores and compares them with the threshold; all ties are pruned."""
     flat = jnp.sort(jnp.concatenate([s.ravel() for s in scores]))
     threshold = flat[round(sparsity * flat.size) - 1]
     return [s > threshold for s in scores]
 
 
 def masks_by_layer(scores):
+    """Does the same for each array."""
     return [masks([s])[0] for s in scores]
 
 
 def blocks(scores, side=16):
     """Masks blocks of a matrix by their sums."""
-    found = []
+    sums = []
     for s in scores:
         a, b = s.shape
-        found.append(s.reshape(a // side, side, b // side, side).sum((1, 3)))
-    tiles = [m.repeat(side, 0).repeat(side, 1) for m in masks(found)]
-    return tiles
+        sums.append(s.reshape(a // side, side, b // side, side).sum((1, 3)))
+    return [m.repeat(side, 0).repeat(side, 1) for m in masks(sums)]
 
 
 def columns(scores):
@@ -48,14 +48,14 @@ def two_of_four(scores):
 
 
 def filters(params):
-    """Masks the outputs of every kernel by the mean of their magnitudes, half of each."""
+    """Masks half of the outputs of each kernel, by the mean of their magnitudes."""
     kernels = [w for w in jax.tree.leaves(params) if w.ndim >= 2]
     means = [jnp.abs(w).reshape(-1, w.shape[-1]).mean(0) for w in kernels]
     return [masks([m], 0.5)[0] for m in means]
 
 
 def synflow(apply_fn, params, sparsity, x, rounds):
-    """Keeps weights by SynFlow, a compiled round after another, in float64."""
+    """Masks weights by SynFlow in float64, one compiled round at a time."""
     n = sum(w.size for w in jax.tree.leaves(params) if w.ndim >= 2)
 
     @jax.jit
@@ -94,16 +94,16 @@ def read(path):
     """Reads a safetensors file of float32."""
     data = pathlib.Path(path).read_bytes()
     size = 8 + int.from_bytes(data[:8], "little")
-    found = {}
+    arrays = {}
     for name, leaf in json.loads(data[8:size]).items():
         count, start = math.prod(leaf["shape"]), size + leaf["data_offsets"][0]
         values = np.frombuffer(data, np.float32, count, start)
-        found[name] = jnp.asarray(values.reshape(leaf["shape"]))
-    return found
+        arrays[name] = jnp.asarray(values.reshape(leaf["shape"]))
+    return arrays
 
 
 def prune(source, target):
-    """Writes a safetensors file without the smallest tenths of its weights."""
+    """Writes a safetensors file that keeps the largest tenth of the weights."""
     params = read(source)
     kept = jax.jit(masks)([jnp.abs(w) for w in params.values()])
     write(target, {k: w * m for (k, w), m in zip(params.items(), kept, strict=True)})
@@ -115,6 +115,6 @@ def inspect(path):
 
 
 def diff(a, b):
-    """Counts what differs between two safetensors files."""
+    """Counts the differences between two safetensors files."""
     before, after = read(a), read(b)
     return {k: (jnp.sum(w != after[k]), jnp.abs(w - after[k]).max()) for k, w in before.items()}

@@ -1,10 +1,11 @@
-"""What pruning costs and saves: time and memory of everything, against plain JAX in the same run.
+"""Measures the time and memory of pruning, and of pruned networks, against plain JAX.
 
-Ratios are to references written in plain JAX: below one is faster, or smaller. Times are medians,
-where possible of pairs timed in turn. What grows with something is drawn as scaling.png.
+Each measurement has a reference that is written in plain JAX and measured in the same run. A ratio
+below one means faster, or smaller. Times are medians, where possible of pairs timed in turn.
 
-The run is stored as benchmarks.json in the folder `--out`. Tables show how its ratios moved against
-the run that lay there, or else the one in docs/results; `!` marks those that moved by over 20 %.
+The run is stored as benchmarks.json in the folder --out, and drawn as scaling.png. The tables show
+changes since the run that was stored there before, or else since the run in docs/results; `!` marks
+ratios that changed by more than 20 %.
 
     python examples/benchmarks.py                      # a quarter of an hour on two cores
     python examples/benchmarks.py --only links scores  # compared, but not stored
@@ -45,7 +46,10 @@ STORED = pathlib.Path(__file__).parent.parent / "docs" / "results"
 
 
 def patterns(n, count, pairs):
-    """Other scopes, patterns and scores of float32: sorting, in the same shapes."""
+    """Selects masks of float32 scores with other scopes, patterns and scores.
+
+    The reference sorts scores of the same shapes.
+    """
     scores = [jnp.abs(w) for w in normal_arrays(n, count)]
     equal = [jnp.ones_like(s) for s in scores]
     select, pattern = functools.partial(jp.select, sparsity=0.9), jp.patterns
@@ -66,13 +70,13 @@ def patterns(n, count, pairs):
             scores,
         ),
     ):
-        made, reference = compiled(f, args), compiled(plain, args)
-        took = paired(lambda: made.call(args), lambda: reference.call(args), pairs)  # noqa: B023
-        memory = {"bytes": made.bytes, "plain_bytes": reference.bytes}
-        yield Row("patterns", name, n, **took, **memory)
+        ours, reference = compiled(f, args), compiled(plain, args)
+        times = paired(lambda: ours.call(args), lambda: reference.call(args), pairs)  # noqa: B023
+        memory = {"bytes": ours.bytes, "plain_bytes": reference.bytes}
+        yield Row("patterns", name, n, **times, **memory)
 
 
-def whole_step(loss, tx):
+def train_step(loss, tx):
     def step(carry, x, y):
         params, state = carry
         updates, state = tx.update(jax.grad(loss)(params, x, y), state, params)
@@ -81,7 +85,7 @@ def whole_step(loss, tx):
     return step
 
 
-def update_only(loss, tx):
+def optimizer_step(loss, tx):
     def step(carry, grads):
         params, state = carry
         updates, state = tx.update(grads, state, params)
@@ -98,9 +102,12 @@ def squared_error(apply_fn):
 
 
 def links(sizes):
-    """Adam on an MLP, batch 64: plain Adam; by params. Memory is temporary."""
+    """Trains an MLP with Adam at batch size 64, by number of params.
+
+    The reference is plain Adam. Memory is temporary memory.
+    """
     loss, plain = squared_error(mlp), optax.adam(1e-3)
-    schedule = jp.schedules.cubic(0.9, begin=10**6, end=2 * 10**6)  # not due while we measure
+    schedule = jp.schedules.cubic(0.9, begin=10**6, end=2 * 10**6)  # not due while measuring
     for n, pairs in sizes.items():
         width = round(math.sqrt(n / 3))
         params = mlp_params(jax.random.key(0), [width] * 4)
@@ -110,28 +117,32 @@ def links(sizes):
         enforce = jp.enforce(optax.adam(1e-3), masks)
         gradual = jp.gradual(optax.adam(1e-3), jp.scores.magnitude, schedule, every=100)
         for kind, make, args in (
-            ("step", whole_step, (x, y)),
-            ("optimizer", update_only, (grads,)),
+            ("step", train_step, (x, y)),
+            ("optimizer alone", optimizer_step, (grads,)),
         ):
             carry = params, plain.init(params)
-            beside = compiled(make(loss, plain), carry, *args, donate_argnums=0)
-            reference = stepping(beside.call, jax.tree.map(jnp.copy, carry), *args)
-            for name, tx in (("enforce", enforce), ("gradual, none due", gradual)):
+            adam = compiled(make(loss, plain), carry, *args, donate_argnums=0)
+            reference = stepping(adam.call, jax.tree.map(jnp.copy, carry), *args)
+            for name, tx in (("enforce", enforce), ("gradual, no pruning due", gradual)):
                 carry = jax.tree.map(jnp.copy, (params, tx.init(params)))
-                made = compiled(make(loss, tx), carry, *args, donate_argnums=0)
-                took = paired(stepping(made.call, carry, *args), reference, pairs)
-                memory = {"bytes": made.temporary, "plain_bytes": beside.temporary}
-                yield Row("links", f"{name}, {kind}", n, **took, **memory)
+                ours = compiled(make(loss, tx), carry, *args, donate_argnums=0)
+                times = paired(stepping(ours.call, carry, *args), reference, pairs)
+                memory = {"bytes": ours.temporary, "plain_bytes": adam.temporary}
+                yield Row("links", f"{name}, {kind}", n, **times, **memory)
             del carry, reference
 
 
 def scores(name, apply_fn, params, x, examples, pairs):
-    """Scores: a gradient of the batch, or of single examples as many gradients of one."""
+    """Scores weights and units.
+
+    The reference is one gradient of the batch, or for the rows with a number of examples, one
+    gradient for each of them.
+    """
     loss = squared_error(apply_fn)
     y = jnp.ones_like(apply_fn(params, x))
     gradient = jax.jit(jax.grad(loss))
     groups = jp.find_groups(apply_fn, params, x)
-    every = {
+    by_batch = {
         "gradient": jp.scores.gradient(loss),
         "Taylor": jp.scores.taylor(loss),
         "SNIP": jp.scores.snip(loss),
@@ -140,16 +151,16 @@ def scores(name, apply_fn, params, x, examples, pairs):
         "activation": lambda p, x, y: jp.units.activation(groups, apply_fn)(p, x),
         "GraSP": jp.scores.grasp(loss),
     }
-    single = {
+    by_example = {
         "Fisher": jp.scores.fisher(loss),
         "WoodFisher, blocks of 50": jp.scores.woodfisher(loss),
         "Taylor of feature maps": jp.units.taylor(groups, loss),
     }
 
-    def row(what, f, plain, times=1):
-        took = paired(f, plain, pairs)
-        took |= {k: took[k] / times for k in ("seconds", "ratio")}
-        return Row("scores", f"{name}: {what}", **took)
+    def row(criterion, f, plain, samples=1):
+        times = paired(f, plain, pairs)
+        times |= {k: times[k] / samples for k in ("seconds", "ratio")}
+        return Row("scores", f"{name}: {criterion}", **times)
 
     def batch():
         return gradient(params, x, y)
@@ -157,19 +168,22 @@ def scores(name, apply_fn, params, x, examples, pairs):
     def one_by_one():
         return [gradient(params, x[i : i + 1], y[i : i + 1]) for i in range(examples)]
 
-    for what, score in every.items():
+    for criterion, score in by_batch.items():
         call = jax.jit(score)
-        yield row(what, lambda: call(params, x, y), batch)  # noqa: B023
+        yield row(criterion, lambda: call(params, x, y), batch)  # noqa: B023
     hutchinson, samples = jp.scores.obd_hutchinson(loss, 10), 10
-    call = lambda: hutchinson(params, jax.random.key(3), x, y)  # noqa: E731
-    yield row("Hutchinson, one sample", call, batch, samples)
-    for what, score in single.items():
-        few = lambda: score(params, x[:examples], y[:examples])  # noqa: B023, E731
-        yield row(f"{what}, {examples} examples", few, one_by_one)
+    key = jax.random.key(3)
+    yield row("Hutchinson, one sample", lambda: hutchinson(params, key, x, y), batch, samples)
+    few = params, x[:examples], y[:examples]
+    for criterion, score in by_example.items():
+        yield row(f"{criterion}, {examples} examples", lambda: score(*few), one_by_one)  # noqa: B023
 
 
 def loops(params, x, pairs):
-    """XLA itself: gradients of single examples in a loop of its own, beside one in Python."""
+    """Computes gradients of single examples in `lax.map`, without jaxprune.
+
+    The reference is a Python loop. On CPUs, XLA is slow at convolutions in loops.
+    """
     gradient = jax.grad(squared_error(convs))
     one = jax.jit(gradient)
     y = jnp.ones((len(x), 1, 10))
@@ -178,12 +192,17 @@ def loops(params, x, pairs):
     def inside():
         return jax.lax.map(lambda pair: gradient(params, *pair), (x[:, None], y))
 
-    outside = lambda: [one(params, x[i : i + 1], y[i]) for i in range(len(x))]  # noqa: E731
+    def outside():
+        return [one(params, x[i : i + 1], y[i]) for i in range(len(x))]
+
     yield Row("loops", "convolutions, lax.map", **paired(inside, outside, pairs))
 
 
 def oracle(widths, size, examples, pairs):
-    """The oracle on filters of convolutions: an evaluation of the loss for each."""
+    """Scores filters of convolutions with the oracle.
+
+    The reference is one evaluation of the loss for each filter.
+    """
     params = conv_params(jax.random.key(0), widths)
     x = jax.random.normal(jax.random.key(1), (examples, size, size, 3))
     y = jnp.arange(examples) % 10
@@ -193,13 +212,19 @@ def oracle(widths, size, examples, pairs):
 
     groups = jp.find_groups(convs, params, x)
     score, forward = jp.search.oracle(groups, loss), jax.jit(loss)
-    each = lambda: [forward(params, x, y) for _ in range(len(groups))]  # noqa: E731
-    took = paired(lambda: score(params, x, y), each, pairs)
-    yield Row("oracle", f"{len(groups)} filters of {len(widths)} convolutions", **took)
+
+    def evaluations():
+        return [forward(params, x, y) for _ in range(len(groups))]
+
+    times = paired(lambda: score(params, x, y), evaluations, pairs)
+    yield Row("oracle", f"{len(groups)} filters of {len(widths)} convolutions", **times)
 
 
 def compact(n, count):
-    """Files of float32 with a tenth of the weights, and their size: NumPy's of all weights."""
+    """Saves and loads float32 files with a tenth of the weights. Memory is the size of the file.
+
+    The reference is a NumPy file of all weights.
+    """
     weights = normal_arrays(n, count)
     names = [str(i) for i in range(count)]
     masks = jp.select(jp.scores.magnitude(weights), 0.9)
@@ -217,15 +242,18 @@ def compact(n, count):
             with np.load(dense) as file:
                 return [jnp.asarray(file[name]) for name in names]
 
-        took = paired(save, plain_save, 3)
+        times = paired(save, plain_save, 3)
         memory = {"bytes": sparse.stat().st_size, "plain_bytes": dense.stat().st_size}
-        yield Row("compact", "masks.save", n, **took, **memory)
-        took = paired(lambda: jp.masks.load(sparse, like=weights), plain_load, 3)
-        yield Row("compact", "masks.load", n, **took)
+        yield Row("compact", "masks.save", n, **times, **memory)
+        times = paired(lambda: jp.masks.load(sparse, like=weights), plain_load, 3)
+        yield Row("compact", "masks.load", n, **times)
 
 
 def networks(models, size, batch, rounds):
-    """Halved networks: the same written by hand at half its widths, or the dense one."""
+    """Runs networks that are shrunk to half of each layer.
+
+    The reference is the same architecture written by hand at half the widths, or the dense network.
+    """
     x = jnp.ones((batch, size, size, 3))
     for name, (dense, by_hand) in models.items():
         params, hand = initialise(dense, x), initialise(by_hand, x)
@@ -235,44 +263,51 @@ def networks(models, size, batch, rounds):
         small_fn, small, _ = jp.shrink(dense.apply, params, masks, x, groups=groups, verify=False)
         sizes = [sum(w.size for w in jax.tree.leaves(p)) for p in (small, hand)]
         if sizes[0] != sizes[1]:
-            raise ValueError(f"{name}: shrunk has {sizes[0]} params, by hand {sizes[1]}.")
+            raise ValueError(
+                f"{name}: the shrunk network must have {sizes[1]} params, as the hand-written one, "
+                f"got {sizes[0]}."
+            )
         functions = {
-            "the dense": (dense.apply, params),
+            "dense": (dense.apply, params),
             "shrunk": (small_fn, small),
-            "by hand": (by_hand.apply, hand),
+            "hand-written": (by_hand.apply, hand),
         }
         times = jp.metrics.latency(functions, x, rounds=rounds)
         median = {(row.name, row.batch): row.median for row in times.rows}
-        for plain, n in itertools.product(("by hand", "the dense"), sorted({1, batch})):
+        for plain, n in itertools.product(("hand-written", "dense"), sorted({1, batch})):
             ours, theirs = median["shrunk", n], median[plain, n]
-            what = f"{name}, batch {n}, beside {plain}"
-            yield Row("networks", what, None, ours, theirs, ours / theirs)
+            pair = f"{name}, batch {n}, vs {plain}"
+            yield Row("networks", pair, None, ours, theirs, ours / theirs)
         flops = [jp.metrics.flops(fn, p, x) for fn, p in functions.values()]
-        yield Row("networks", f"{name}, FLOPs beside the dense", ratio=flops[1] / flops[0])
+        yield Row("networks", f"{name}, FLOPs vs dense", ratio=flops[1] / flops[0])
 
 
 def structure(models, size, decoder_sizes, repeats):
-    """Groups: tracing alone. `groups.select`: norms of all filters, a sort in each layer."""
+    """Finds and selects units of networks.
 
-    def found(name, fn, params, inputs):
+    The reference of `find_groups` is tracing; that of `groups.select` computes the norms of all
+    filters and sorts them by layer.
+    """
+
+    def finding(name, apply_fn, params, inputs):
         def find():
-            jp.find_groups(lambda p, x: fn(p, x), params, inputs)
+            jp.find_groups(lambda p, x: apply_fn(p, x), params, inputs)
 
         def trace():
-            jax.make_jaxpr(lambda p, x: fn(p, x))(params, inputs)
+            jax.make_jaxpr(lambda p, x: apply_fn(p, x))(params, inputs)
 
         return Row("structure", f"{name}, find_groups", **paired(find, trace, repeats))
 
     x = jnp.ones((1, size, size, 3))
     for name, (model, _) in models.items():
         params = initialise(model, x)
-        yield found(name, model.apply, params, x)
+        yield finding(name, model.apply, params, x)
         groups, scores = jp.find_groups(model.apply, params, x), jp.scores.magnitude(params)
         select = functools.partial(groups.select, scores, 0.5, scope="layer")
         plain = functools.partial(jax.jit(_plain.filters), params)
         yield Row("structure", f"{name}, groups.select", **paired(select, plain, repeats))
     layers, width, *_ = decoder_sizes
-    yield found(f"decoder, {layers} layers of width {width}", *decoder(*decoder_sizes))
+    yield finding(f"decoder, {layers} layers of width {width}", *decoder(*decoder_sizes))
 
 
 MODELS = {
@@ -283,9 +318,8 @@ MODELS = {
 
 
 def parts(tiny):
-    """Lists what is measured: the name of each part, the function, and its settings."""
-    key = jax.random.key(0)
-    p = functools.partial
+    """Returns the parts by name: functions with their settings."""
+    key, p = jax.random.key(0), functools.partial
     if tiny:
         dense = mlp_params(key, [64, 32, 10])
         models = {"VGG": (VGG16(8, (1,)), VGG16(4, (1,)))}
@@ -310,7 +344,7 @@ def parts(tiny):
     sizes = [10**6, 4 * 10**6, 25 * 10**6, 10**8, 4 * 10**8]
     return {
         "devices": p(_scaling.devices, 20 * 2**18, 20, [1, 2, 4, 8], repeats=3),
-        "leaves": p(_scaling.leaves, sizes[1], [10, 30, 100, 300], repeats=3),
+        "arrays": p(_scaling.arrays, sizes[1], [10, 30, 100, 300], repeats=3),
         "files": p(_scaling.files, sizes[1:4], 20),
         "equations": p(_scaling.equations, [2, 8, 32, 64], repeats=1),
         "rounds": p(_scaling.rounds, [784, 700, 600, 10], [1, 3, 10, 30, 100, 300], [1, 10, 100]),
@@ -331,24 +365,24 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", metavar="PART", help="of what it prints")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, to check that it runs")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="measure some of the parts")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for a quick test")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("outputs"))
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", "obd")  # random weights are at no minimum
+    warnings.filterwarnings("ignore", "obd")  # random weights are not at a minimum
     name = "tiny.json" if args.tiny else "benchmarks.json"
     previous = _bench.previous(args.out / name, STORED / name)
     todo = parts(args.tiny)
     if unknown := set(args.only or []) - set(todo):
-        parser.error(f"unknown parts {sorted(unknown)}; needed some of {list(todo)}")
+        parser.error(f"--only must be some of {', '.join(todo)}; got {', '.join(sorted(unknown))}")
     run, rows = _bench.machine(), []
     print(_bench.describe(run))
     for part in args.only or todo:
-        found = list(todo[part]())
-        rows += found
-        said = " ".join(todo[part].func.__doc__.split())
-        print(f"\n{part}: {said}\n{_bench.table(found, previous)}")
-        print(_bench.growth(found), end="", flush=True)
+        measured = list(todo[part]())
+        rows += measured
+        print(f"\n{part}: {_bench.sentences(todo[part].func)}\n")
+        print(_bench.table(measured, previous))
+        print(_bench.growth(measured), end="", flush=True)
     if not args.only:
         _bench.store(args.out / name, run, rows)
         _scaling.draw(rows, args.out / "scaling.png")

@@ -1,9 +1,9 @@
-"""Which criterion empties a layer first, after Tanaka et al. 2020: no training, five criteria.
+"""Which criterion empties a layer first? After Tanaka et al, 2020.
 
-A network of eleven convolutions at its initial weights is pruned to more and more, up to the
-maximal compression, at which every layer keeps one weight. A layer without weights cuts the network
-in two, and no training can mend it. Random, magnitude, SNIP and GraSP score once, SynFlow n times,
-as --rounds says. Prints from which compression on a layer is empty, and draws how many are.
+An untrained network of eleven convolutions is pruned at increasing compressions, up to the maximum,
+at which each layer keeps one weight. A layer without weights disconnects the network, and no
+training can repair that. Random, magnitude, SNIP and GraSP score once, SynFlow in --rounds rounds.
+Prints the first compression at which a layer is empty, and draws the number of empty layers.
 
     python examples/collapse.py
     python examples/collapse.py --data mnist/
@@ -11,36 +11,43 @@ as --rounds says. Prints from which compression on a layer is empty, and draws h
 https://arxiv.org/abs/2006.05467
 """
 
-import argparse
 import functools
 import itertools
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from _data import load
-from _results import markdown, mean_std
+from _common import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    markdown,
+    mean_std,
+    parser,
+    save,
+    tidy,
+)
+from _data import load_images
 from flax import linen as nn
-from quickstart import save
 from tqdm import tqdm
 
 import jaxprune as jp
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
-# Okabe and Ito's colours; the last ones are for SynFlow
-COLORS = ["#000000", "#0072B2", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#009E73"]
+# The last three are for SynFlow.
+COLORS = [BLACK, BLUE, ORANGE, PURPLE, SKY, VERMILION, GREEN]
 MARKERS = ["x", "o", "s", "^", "P", "v", "D"]
 WIDTHS = [24, 24, 48, 48, 64, 64, 64, 96, 96, 96, 96]
 
 
 class VGG(nn.Module):
-    """Convolutions and a dense layer; the image is halved before the network becomes wider."""
+    """Convolutions and a dense layer; the image is halved where the width grows."""
 
     widths: tuple[int, ...]
 
@@ -54,7 +61,7 @@ class VGG(nn.Module):
 
 
 def criteria(apply_fn, x, y, rounds):
-    """Gives masks(params, sparsity, key) by name."""
+    """Returns masks(params, sparsity, key) by name."""
 
     def loss(params, x, y, temperature=1.0):
         logits = apply_fn(params, x) / temperature
@@ -76,10 +83,9 @@ def criteria(apply_fn, x, y, rounds):
 
 
 def compare(args):
-    """Counts the empty layers: their number by method, seed and compression; the network's size."""
-    x, y, _, _ = load(args.data)
-    side = round(x.shape[1] ** 0.5)
-    x, y = jnp.asarray(x[:256]).reshape(-1, side, side, 1), jnp.asarray(y[:256])
+    """Returns counts of empty layers by method, compression and seed, and the network's size."""
+    x, y, _, _ = load_images(args.data)
+    x, y = jnp.asarray(x[:256]), jnp.asarray(y[:256])
     model = VGG(tuple(args.widths))
     apply_fn = jax.jit(model.apply)
     methods = criteria(apply_fn, x, y, args.rounds)
@@ -97,33 +103,33 @@ def compare(args):
         for c in np.geomspace(10, limit, steps):
             try:
                 masks = methods[name](params, 1 - 1 / c, key)
-                found = sum(not bool(m.any()) for m in jax.tree.leaves(masks))
-            except ValueError:  # SynFlow's word that no signal reaches the output any more
-                found = layers
-            empty.setdefault(name, {}).setdefault(c, []).append(found)
+                count = sum(not bool(m.any()) for m in jax.tree.leaves(masks))
+            except ValueError:  # SynFlow raises it when no signal reaches the output any more
+                count = layers
+            empty.setdefault(name, {}).setdefault(c, []).append(count)
     return empty, total, layers, limit
 
 
 def show(empty, total, layers, limit):
-    """Prints the first compression at which a layer is empty, for every seed."""
+    """Prints the first compression at which a layer is empty, for each seed."""
     print(f"{total:,} weights in {layers} layers: at most {limit:,.0f}×")
     rows = []
     for name, counts in empty.items():
         firsts = []
         for seed in zip(*counts.values(), strict=True):
-            found = [c for c, n in zip(counts, seed, strict=True) if n]
-            firsts.append(f"{found[0]:,.0f}×" if found else "never")
+            broken = [c for c, n in zip(counts, seed, strict=True) if n]
+            firsts.append(f"{broken[0]:,.0f}×" if broken else "never")
         rows.append((name, ", ".join(firsts), mean_std(counts[max(counts)], 1)))
     header = "a layer is empty from, by seed", f"empty layers at {limit:,.0f}×"
     print(markdown(("method", *header), rows))
 
 
 def draw(empty, layers, limit, path):
-    """Draws the empty layers against compression, the mean over seeds."""
+    """Draws the number of empty layers against compression, the mean over seeds."""
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     styles = itertools.cycle(zip(COLORS, MARKERS, strict=True))
     for (name, counts), (color, marker) in zip(empty.items(), styles, strict=False):
-        means = [np.mean(found) for found in counts.values()]
+        means = [np.mean(seeds) for seeds in counts.values()]
         axes.plot(list(counts), means, color=color, marker=marker, label=name, clip_on=False)
     axes.axvline(limit, color="gray", linestyle="--", linewidth=1)
     axes.text(limit, layers, "one weight a layer ", ha="right", va="top", color="gray")
@@ -132,22 +138,16 @@ def draw(empty, layers, limit, path):
     axes.set_xlabel("compression of the weights")
     axes.set_ylabel(f"empty layers, of {layers}")
     axes.set_ylim(0, layers)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     figure.legend(loc="outside right center", frameon=False)
     save(figure, path)
 
 
 def main():
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--data", metavar="DIR", help="folder of MNIST IDX files")
+    options = parser(__doc__)
     options.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     options.add_argument("--rounds", type=int, nargs="+", default=[1, 100, 300], help="of SynFlow")
-    options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--steps", type=int, help="how many compressions; by default two a decade")
-    options.add_argument("--out", type=pathlib.Path, default=pathlib.Path("outputs"))
+    options.add_argument("--steps", type=int, help="number of compressions; default: two a decade")
     args = options.parse_args()
     empty, total, layers, limit = compare(args)
     show(empty, total, layers, limit)

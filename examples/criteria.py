@@ -1,10 +1,11 @@
-"""Every other criterion of the library on the problem of curves.py, by the same rules.
+"""Compares twenty-one other criteria on the problem of curves.py, by the same rules.
 
-Random, magnitude and what scores weights of a trained network start from one trained for --epochs;
-penalties, trained scores and gates act during the first --epochs; all are fine-tuned for --epochs
-more. Criteria of units remove filters and neurons until that share of the params is gone.
+Criteria of a trained network start from one trained for --epochs. Penalties, trained scores and
+gates act during the first --epochs. All methods are fine-tuned for --epochs more. Criteria of units
+remove filters and neurons until the given share of the params is removed.
 
-Finished points are kept in OUT/criteria.csv and not run again: delete it to begin anew.
+Finished points are stored in OUT/criteria.csv and are not measured again. Delete the file to start
+from the beginning.
 
     python examples/criteria.py
     python examples/criteria.py --data mnist/ --epochs 1
@@ -16,18 +17,22 @@ import warnings
 import jax
 import jax.numpy as jnp
 import optax
-from curves import options, problem, sweep, trainer
+from _training import problem, step_trainer, sweep, sweep_options
 
 import jaxprune as jp
 
 
 def kernels(params, fill):
-    """Gives an array for every kernel, and `None` for every bias."""
+    """Returns an array for each kernel, and `None` for each bias."""
     return jax.tree.map(lambda w: jnp.full(w.shape, fill) if w.ndim > 1 else None, params)
 
 
-def train_beside(net, objective, rate):
-    """Gives fit(params, others, sparsity, key), by Adam, for objective(trained, key, ...)."""
+def joint_trainer(net, objective, rate):
+    """Returns fit(params, others, sparsity, key), which trains params and other arrays together.
+
+    The objective maps ((params, others), step, sparsity, key, x, y) to a scalar; `rate` is the
+    learning rate of the other arrays.
+    """
     tx = optax.partition({"params": net.adam, "others": optax.adam(rate)}, ("params", "others"))
 
     @jax.jit
@@ -48,7 +53,7 @@ def train_beside(net, objective, rate):
 
 
 def trained_scores(net):
-    """Gives movement pruning, on a cubic schedule, and L0 gates."""
+    """Returns movement pruning, on a cubic schedule, and L0 gates."""
 
     def sparse_loss(trained, i, sparsity, key, x, y):
         cubic = jp.schedules.cubic(sparsity, begin=0, end=net.steps)
@@ -63,8 +68,8 @@ def trained_scores(net):
         gated = gate(params, jp.gates.sample(log_alpha, key))
         return net.loss(gated, x, y) + 1e-5 * jp.gates.penalty(log_alpha)
 
-    fit_moving = train_beside(net, sparse_loss, 1e-2)
-    fit_gates = train_beside(net, gated_loss, 1e-1)
+    fit_moving = joint_trainer(net, sparse_loss, 1e-2)
+    fit_gates = joint_trainer(net, gated_loss, 1e-1)
 
     def movement(params, sparsity, key, train):
         params, scores = fit_moving(params, kernels(params, 0.0), sparsity, key)
@@ -72,21 +77,21 @@ def trained_scores(net):
 
     def gates(params, sparsity, key, train):
         params, log_alpha = fit_gates(params, kernels(params, 2.0), sparsity, key)
-        # Open gates end at exactly 1, where only the logits tell them apart.
+        # Open gates end at exactly 1; only their logits still differ, so these are ranked.
         return gate(params, jp.gates.mean(log_alpha)), jp.select(log_alpha, sparsity)
 
     return {"movement": movement, "L0 gates": gates}
 
 
 def penalties(net, filters):
-    """Gives group lasso, and growing regularisation in the later half of the first epochs."""
+    """Returns group lasso, and growing regularisation in the second half of the first epochs."""
     half = max(net.steps // 2, 1)
-    fit = functools.partial(trainer, net.loss, x=net.x, y=net.y)
+    fit = functools.partial(step_trainer, net.loss, x=net.x, y=net.y)
     lasso = optax.chain(jp.regularizers.group_lasso(net.groups, 1e-3), net.adam)
     with_lasso = fit(lambda masks: lasso, steps=net.steps)
     plainly = fit(lambda masks: net.adam, steps=half)
-    # The factor must beat the loss within `half` steps; Adam would take its size away.
-    pressed = fit(
+    # After the rescaling of Adam, so that the penalty outgrows the loss within `half` steps.
+    with_penalty = fit(
         lambda masks: optax.chain(
             optax.scale_by_adam(),
             jp.regularizers.growing(masks, 0.1, every=5, limit=100.0),
@@ -103,13 +108,13 @@ def penalties(net, filters):
         first, second = jax.random.split(key)
         params, _ = plainly(params, None, first)
         masks = filters(jp.scores.magnitude(params), sparsity)
-        return pressed(params, masks, second)[0], masks
+        return with_penalty(params, masks, second)[0], masks
 
     return {"group lasso, filters": group_lasso, "growing, filters": growing}
 
 
 def of_weights(net):
-    """Gives criteria, scopes and patterns of single weights."""
+    """Returns criteria, scopes and patterns of single weights."""
     method, scores, sample = jp.curves.method, jp.scores, (net.x[:512], net.y[:512])
     select = functools.partial(functools.partial, jp.select)
 
@@ -144,7 +149,7 @@ def of_weights(net):
 
 
 def of_units(net, filters):
-    """Gives criteria of filters and neurons."""
+    """Returns criteria of filters and neurons."""
     method, sample = jp.curves.method, (net.x[:512], net.y[:512])
     select = functools.partial(functools.partial, filters)
     score = {
@@ -155,35 +160,39 @@ def of_units(net, filters):
 
     def particles(params, sparsity, key, train):
         params = train(params)
-        found = jp.search.particle_filter(
+        result = jp.search.particle_filter(
             net.groups,
             net.loss,
             params,
-            1 - (1 - sparsity) ** 0.5,  # of units, so that about this share of the params is gone
+            1 - (1 - sparsity) ** 0.5,  # of the units, which hold about `sparsity` of the params
             key,
             *sample,
             rounds=5,
             batch_size=1,
         )
-        return params, filters(found.scores, sparsity)
+        return params, filters(result.scores, sparsity)
 
-    def activation(statistic):
-        score = jp.units.activation(net.groups, net.apply_fn, statistic)
-        return method(score, net.x[:512], select=select(normalize="mean"))
+    def by_relative_score(scores, sparsity):
+        """Compares units of all layers by their score over the mean of their group."""
+        return filters(jp.units.reduce(net.groups, scores, normalize="mean"), sparsity)
 
     return {
         "FPGM, filters": method(jp.scores.fpgm, select=select(scope="layer", reduce="first")),
         "isomorphic, filters": method(jp.scores.magnitude, select=select(scope="isomorphic")),
         **{f"{name}, filters": method(s, *sample, select=filters) for name, s in score.items()},
-        "mean activation, filters": activation("mean"),
+        "mean activation, filters": method(
+            jp.units.activation(net.groups, net.apply_fn, "mean"),
+            net.x[:512],
+            select=by_relative_score,
+        ),
         "particle filter, filters": particles,
     }
 
 
 def main():
-    args = options(__doc__)
-    warnings.filterwarnings("ignore", "round_to")  # says which widths were rounded: many
-    warnings.filterwarnings("ignore", "obd")  # a network trained for epochs is at no minimum
+    args = sweep_options(__doc__, [2, 4, 8, 16, 32], seeds=3)
+    warnings.filterwarnings("ignore", "round_to")  # one for each width that rounding changes
+    warnings.filterwarnings("ignore", "obd")  # a network trained for epochs is not at a minimum
     net = problem(args.data, args.epochs)
     filters = functools.partial(net.groups.select, cost="params", round_to=4)
     methods = of_weights(net) | of_units(net, filters) | trained_scores(net)

@@ -1,137 +1,37 @@
-"""Nine methods × five compressions × three seeds: a table, curves, and an HTML report.
+"""Compares nine methods at six compressions over five seeds: a table, curves, and an HTML report.
 
-A small CNN on digits (or IDX files with --data DIR). Every point takes the same number of training
-steps: twice --epochs. Random, magnitude, L1 and Taylor pruning start from the network trained for
---epochs. SNIP, GraSP and SynFlow prune the initial network. Gradual pruning reaches its sparsity
-within the first --epochs. L1 and Taylor filters remove whole filters and neurons until that share
-of the params is gone, so that time is saved too.
+The network is a small CNN. Every point takes the same number of training steps: twice --epochs.
+Random, magnitude, L1 and Taylor pruning start from the network trained for --epochs. SNIP, GraSP
+and SynFlow prune the initial network. Gradual pruning reaches its sparsity within the first
+--epochs. L1 and Taylor filters remove entire filters and neurons until the given share of the
+params is removed, so that they save time as well.
 
-Finished points are kept in OUT/curves.csv and not run again: delete it to begin anew.
+Finished points are stored in OUT/curves.csv and are not measured again. Delete the file to start
+from the beginning.
 
     python examples/curves.py
     python examples/curves.py --data mnist/ --epochs 1
 """
 
-import argparse
 import functools
-import pathlib
-import types
 import warnings
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-import optax
-from _data import load
-from flax import linen as nn
+import matplotlib.pyplot as plt
+from _training import cross_entropy, problem, step_trainer, sweep, sweep_options
 
 import jaxprune as jp
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
-
-class CNN(nn.Module):
-    """Two convolutions and two dense layers."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Conv(16, (3, 3))(x))
-        x = nn.max_pool(nn.relu(nn.Conv(32, (3, 3))(x)), (2, 2), (2, 2))
-        x = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
-        return nn.Dense(10)(x)
-
-
-def cross_entropy(apply_fn, temperature=1.0):
-    """Gives loss(params, x, y)."""
-
-    def loss(params, x, y):
-        logits = apply_fn(params, x) / temperature
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-    return loss
-
-
-def trainer(loss, link, x, y, steps, size=64):
-    """Gives fit(params, chosen, key) -> (params, optimizer state) with the optimizer link(chosen).
-
-    XLA runs convolutions in a `scan` ten times slower on CPUs: the loop is Python's.
-    """
-
-    @jax.jit
-    def step(params, state, chosen, key):
-        batch = jax.random.randint(key, (size,), 0, len(x))
-        grads = jax.grad(loss)(params, x[batch], y[batch])
-        updates, state = link(chosen).update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    def fit(params, chosen, key):
-        state = link(chosen).init(params)
-        for step_key in jax.random.split(key, steps):
-            params, state = step(params, state, chosen, step_key)
-        return params, state
-
-    return fit
-
-
-def problem(data, epochs):
-    """Gives what every method has in common: the data, the network, its training and its groups."""
-    x, y, x_test, y_test = load(data)
-    side = round(x.shape[1] ** 0.5)
-    x, x_test = (jnp.asarray(a).reshape(-1, side, side, 1) for a in (x, x_test))
-    y = jnp.asarray(y)
-    model = CNN()
-    apply_fn = jax.jit(model.apply)
-    loss = cross_entropy(apply_fn)
-    adam = optax.adam(2e-3)
-    steps = max(epochs * len(x) // 64, 1)
-    fit = trainer(loss, lambda masks: jp.enforce(adam, masks), x, y, steps)
-
-    @jax.jit
-    def evaluate(params):
-        return jnp.mean(jnp.argmax(apply_fn(params, x_test), -1) == y_test)
-
-    init = jax.jit(lambda key: model.init(key, x[:1]))
-    return types.SimpleNamespace(
-        x=x,
-        y=y,
-        data={"x": x, "y": y, "x_test": x_test, "y_test": y_test},
-        apply_fn=apply_fn,
-        loss=loss,
-        adam=adam,
-        steps=steps,
-        train=lambda params, masks, key: fit(params, masks, key)[0],
-        evaluate=evaluate,
-        init=init,
-        groups=jp.find_groups(apply_fn, init(jax.random.key(0)), x[:1]),
-    )
-
-
-def sweep(net, methods, args, store):
-    """Measures methods on the problem: gives the table."""
-    sparsities = [1 - 1 / c for c in args.compressions]
-    methods = {name: methods[name] for name in args.methods or methods}
-    return jp.curves.sweep(
-        methods,
-        sparsities,
-        range(args.seeds),
-        net.train,
-        net.evaluate,
-        init=net.init,
-        apply_fn=net.apply_fn,
-        inputs=[net.x[:256]],
-        store=store,
-    )
-
 
 def nine_methods(net):
-    """Gives the methods; ``sweep`` adds random and magnitude pruning."""
+    """Returns the methods by name; `sweep` adds random pruning."""
 
     def cubic(sparsity):
         schedule = jp.schedules.cubic(sparsity, begin=0, end=net.steps)
         return jp.gradual(net.adam, jp.scores.magnitude, schedule, every=5)
 
-    fit_gradually = trainer(net.loss, cubic, net.x, net.y, net.steps)
+    fit_gradually = step_trainer(net.loss, cubic, net.x, net.y, net.steps)
 
     def gradual(params, sparsity, key, train):
         params, state = fit_gradually(params, jnp.float32(sparsity), key)
@@ -145,8 +45,13 @@ def nine_methods(net):
 
     method, scores, sample = jp.curves.method, jp.scores, (net.x[:512], net.y[:512])
     by_layer = functools.partial(jp.select, scope="layer")
-    # Kernels are made for round widths: 11 and 22 filters in place of 16 and 32 run slower here.
+    # Kernels are written for round widths: 11 and 22 filters run slower here than 16 and 32.
     filters = functools.partial(net.groups.select, cost="params", round_to=4)
+
+    def by_relative_score(scores, sparsity):
+        """Compares filters of all layers by their score over the mean of their layer."""
+        return filters(jp.units.reduce(net.groups, scores, normalize="mean"), sparsity)
+
     return {
         "magnitude": method(scores.magnitude),
         "magnitude by layer": method(scores.magnitude, select=by_layer),
@@ -157,9 +62,7 @@ def nine_methods(net):
         "L1 filters": method(
             scores.magnitude, select=functools.partial(filters, scope="layer", reduce="first")
         ),
-        "Taylor filters": method(
-            scores.taylor(net.loss), *sample, select=functools.partial(filters, normalize="mean")
-        ),
+        "Taylor filters": method(scores.taylor(net.loss), *sample, select=by_relative_score),
     }
 
 
@@ -174,23 +77,9 @@ def draw(table, out):
     plt.close(figure)
 
 
-def options(description):
-    """Reads the command line."""
-    options = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--data", metavar="DIR", help="folder of MNIST IDX files")
-    options.add_argument("--epochs", type=int, default=8)
-    options.add_argument("--compressions", type=float, nargs="+", default=[2, 4, 8, 16, 32])
-    options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--methods", nargs="+", metavar="NAME", help="only these rows")
-    options.add_argument("--out", type=pathlib.Path, default=pathlib.Path("outputs"))
-    return options.parse_args()
-
-
 def main():
-    args = options(__doc__)
-    warnings.filterwarnings("ignore", "round_to")  # says which widths were rounded: many
+    args = sweep_options(__doc__, [2, 4, 8, 16, 32, 64], seeds=5)
+    warnings.filterwarnings("ignore", "round_to")  # one for each width that rounding changes
     net = problem(args.data, args.epochs)
     table = sweep(net, nine_methods(net), args, args.out / "curves.csv")
     draw(table, args.out)

@@ -1,14 +1,14 @@
-"""Takes a pruned network out of the library: to files that run without jaxprune.
+"""Exports a shrunk network to files that run without jaxprune.
 
-Prunes half of the channels of a small residual network, shrinks it, and writes the dense and the
-shrunk network, for batches of any size, with jax.export and, if jax2onnx is there, as ONNX. Then a
-fresh process, which imports neither jaxprune nor Flax, loads the files, compares what they give
-with the dense network, masked and not, and times them in turns, on one thread. The weights are
-random: this is about the way out, not about accuracy.
+Removes half of the channels of a small residual network, shrinks it, and writes the dense and the
+shrunk network for any batch size with `jax.export` and, if jax2onnx is installed, as ONNX. Then a
+new process, which imports neither jaxprune nor Flax, loads the files, compares their outputs with
+those of the dense and of the masked network, and times them in turn on one thread. The weights are
+random: this example is about export, not about accuracy.
 
     python examples/export.py
     python examples/export.py --out exported/ --batch 256
-    python examples/export.py --load exported/    # what the fresh process does
+    python examples/export.py --load exported/    # the part that the new process runs
 """
 
 import argparse
@@ -27,15 +27,15 @@ import numpy as np
 from jax import export
 
 IMAGE = (8, 8, 1)
-FORMATS = {  # file suffix, and what has to be installed
+FORMATS = {  # file suffix, required modules, and the package to install
     "jax.export": (".jax", ["flatbuffers"], "flatbuffers"),
     "ONNX": (".onnx", ["jax2onnx", "onnxruntime"], "jaxprune[onnx]"),
 }
 
 
 def network():
-    """Gives a pure apply function of variables and images, in evaluation, and its variables."""
-    from flax import linen as nn  # not at the top: the process that loads needs no Flax
+    """Returns a function of variables and images, in evaluation mode, and its variables."""
+    from flax import linen as nn  # imported here, since the process that loads needs no Flax
 
     class Block(nn.Module):
         width: int
@@ -61,76 +61,76 @@ def network():
 
 
 def write(directory, batch):
-    """Prunes, shrinks, and writes both networks and what they have to give on some images."""
-    import jaxprune as jp  # not at the top: the process that loads asserts that it is absent
+    """Prunes, shrinks, and writes both networks and their expected outputs on some images."""
+    import jaxprune as jp  # imported here, since the process that loads must not import it
 
-    fn, params = network()
+    apply_fn, params = network()
     image = jax.ShapeDtypeStruct((1, *IMAGE), jnp.float32)
-    groups = jp.find_groups(fn, params, image)
+    groups = jp.find_groups(apply_fn, params, image)
     masks = groups.select(jp.scores.magnitude(params), 0.5, scope="layer")
-    small_fn, small, _ = jp.shrink(fn, params, masks, image)
+    small_fn, small, _ = jp.shrink(apply_fn, params, masks, image)
     before, after = (sum(w.size for w in jax.tree.leaves(tree)) for tree in (params, small))
-    print(f"{before:,} params, {after:,} once half of the {len(groups)} units left")
+    print(f"{before:,} params; {after:,} after removing half of the {len(groups)} units")
 
     x = jax.random.normal(jax.random.key(1), (batch, *IMAGE))
-    dense, masked = fn(params, x), fn(jp.apply_masks(params, masks), x)
+    dense, masked = apply_fn(params, x), apply_fn(jp.apply_masks(params, masks), x)
     np.savez(directory / "expected.npz", x=x, dense=dense, shrunk=masked)
 
-    # jax2onnx cannot trace the shrunk function itself: it gets its program for one image.
+    # jax2onnx cannot trace the shrunk function, but it can convert its program for one image.
     one = small_program(lambda image: small_fn(small, image[None])[0])
     shrunk = {"jax.export": lambda x: small_fn(small, x), "ONNX": jax.vmap(one)}
     for kind, (suffix, modules, package) in FORMATS.items():
         if not all(map(importlib.util.find_spec, modules)):
-            print(f"{kind}: skipped, needs pip install {package}")
+            print(f"{kind}: skipped; run pip install {package}")
             continue
         to_bytes = {"jax.export": to_jax, "ONNX": to_onnx}[kind]
-        for name, function in (("dense", lambda x: fn(params, x)), ("shrunk", shrunk[kind])):
+        for name, function in (("dense", lambda x: apply_fn(params, x)), ("shrunk", shrunk[kind])):
             (directory / name).with_suffix(suffix).write_bytes(to_bytes(function))
 
 
 def small_program(one):
-    """Gives a function of an image, traced now: jax2onnx traces with parts of JAX replaced."""
+    """Returns a function of an image, traced now: jax2onnx replaces parts of JAX when it traces."""
     from jax.extend.core import jaxpr_as_fun
 
-    with jax.disable_jit():  # a flat program, without calls: jax2onnx 0.17 has none of JAX 0.12's
+    with jax.disable_jit():  # without calls, which jax2onnx 0.17 does not know in JAX 0.12
         program = jax.make_jaxpr(one)(jax.ShapeDtypeStruct(IMAGE, jnp.float32))
     return lambda image: jaxpr_as_fun(program)(image)[0]
 
 
 def to_jax(function):
-    """Writes a function of images as StableHLO, its params included."""
+    """Serialises a function of images, including its params, as StableHLO."""
     images = jax.ShapeDtypeStruct((*export.symbolic_shape("b"), *IMAGE), jnp.float32)
     return export.export(jax.jit(function))(images).serialize()
 
 
 def to_onnx(function):
-    """Writes a function of images as ONNX, its params included."""
+    """Serialises a function of images, including its params, as ONNX."""
     import jax2onnx
 
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it cannot tell all types, needs none
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # unknown types do not matter here
     return jax2onnx.to_onnx(function, [("b", *IMAGE)], return_mode="proto").SerializeToString()
 
 
 def load_jax(path, x):
-    """Gives a function that runs the network of a file on the images."""
+    """Returns a function that runs the network of a file on images."""
     call, x = jax.jit(export.deserialize(path.read_bytes()).call), jnp.asarray(x)
     return lambda: call(x).block_until_ready()
 
 
 def load_onnx(path, x):
-    """Gives a function that runs the network of a file on the images, with ONNX Runtime."""
+    """Returns a function that runs the network of a file on images with ONNX Runtime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    options.log_severity_level = 3  # not that shapes noted by jax2onnx are those before a transpose
+    options.log_severity_level = 3  # errors only: jax2onnx writes shapes before a transpose
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: x}
     return lambda: session.run(None, feed)[0]
 
 
 def load(directory, rounds=40):
-    """Runs the files of a folder, and prints a table."""
+    """Runs the files of a folder, and prints a table of their times and sizes."""
     print("format      dense ms  shrunk ms  speed-up  dense bytes  shrunk bytes  max difference")
     expected = np.load(directory / "expected.npz")
     for kind, (suffix, *_) in FORMATS.items():
@@ -143,7 +143,7 @@ def load(directory, rounds=40):
         assert difference < 1e-4, f"{kind} differs by {difference}"
         seconds = {name: [] for name in run}
         for _ in range(rounds):
-            for name, call in run.items():  # in turns: what else the machine does hits both
+            for name, call in run.items():  # in turn, so that background load affects both equally
                 start = time.perf_counter()
                 call()
                 seconds[name].append(time.perf_counter() - start)
@@ -160,9 +160,9 @@ def main():
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--out", type=pathlib.Path, help="folder for the files, else a temporary")
-    options.add_argument("--batch", type=int, default=64, help="images that are timed at once")
-    options.add_argument("--load", type=pathlib.Path, help="only run the files of this folder")
+    options.add_argument("--out", type=pathlib.Path, help="folder; default: a temporary one")
+    options.add_argument("--batch", type=int, default=64, help="images in a timed batch")
+    options.add_argument("--load", type=pathlib.Path, help="only run the files of a folder")
     args = options.parse_args()
     if args.load:
         load(args.load)

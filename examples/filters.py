@@ -1,13 +1,17 @@
-"""Which filters should leave, and was training them worth it? After Li et al and Anwar et al.
+"""Which filters to remove, and is a pruned network better than one from scratch?
 
-A small CNN loses a share of its filters at once and is trained for a while again. Within a layer,
-the filters with the smallest L1 norm leave, each layer judged by itself (independent) or without
-the inputs that the layers before it have lost (greedy); or random ones. The networks that remain
-are really smaller. Their rival has the same widths and new weights, and is trained for as many
-steps as dense training and retraining took together. Among all layers, a particle filter searches
-the masks that make the fewest errors on examples that training has not seen; L1 norms divided by
-their layer's mean have the same freedom. Prints a table, and draws accuracy before and after
-retraining.
+A small CNN loses a share of its filters in one step, and is retrained. Six methods are compared:
+
+    random                        random filters of each layer
+    L1, independent               the smallest L1 norms of each layer
+    L1, greedy                    the same, without the inputs that earlier layers have lost
+    L1, all layers                the smallest L1 norms, divided by the mean of their layer
+    particle filter, all layers   the masks with the fewest errors on held-out training images
+    from scratch                  the widths of "L1, independent" with new weights, trained for as
+                                  many steps as dense training and retraining together
+
+The pruned networks are shrunk before they are retrained. Prints a table, and draws accuracy before
+and after retraining.
 
     python examples/filters.py                          # 8 x 8 digits, nothing to download
     python examples/filters.py --data fashion/          # Fashion-MNIST files
@@ -17,40 +21,47 @@ Anwar et al, Structured Pruning of Deep Convolutional Neural Networks: https://a
 Liu et al, Rethinking the Value of Network Pruning: https://arxiv.org/abs/1810.05270
 """
 
-import argparse
 import collections
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from _data import load
-from _results import markdown, mean_std
+from _common import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    SKY,
+    VERMILION,
+    error_bars,
+    markdown,
+    mean_std,
+    parser,
+    save,
+    tidy,
+)
+from _data import load_images
 from flax import linen as nn
-from quickstart import save
 from tqdm import tqdm
 
 import jaxprune as jp
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
 ADAM = optax.scale_by_adam()
-STYLES = {  # Okabe and Ito's colours
-    "random": ("#000000", "x"),
-    "L1, independent": ("#0072B2", "o"),
-    "L1, greedy": ("#56B4E9", "P"),
-    "L1, all layers": ("#009E73", "s"),
-    "particle filter, all layers": ("#D55E00", "D"),
-    "from scratch": ("#E69F00", "^"),
+STYLES = {
+    "random": (BLACK, "x"),
+    "L1, independent": (BLUE, "o"),
+    "L1, greedy": (SKY, "P"),
+    "L1, all layers": (GREEN, "s"),
+    "particle filter, all layers": (VERMILION, "D"),
+    "from scratch": (ORANGE, "^"),
 }
 
 
 class CNN(nn.Module):
-    """Convolutions with batch norm in a chain, every other one pooled, and a dense layer."""
+    """A chain of convolutions with batch norm, pooled after every second one, and a dense layer."""
 
     widths: tuple[int, ...] = (12, 24, 24, 48)
 
@@ -64,7 +75,7 @@ class CNN(nn.Module):
         return nn.Dense(10)(x.mean((1, 2)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnames="model")
 def train_step(model, variables, state, rate, x, y):
     def loss(params):
         inputs = {**variables, "params": params}
@@ -78,7 +89,7 @@ def train_step(model, variables, state, rate, x, y):
 
 
 def fit(model, variables, x, y, steps, seed, rate=1e-2, size=64):
-    """Trains on random batches; the learning rate falls to 0 as a cosine."""
+    """Trains on random batches; the learning rate falls to 0 along a cosine."""
     state, rng = ADAM.init(variables["params"]), np.random.default_rng(seed)
     for i in range(steps):
         batch = rng.integers(len(x), size=size)
@@ -87,13 +98,13 @@ def fit(model, variables, x, y, steps, seed, rate=1e-2, size=64):
     return variables
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnames="model")
 def error(model, variables, x, y):
     return jnp.mean(model.apply(variables, x).argmax(-1) != y)
 
 
 def greedy(groups, variables, ratio):
-    """Prunes layer by layer: a filter is judged by the inputs that are left when its turn comes."""
+    """Prunes layer by layer; a filter is scored by the inputs that remain when it is reached."""
     masks = groups.masks(np.ones(len(groups), bool))
     for group in groups.groups:  # in the order in which the network uses them
         bias = next(path for path, *_ in group.members if path.endswith("bias"))
@@ -103,34 +114,37 @@ def greedy(groups, variables, ratio):
 
 
 def selectors(groups, find_error, held, args):
-    """Gives masks(variables, ratio, key) by name."""
+    """Returns masks(variables, ratio, key) by name."""
 
     def random(variables, ratio, key):
         return groups.select(jax.random.uniform(key, (len(groups),)), ratio, scope="layer")
 
-    def norm(variables, ratio, key, **options):
-        return groups.select(jp.scores.magnitude(variables), ratio, reduce="first", **options)
+    def independent(variables, ratio, key):
+        scores = jp.scores.magnitude(variables)
+        return groups.select(scores, ratio, reduce="first", scope="layer")
+
+    def all_layers(variables, ratio, key):
+        scores = jp.scores.magnitude(variables)
+        return groups.select(jp.units.reduce(groups, scores, "first", normalize="mean"), ratio)
 
     def search(variables, ratio, key):
-        # One network after the other: on CPUs XLA is slow at many convolutions in one.
+        # One network at a time: on CPUs, XLA is slow at batches of convolutions.
         budget = {"particles": args.particles, "rounds": args.rounds, "batch_size": 1}
         inputs = groups, find_error, variables, ratio, key, *held
         return jp.search.particle_filter(*inputs, **budget).masks
 
     return {
         "random": random,
-        "L1, independent": functools.partial(norm, scope="layer"),
+        "L1, independent": independent,
         "L1, greedy": lambda variables, ratio, key: greedy(groups, variables, ratio),
-        "L1, all layers": functools.partial(norm, normalize="mean"),
+        "L1, all layers": all_layers,
         "particle filter, all layers": search,
     }
 
 
 def compare(args):
-    """Gives (before, after, FLOPs) of every seed, by method and ratio."""
-    x, y, x_test, y_test = load(args.data)
-    side = round(x.shape[1] ** 0.5)
-    x, x_test = (a.reshape(-1, side, side, 1) for a in (x, x_test))
+    """Returns (accuracy before, accuracy after, FLOPs) of each seed, by method and ratio."""
+    x, y, x_test, y_test = load_images(args.data)
     held = min(len(x) // 5, 500)
     held, x, y = (x[-held:], y[-held:]), x[:-held], y[:-held]
     retraining = args.steps // 2
@@ -158,7 +172,7 @@ def compare(args):
                 bar.set_description(f"{name} {ratio:g}")
                 chosen = select(trained, ratio, jax.random.key(seed))
                 _, small, _ = jp.shrink(dense.apply, trained, chosen, example, verify=False)
-                # In a chain, what remains is the same module with smaller widths.
+                # The shrunk chain is the same module with smaller widths.
                 kernels = [small["params"][f"Conv_{i}"]["kernel"] for i in range(len(dense.widths))]
                 model = CNN(tuple(kernel.shape[-1] for kernel in kernels))
                 before = measure(model, small)
@@ -178,7 +192,7 @@ def compare(args):
 
 
 def show(results):
-    """Prints the mean and standard deviation of every method over the seeds."""
+    """Prints the mean and standard deviation of each method over the seeds."""
     rows = []
     names = ["dense", *STYLES]
     for name, ratio in sorted(results, key=lambda key: (key[1], names.index(key[0]))):
@@ -187,30 +201,28 @@ def show(results):
         rows.append((name, f"{ratio:.0%}", f"{np.mean(cost):.0%}", start, mean_std(after)))
     header = "method", "filters removed", "FLOPs left", "pruned (%)", "trained (%)"
     print(markdown(header, rows))
-    print("Test accuracy right after pruning, and after retraining or training from scratch.")
+    print("pruned, trained: test accuracy right after pruning, and after retraining or training")
 
 
 def draw(results, path):
-    """Draws accuracy against the share of filters removed, before and after retraining."""
+    """Draws accuracy against the share of removed filters, before and after retraining."""
     figure, panels = plt.subplots(1, 2, sharex=True, figsize=(9, 4.5), layout="constrained")
     ratios = sorted({ratio for name, ratio in results if name != "dense"})
-    gap = 0.1 / len(STYLES)  # the methods stand side by side
+    gap = 0.1 / len(STYLES)  # between methods, which are drawn side by side
     for column, (axes, when) in enumerate(zip(panels, ("before", "after"), strict=True)):
         dense = np.mean([run[column] for run in results["dense", 0.0]])
         axes.axhline(dense, color="gray", linestyle="--", linewidth=1, label="dense")
-        for i, (name, (color, marker)) in enumerate(STYLES.items()):
+        for i, (name, style) in enumerate(STYLES.items()):
             places = np.array(ratios) + gap * (i - len(STYLES) // 2)
             runs = np.array([[run[column] for run in results[name, ratio]] for ratio in ratios])
-            spread = runs.std(1, ddof=1) if runs.shape[1] > 1 else 0 * runs[:, 0]
-            if not np.isnan(runs).any():
-                axes.errorbar(places, runs.mean(1), spread, fmt=marker, color=color)
-            axes.plot([], [], marker, color=color, label=name)
+            if not np.isnan(runs).any():  # nothing is pruned before training from scratch
+                error_bars(axes, places, runs, style, linestyle="", capsize=0)
+            axes.plot([], [], style[1], color=style[0], label=name)
         axes.set_title(f"{when} retraining", fontsize="medium")
         axes.set_xlabel("filters removed")
         axes.set_xticks(ratios, [f"{ratio:.0%}" for ratio in ratios])
         axes.yaxis.set_major_formatter(lambda a, _: f"{a:.3g}%")
-        axes.grid(axis="y", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     panels[0].set_ylabel("test accuracy")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
@@ -218,16 +230,13 @@ def draw(results, path):
 
 
 def main():
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parser(__doc__)
+    options.add_argument(
+        "--ratios", type=float, nargs="+", default=[0.25, 0.5], help="shares of filters to remove"
     )
-    options.add_argument("--data", metavar="DIR", help="folder of MNIST IDX files")
-    options.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5])
     options.add_argument("--steps", type=int, default=800, help="of dense training")
-    options.add_argument("--particles", type=int, default=32)
-    options.add_argument("--rounds", type=int, default=15)
-    options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--out", type=pathlib.Path, default=pathlib.Path("outputs"))
+    options.add_argument("--particles", type=int, default=32, help="of the particle filter")
+    options.add_argument("--rounds", type=int, default=15, help="of the particle filter")
     args = options.parse_args()
     results = compare(args)
     show(results)

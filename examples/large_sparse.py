@@ -1,12 +1,12 @@
-"""A large network pruned, or a small dense one? After Zhu and Gupta 2017, a CNN and an LSTM.
+"""A large network pruned, or a small dense one? After Zhu and Gupta, 2017, for a CNN and an LSTM.
 
-One large network is pruned while it trains, to each of --sparsities (`jp.gradual`, cubic schedule).
-Beside it stand dense networks of smaller widths, trained for as many steps: the narrowest that has
-no fewer weights than the sparse one keeps, and the narrowest whose float32 weights take no fewer
-bytes than the sparse one's file, which holds the kept weights and one bit for each weight.
+A large network is pruned while it trains, to each of --sparsities (`jp.gradual`, cubic schedule).
+It is compared with narrower dense networks that are trained for as many steps: the narrowest with
+at least as many weights as the sparse network keeps, and the narrowest whose float32 weights take
+at least as many bytes as the sparse file, which holds the kept weights and one bit for each weight.
 
-The CNN reads digits (or IDX files with --data DIR). The LSTM reads, letter by letter, the texts
-behind Python's help(), of which the last tenth is held out. Prints a table for each, and draws.
+The CNN classifies digits. The LSTM predicts the next letter of the texts of Python's help(), whose
+last tenth is held out. Prints a table for each, and draws quality against weights and bytes.
 
     python examples/large_sparse.py
     python examples/large_sparse.py --family cnn --data mnist/
@@ -14,33 +14,27 @@ behind Python's help(), of which the last tenth is held out. Prints a table for 
 Zhu and Gupta, To prune, or not to prune, https://arxiv.org/abs/1710.01878
 """
 
-import argparse
 import bisect
 import functools
-import pathlib
 import pydoc_data.topics
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from _data import load
-from _results import markdown, mean_std
+from _common import BLUE, VERMILION, error_bars, markdown, mean_std, parser, save, tidy
+from _data import load_images
 from flax import linen as nn
-from quickstart import save
+from matplotlib.ticker import LogLocator
 from tqdm import tqdm
 
 import jaxprune as jp
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.ticker import LogLocator  # noqa: E402
-
 
 class CNN(nn.Module):
-    """Three convolutions, of a quarter, half and all of the width, and a dense layer."""
+    """Three convolutions, of a quarter, half and the full width, and a dense layer."""
 
     width: int
 
@@ -66,23 +60,21 @@ class LSTM(nn.Module):
 
 
 class Task(NamedTuple):
-    """What a family learns, and how it is trained and judged."""
+    """The data of a family of networks, and how these are trained and evaluated."""
 
-    network: type  # of a width
+    network: type  # maps a width to a module
     width: int  # of the large network
     train: tuple
     test: tuple
     rate: float
     steps: int
-    quality: str
-    judge: object  # maps logits and labels to the quality
+    measure: str  # name of the quality
+    quality: object  # maps logits and labels to a scalar
 
 
 def images(data):
-    """Gives the task of the CNN."""
-    x, y, x_test, y_test = load(data)
-    side = round(x.shape[1] ** 0.5)
-    x, x_test = (a.reshape(-1, side, side, 1) for a in (x, x_test))
+    """Returns the task of the CNN."""
+    x, y, x_test, y_test = load_images(data)
     return Task(
         network=CNN,
         width=64,
@@ -90,13 +82,13 @@ def images(data):
         test=(x_test, y_test),
         rate=1e-2,
         steps=2000,
-        quality="test accuracy, %",
-        judge=lambda logits, y: 100 * jnp.mean(jnp.argmax(logits, -1) == y),
+        measure="test accuracy, %",
+        quality=lambda logits, y: 100 * jnp.mean(jnp.argmax(logits, -1) == y),
     )
 
 
 def text(_):
-    """Gives the task of the LSTM: to tell every letter of a row from those before it."""
+    """Returns the task of the LSTM: to predict each letter of a row from those before it."""
     topics = pydoc_data.topics.topics
     letters = list("\n".join(topics[name] for name in sorted(topics)))
     letters, codes = np.unique(letters, return_inverse=True)
@@ -109,8 +101,8 @@ def text(_):
         test=(test[:, :-1], test[:, 1:]),
         rate=1e-2,
         steps=1000,
-        quality="bits per character",
-        judge=lambda logits, y: cross_entropy(logits, y) / np.log(2),
+        measure="bits per character",
+        quality=lambda logits, y: cross_entropy(logits, y) / np.log(2),
     )
 
 
@@ -119,7 +111,7 @@ def cross_entropy(logits, y):
 
 
 def runner(task, width, steps, pruned=True):
-    """Gives run(seed, sparsity) -> kept weights, bytes of the file, quality on the test set."""
+    """Returns run(seed, sparsity) -> (kept weights, bytes of the file, test quality)."""
     model = task.network(width)
     rate = optax.cosine_decay_schedule(task.rate, steps)
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
@@ -140,24 +132,24 @@ def runner(task, width, steps, pruned=True):
         updates, state = link(sparsity).update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    judge = jax.jit(lambda params, x, y: task.judge(model.apply(params, x), y))
+    quality = jax.jit(lambda params, x, y: task.quality(model.apply(params, x), y))
 
     def run(seed, sparsity=0.0):
         init_key, key = jax.random.split(jax.random.key(seed))
         params = jax.jit(model.init)(init_key, task.train[0][:1])
         state = link(0.0).init(params)
-        for step_key in jax.random.split(key, steps):  # a scan would slow convolutions down
+        for step_key in jax.random.split(key, steps):  # XLA runs convolutions slowly in a scan
             params, state = step(params, state, jnp.float32(sparsity), step_key, *task.train)
         masks = jp.get_masks(state) if pruned else None
         kept = jp.metrics.summary(params, masks).kept
         stored = jp.metrics.stored_bytes(params, masks) if pruned else 4 * kept
-        return kept, stored, float(judge(params, *task.test))
+        return kept, stored, float(quality(params, *task.test))
 
     return run
 
 
 class Point(NamedTuple):
-    """One network, and its quality by seed."""
+    """One network, and its quality for each seed."""
 
     width: int
     sparsity: float
@@ -167,7 +159,7 @@ class Point(NamedTuple):
 
 
 def compare(name, task, args):
-    """Trains everything: gives the sparse points, and the dense ones by width."""
+    """Trains all networks; returns sparse points, their dense widths, and dense points by width."""
     steps = args.steps or task.steps
 
     @functools.cache
@@ -180,9 +172,9 @@ def compare(name, task, args):
         return bisect.bisect_left(range(task.width), least, lo=1, key=weights)
 
     def measure(run, width, sparsity):
-        found = [run(seed, sparsity) for seed in range(args.seeds)]
-        kept, stored, _ = found[0]
-        return Point(width, sparsity, kept, stored, [quality for _, _, quality in found])
+        results = [run(seed, sparsity) for seed in range(args.seeds)]
+        kept, stored, _ = results[0]
+        return Point(width, sparsity, kept, stored, [quality for _, _, quality in results])
 
     run = runner(task, task.width, steps)
     bar = tqdm(args.sparsities, f"{name}, sparse", ncols=80)
@@ -197,7 +189,7 @@ def compare(name, task, args):
 
 
 def show(name, task, sparse, pairs, dense):
-    """Prints every sparse network beside the dense ones of its weights and of its bytes."""
+    """Prints each sparse network, and the dense networks of equal weights and of equal bytes."""
 
     def cells(point):
         return f"{point.weights:,}", mean_std(point.quality)
@@ -210,7 +202,7 @@ def show(name, task, sparse, pairs, dense):
         others = (*cells(dense[by_weights]), *cells(dense[by_bytes]))
         rows.append((f"{point.sparsity:.0%}", count, f"{point.bytes:,}", quality, *others))
     header = "pruned", "weights", "bytes", name, "as many weights", name, "as many bytes", name
-    print(f"\n{name}: {task.quality}; beside it dense networks of as many weights, and bytes\n")
+    print(f"\n{name}: {task.measure}; compared with dense networks of as many weights or bytes\n")
     print(markdown(header, rows))
 
 
@@ -220,37 +212,31 @@ def draw(results, path):
         len(results), 2, figsize=(7.5, 2.9 * len(results)), layout="constrained", squeeze=False
     )
     for row, (name, (task, sparse, _, dense)) in zip(grid, results.items(), strict=True):
-        lines = ("large, pruned", "#D55E00", "o", sparse), ("dense", "#0072B2", "s", dense.values())
+        lines = {
+            "large, pruned": ((VERMILION, "o"), sparse),
+            "dense": ((BLUE, "s"), dense.values()),
+        }
         for axes, measure in zip(row, ("weights", "bytes"), strict=True):
-            for label, color, marker, points in lines:
+            for label, (style, points) in lines.items():
                 at = [getattr(p, measure) for p in points]
-                mean = [np.mean(p.quality) for p in points]
-                std = [np.std(p.quality, ddof=len(p.quality) > 1) for p in points]
-                style = {"color": color, "marker": marker, "markersize": 5, "capsize": 3}
-                axes.errorbar(at, mean, std, label=label, **style)
+                error_bars(axes, at, [p.quality for p in points], style, label=label)
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(lambda n, _: f"{n:,.0f}")
             axes.minorticks_off()
             axes.set_xlabel(f"{name}: {'nonzero weights' if measure == 'weights' else 'bytes'}")
-            axes.set_ylabel(task.quality)
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
+            axes.set_ylabel(task.measure)
+            tidy(axes)
     grid[0, 0].legend(frameon=False)
     save(figure, path)
 
 
 def main():
     tasks = {"CNN": images, "LSTM": text}
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--data", metavar="DIR", help="folder of MNIST IDX files")
-    options.add_argument("--family", choices=[name.lower() for name in tasks], help="or both")
+    options = parser(__doc__)
+    options.add_argument("--family", choices=[n.lower() for n in tasks], help="default: both")
     options.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.75, 0.9, 0.95])
-    options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--steps", type=int, help="by default 2000 of the CNN, 1000 of the LSTM")
-    options.add_argument("--out", type=pathlib.Path, default=pathlib.Path("outputs"))
+    options.add_argument("--steps", type=int, help="default: 2000 for the CNN, 1000 for the LSTM")
     args = options.parse_args()
     results = {}
     for name, make in tasks.items():

@@ -1,7 +1,7 @@
-"""Where the weights, the work and the activations of VGG-16 are; from shapes alone.
+"""Shows the params, FLOPs and activations of each layer of VGG-16, computed from shapes alone.
 
-The dense layers hold nine tenths of the weights and do less than a hundredth of the work: pruning
-them saves storage and no time.
+The dense layers hold nine tenths of the weights and take less than a hundredth of the FLOPs.
+Pruning them saves storage, but no time.
 
     python examples/layers.py
 """
@@ -11,17 +11,16 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
+from _common import BLUE, VERMILION, save, tidy
 from _networks import VGG16
 
 import jaxprune as jp
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
 
 def draw(rows, path):
+    """Draws the share of each layer."""
     names = [row.path.split("/")[1].replace("_", " ") for row in rows]
     kinds = {
         "params": [row.params for row in rows],
@@ -30,7 +29,7 @@ def draw(rows, path):
     }
     figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
     for i, ((kind, values), color) in enumerate(
-        zip(kinds.items(), ("#0072B2", "#D55E00", "#999999"), strict=True)
+        zip(kinds.items(), (BLUE, VERMILION, "#999999"), strict=True)
     ):
         shares = np.array(values) / sum(values)
         axes.bar(np.arange(len(rows)) + 0.27 * (i - 1), shares, 0.27, color=color, label=kind)
@@ -39,17 +38,17 @@ def draw(rows, path):
     axes.set_ylabel("share of the network")
     axes.set_title("VGG-16 at 224 pixels")
     axes.legend(frameon=False)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    print(f"wrote {path}")
+    tidy(axes)
+    axes.grid(visible=False, axis="x")
+    save(figure, path)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("."))
-    args = parser.parse_args()
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--out", type=pathlib.Path, default=pathlib.Path("outputs"))
+    args = options.parse_args()
     x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     variables = jax.eval_shape(VGG16().init, jax.random.key(0), x)
     layers = jp.metrics.layers(VGG16().apply, variables, x)

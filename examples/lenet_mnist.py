@@ -1,16 +1,15 @@
-"""Magnitude pruning of LeNet on MNIST, after Han et al. and after Guo et al.
+"""Magnitude pruning of LeNet on MNIST, after Han et al, 2015, and Guo et al, 2016.
 
-Trains a dense network, then prunes it in rounds that each remove the weights with the smallest
-magnitudes and retrain the others at a lower learning rate. With --scope layer the rounds end at
-the keep rates of Han et al. (8 %, 9 % and 26 % for LeNet-300-100), with --scope global at one
-threshold for all layers that keeps as many weights. Prints the test error of both over the seeds.
+Trains a dense network and prunes it in rounds. Each round prunes the weights with the smallest
+magnitudes and retrains the others at a lower learning rate. With --scope layer the last round keeps
+the shares of Han et al (8 %, 9 % and 26 % for LeNet-300-100); with --scope global it keeps as many
+weights, by one threshold for all layers. Prints the test errors of the dense and pruned networks.
 
-With --compressions the dense network goes on from one compression to the next. At each, ever fewer
-weights take part, those with the largest magnitudes of all layers; the others go on learning, and
-may come back, as in the surgery of Guo et al. Prints a table of the test errors, beside those of
-gradual pruning, which differs in that nothing comes back, and of the dense network, trained as
-long as for the first compression. With --validate the last sixth of the training images stands in
-for the test images: to choose settings by.
+With --compressions it runs the surgery of Guo et al instead, from one compression to the next. The
+weights with the largest magnitudes of all layers take part in the network; the others continue to
+learn, and may come back. The table compares surgery with gradual pruning, where pruned weights do
+not come back, and with the dense network. With --validate the last sixth of the training images
+replaces the test images, for choosing settings.
 
     python examples/lenet_mnist.py --data mnist/
     python examples/lenet_mnist.py --data mnist/ --model lenet-5 --scope global --seeds 1
@@ -27,8 +26,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+from _common import markdown, mean_std
 from _data import load
-from _results import markdown, mean_std
 
 import jaxprune as jp
 
@@ -41,7 +40,7 @@ SHAPES = {
         "fc2": (500, 10),
     },
 }
-KEPT = {  # what the paper keeps of each layer
+KEPT = {  # the share of each layer that the paper keeps
     "lenet-300-100": {"fc1": 0.08, "fc2": 0.09, "fc3": 0.26},
     "lenet-5": {"conv1": 0.66, "conv2": 0.12, "fc1": 0.08, "fc2": 0.19},
 }
@@ -67,7 +66,7 @@ def dropout(x, rate, key):
 
 
 def convolve(x, layer):
-    """Convolves as a matmul of 5 x 5 patches, which is fast inside a scan on a CPU; then pools."""
+    """Convolves as a matmul of 5 × 5 patches, which is fast in a scan on CPUs, and pools."""
     n, side, _, _ = x.shape
     side = side - 4
     parts = [x[:, i : i + side, j : j + side] for i in range(5) for j in range(5)]
@@ -120,11 +119,11 @@ def operate(
     every=10,
     batch=128,
 ):
-    """Trains with ever fewer weights; gives the params and the masks of those that take part.
+    """Trains while pruning; returns the params and the masks of the weights that take part.
 
-    They are chosen anew every few steps: with `splice` of all weights, which learn by the gradient
-    of the masked network, else of those that are left. The share that is removed rises in the first
-    half of the steps, and the masks stay as they are in the last quarter.
+    These weights are selected again every few steps. With `splice` all weights are candidates, and
+    all learn by the gradient of the masked network; otherwise the remaining ones are. The sparsity
+    rises in the first half of the steps, and the masks do not change in the last quarter.
     """
     steps = epochs * (len(x) // batch)
     end = max(steps // 2, 1)
@@ -151,7 +150,7 @@ def operate(
 
 
 def adam(learning_rate, l2, steps):
-    # L2 in the gradient: Adam then shrinks the weights of pixels that are always black.
+    # With L2 in the gradient, Adam shrinks the weights of pixels that are always black.
     decay = optax.cosine_decay_schedule(learning_rate, steps)
     return optax.chain(optax.add_decayed_weights(l2), optax.adam(decay))
 
@@ -175,13 +174,13 @@ def scan(step, carry, size, key, epochs, batch):
 
 @jax.jit
 def test_error(params, x, y):
-    """In percent; the images in parts, so that convolutions need little memory."""
+    """Returns the error in percent; images are mapped in chunks, to save memory."""
     guess = jax.lax.map(lambda x: apply(params, x[None])[0].argmax(), x, batch_size=1000)
     return 100 * jnp.mean(guess != y)
 
 
 def select(params, model, scope, part):
-    """Masks that have gone this part of the way, as a product of rounds, to the final rates."""
+    """Selects masks after a part of the rounds, each of which keeps the same share of weights."""
     scores, kept = jp.scores.magnitude(params), KEPT[model]
     if scope == "layer":
         return jp.select(scores, scope={f"{n}/w": 1 - rate**part for n, rate in kept.items()})
@@ -191,7 +190,7 @@ def select(params, model, scope, part):
 
 
 def prune_and_retrain(seed, args, data):
-    """Gives the dense and the pruned test error, and how many times fewer weights are left."""
+    """Returns the dense and the pruned test error, and the compression."""
     x, y, x_test, y_test = data
     start, *keys = jax.random.split(jax.random.key(seed), args.rounds + 2)
     params = init(start, SHAPES[args.model])
@@ -205,31 +204,31 @@ def prune_and_retrain(seed, args, data):
     for i, key in enumerate(keys[1:], 1):
         masks = select(params, args.model, args.scope, i / args.rounds)
         params = jp.apply_masks(params, masks)
-        # Han et al. lower the dropout with the connections: by the root of what is kept.
+        # Han et al lower the dropout by the square root of the share of weights kept.
         rate = args.dropout * (1 - jp.metrics.sparsity(masks)) ** 0.5
         params = fit(
             params, masks, key=key, epochs=args.retrain, learning_rate=args.retrain_lr, rate=rate
         )
         error = float(test_error(params, x_test, y_test))
         compression = jp.metrics.compression(params, masks)
-        print(f"seed {seed}: {compression:5.2f} x fewer, error {error:.2f} %", flush=True)
+        print(f"seed {seed}: {compression:5.2f}×, error {error:.2f} %", flush=True)
     if seed == args.seeds - 1:
         print(jp.summary(params, masks))
     return dense, error, compression
 
 
 def rounds(args, data):
-    """Prints the errors before and after the rounds of Han et al., over the seeds."""
+    """Prints the errors before and after the rounds of Han et al, over the seeds."""
     dense, pruned, compression = zip(
         *[prune_and_retrain(seed, args, data) for seed in range(args.seeds)], strict=True
     )
-    print(f"{args.model}, scope {args.scope}, {args.seeds} seeds, {compression[0]:.1f} x fewer")
+    print(f"{args.model}, scope {args.scope}, {args.seeds} seeds, {compression[0]:.1f}×")
     for name, errors in [("dense", dense), ("pruned", pruned)]:
         print(f"{name:<8} test error {mean_std(errors)} %")
 
 
 def surgery(args, data):
-    """Prints a table of errors over the seeds: by compression, without coming back and with."""
+    """Prints a table of errors of gradual pruning and of surgery, by compression."""
     x, y, x_test, y_test = data
     errors, kept = {}, {}
     runs = {"dense": [1], "gradual": args.compressions, "surgery": args.compressions}
@@ -243,7 +242,7 @@ def surgery(args, data):
         for name, compressions in runs.items():
             params, masks = dense, full
             for c, key in zip(compressions, keys[1:], strict=False):
-                left = 1 - size * (1 - 1 / c) / weights  # biases stay, and count
+                left = 1 - size * (1 - 1 / c) / weights  # biases are kept, and counted
                 options = {"splice": name == "surgery", "rate": args.dropout * left**0.5} | fit
                 params, masks = operate(
                     params, masks, 1 - left, key=key, epochs=args.operate, **options
@@ -254,17 +253,19 @@ def surgery(args, data):
     print(jp.summary(params, masks))
     rows = [("1×", f"{size:,}", f"{mean_std(errors['dense', 1])} %", "", "", "")]
     for c in args.compressions:
-        found = [f"{mean_std(errors[name, c])} %" for name in ("gradual", "surgery")]
-        rows.append((f"{c:g}×", f"{kept[c]:,}", "", *found, PUBLISHED[args.model].get(c, "")))
+        pruned = [f"{mean_std(errors[name, c])} %" for name in ("gradual", "surgery")]
+        rows.append((f"{c:g}×", f"{kept[c]:,}", "", *pruned, PUBLISHED[args.model].get(c, "")))
     print(markdown(("compression", "params", "dense", "gradual", "surgery", "published"), rows))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True, help="folder with the four MNIST files")
     parser.add_argument("--model", choices=SHAPES, default="lenet-300-100")
     parser.add_argument("--scope", choices=["layer", "global"], default="layer")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--epochs", type=int, default=12, help="of dense training")
     parser.add_argument("--rounds", type=int, default=4, help="of pruning and retraining")
     parser.add_argument("--retrain", type=int, default=10, help="epochs in each round")
@@ -272,7 +273,7 @@ def main():
     parser.add_argument("--retrain-lr", type=float, default=5e-4)
     parser.add_argument("--l2", type=float, default=1e-4)
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--compressions", type=float, nargs="+", help="surgery, not rounds")
+    parser.add_argument("--compressions", type=float, nargs="+", help="runs surgery, not rounds")
     parser.add_argument("--operate", type=int, default=30, help="epochs of surgery")
     parser.add_argument("--validate", action="store_true", help="test on held-out training images")
     args = parser.parse_args()

@@ -1,23 +1,23 @@
-"""Rewinding beside fine-tuning, and pruning in rounds beside pruning in one shot.
+"""Compares rewinding with fine-tuning, and pruning in rounds with pruning in one shot.
 
-LeNet-300-100 is trained for --steps. Then, in every round, a fifth of what is left of its weights
-leaves, those of the smallest magnitude, and it is trained again: from step k, a tenth of a
-training, to the end. The methods differ in what goes back to step k before that:
+LeNet-300-100 is trained for --steps. Each round prunes the fifth of the remaining weights with the
+smallest magnitudes and trains again, from step k (a tenth of --steps) to the end. The methods
+differ in what is reset to step k before this training:
 
     rewind weights        weights and learning rate
-    rewind learning rate  the learning rate; the weights stay
+    rewind learning rate  the learning rate; the weights are kept
     fine-tune             nothing: as many steps at the last, lowest learning rate
-    fine-tune, 10 × rate  nothing: as many steps at ten times that rate, the one in the middle
-    reinitialize          the masks of "rewind weights", and new random weights
-    random masks          the weights of step k, and as many of every layer, drawn by chance
+    fine-tune, 10 × rate  nothing: as many steps at ten times that rate
+    reinitialize          the masks of "rewind weights" with new random weights
+    random masks          the weights of step k with random masks, equally sparse in each layer
 
 The second comparison is at equal cost. To reach a sparsity in r rounds, all three methods train
-r + 1 times, each time on as many images, at the same learning rates, the last time at the final
-sparsity. They differ in when the weights leave:
+r + 1 times on as many images, at the same learning rates, the last time at the final sparsity. They
+differ in when the weights are pruned:
 
-    in rounds             a fifth before every training but the first ("rewind learning rate")
-    one shot, first       all before the second training: r trainings for the pruned network
-    one shot, last        all before the last training: r trainings for the dense network
+    in rounds             a fifth before each training but the first ("rewind learning rate")
+    one shot, first       all before the second training: r trainings of the pruned network
+    one shot, last        all before the last training: r trainings of the dense network
 
     python examples/lottery.py
     python examples/lottery.py --data mnist/
@@ -29,44 +29,53 @@ Renda et al, Comparing Rewinding and Fine-tuning in Neural Network Pruning, 2020
 https://arxiv.org/abs/2003.02389
 """
 
-import argparse
 import functools
 import itertools
-import pathlib
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from _common import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    compression_axis,
+    error_bars,
+    markdown,
+    mean_std,
+    parser,
+    save,
+)
 from _data import load
-from _results import markdown, mean_std
-from quickstart import cross_entropy, log_axis, measurer, network, save
+from _training import accuracy_on, cross_entropy, lenet
 from tqdm import tqdm
 
 import jaxprune as jp
 from jaxprune import recipes
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
-RETRAINING = {  # Okabe and Ito's colours
-    "rewind learning rate": ("#009E73", "D"),
-    "rewind weights": ("#0072B2", "o"),
-    "fine-tune, 10 × rate": ("#E69F00", "^"),
-    "fine-tune": ("#D55E00", "v"),
-    "reinitialize": ("#CC79A7", "s"),
-    "random masks": ("#000000", "x"),
+RETRAINING = {
+    "rewind learning rate": (GREEN, "D"),
+    "rewind weights": (BLUE, "o"),
+    "fine-tune, 10 × rate": (ORANGE, "^"),
+    "fine-tune": (VERMILION, "v"),
+    "reinitialize": (PURPLE, "s"),
+    "random masks": (BLACK, "x"),
 }
 BUDGET = {
-    "in rounds": ("#009E73", "D"),
-    "one shot, first": ("#E69F00", "^"),
-    "one shot, last": ("#56B4E9", "P"),
+    "in rounds": (GREEN, "D"),
+    "one shot, first": (ORANGE, "^"),
+    "one shot, last": (SKY, "P"),
 }
 
 
 def trainer(loss, x, y, size=64):
-    """Gives fit(params, masks, key, rates): one step for every learning rate."""
+    """Returns fit(params, masks, key, rates), which takes one step for each learning rate."""
 
     @jax.jit
     def fit(params, masks, key, rates, x, y):
@@ -86,7 +95,7 @@ def trainer(loss, x, y, size=64):
 
 
 def shuffle(masks, key):
-    """Keeps as many weights of every layer, drawn by chance."""
+    """Returns random masks that keep as many weights of each layer."""
     leaves, treedef = jax.tree.flatten(masks)
     keys = jax.random.split(key, len(leaves))
     shuffled = [jax.random.permutation(k, m.ravel()) for k, m in zip(keys, leaves, strict=True)]
@@ -94,7 +103,7 @@ def shuffle(masks, key):
 
 
 def prune(init, fit, key, steps, sparsities, shown):
-    """Yields a method, the number of a round, masks and trained params, for the rounds shown."""
+    """Yields (method, round, masks, trained params) for the rounds shown."""
     init_key, new_key, mask_key, batch_key = jax.random.split(key, 4)
     keys = (jax.random.fold_in(batch_key, i) for i in itertools.count())
     rates = 0.1 * 0.1 ** np.digitize(np.arange(steps) / steps, [0.5, 0.75])
@@ -144,24 +153,24 @@ def prune(init, fit, key, steps, sparsities, shown):
 
 
 def compare(args):
-    """Runs every seed; gives accuracies in percent and the compression, by method and round."""
+    """Runs all seeds; returns accuracies in percent by method and round, and compressions."""
     x, y, x_test, y_test = load(args.data)
     n = len(x) * 5 // 6
     if args.validate:
         x_test, y_test = x[n:], y[n:]
     x, y = (jnp.asarray(a[: min(n, args.images)]) for a in (x, y))
-    apply, _ = network(x.shape[1], 0)
-    accuracy = measurer(apply, x_test, y_test)
-    fit = trainer(cross_entropy(apply), x, y)
+    apply_fn, _ = lenet(x.shape[1], 0)
+    accuracy = accuracy_on(apply_fn, x_test, y_test)
+    fit = trainer(cross_entropy(apply_fn), x, y)
     sparsities = recipes.rounds(0.2, args.rounds)
     shown = range(args.rounds, 0, -3)
-    found, ratios = {}, {}
+    accuracies, compressions = {}, {}
     points = len(shown) * len(RETRAINING | BUDGET) + 2
     with tqdm(total=args.seeds * points, ncols=80) as bar:
         for seed in range(args.seeds):
             bar.set_description(f"seed {seed}")
             runs = prune(
-                lambda key: network(x.shape[1], key)[1],
+                lambda key: lenet(x.shape[1], key)[1],
                 fit,
                 jax.random.key(seed),
                 args.steps,
@@ -169,60 +178,55 @@ def compare(args):
                 shown,
             )
             for name, number, masks, params in runs:
-                found.setdefault((name, number), []).append(100 * accuracy(params))
-                ratios[number] = jp.metrics.compression(params, masks)
+                accuracies.setdefault((name, number), []).append(100 * float(accuracy(params)))
+                compressions[number] = jp.metrics.compression(params, masks)
                 bar.update()
-    return found, {i: ratios[i] for i in sorted(shown)}
+    return accuracies, {i: compressions[i] for i in sorted(shown)}
 
 
-def show(found, rounds):
+def show(accuracies, rounds):
     """Prints test accuracy, mean ± standard deviation over seeds, in two tables."""
-    dense, longer = mean_std(found["dense", 0]), mean_std(found["dense, as long", 0])
+    dense, longer = mean_std(accuracies["dense", 0]), mean_std(accuracies["dense, as long", 0])
     print(f"dense: {dense} %; trained {max(rounds) + 1} times: {longer} %\n")
     kept = [f"{0.8**i:.1%} kept".replace("%", " %") for i in rounds]
     for title, names in (("before a training", RETRAINING), ("at equal cost", BUDGET)):
-        rows = [[name, *(mean_std(found[name, i]) for i in rounds)] for name in names]
+        rows = [[name, *(mean_std(accuracies[name, i]) for i in rounds)] for name in names]
         if names is BUDGET:
-            rows.append(["trainings, of each", *(i + 1 for i in rounds)])
+            rows.append(["number of trainings", *(i + 1 for i in rounds)])
         print(markdown([title, *kept], rows), end="\n\n")
 
 
-def draw(found, ratios, path):
+def draw(accuracies, compressions, path):
     """Draws accuracy against compression, mean and standard deviation over seeds."""
+    at = list(compressions.values())
+    dense = np.mean(accuracies["dense", 0]) / 100
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for ax, styles in zip(axes, (RETRAINING, BUDGET), strict=True):
-        ax.axhline(np.mean(found["dense", 0]) / 100, color="gray", linestyle="--", label="dense")
-        for name, (color, marker) in styles.items():
-            values = np.array([found[name, i] for i in ratios]) / 100
-            mean, std = values.mean(1), values.std(1, ddof=min(1, values.shape[1] - 1))
-            style = {"color": color, "marker": marker, "markersize": 5, "capsize": 3}
-            ax.errorbar(list(ratios.values()), mean, std, label=name, **style)
-        log_axis(ax, list(ratios.values()))
+        ax.axhline(dense, color="gray", linestyle="--", label="dense")
+        for name, style in styles.items():
+            runs = np.array([accuracies[name, i] for i in compressions]) / 100
+            error_bars(ax, at, runs, style, label=name)
+        compression_axis(ax, at)
         ax.locator_params(axis="y", nbins=7, steps=[1, 2, 5, 10])
         ax.set_ylabel("test accuracy")
         ax.legend(loc="lower left", frameon=False)
-    axes[0].set_title("what goes back before a training", fontsize=10)
-    axes[1].set_title("when the weights leave, at equal cost", fontsize=10)
+    axes[0].set_title("what is reset before training", fontsize=10)
+    axes[1].set_title("when weights are pruned, at equal cost", fontsize=10)
     save(figure, path)
 
 
 def main():
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--data", metavar="DIR", help="folder of MNIST IDX files")
-    options.add_argument("--images", type=int, default=10_000, help="to train on, at most")
+    options = parser(__doc__)
+    options.add_argument("--images", type=int, default=10_000, help="at most, to train on")
     options.add_argument("--steps", type=int, default=1000, help="of a training, 10 or more")
     options.add_argument("--rounds", type=int, default=18)
-    options.add_argument("--seeds", type=int, default=3)
     options.add_argument(
-        "--validate", action="store_true", help="measure on a sixth of the training set, held out"
+        "--validate", action="store_true", help="measure on a held-out sixth of the training set"
     )
-    options.add_argument("--out", type=pathlib.Path, default=pathlib.Path("outputs"))
     args = options.parse_args()
-    found, ratios = compare(args)
-    show(found, ratios)
-    draw(found, ratios, args.out / "lottery.png")
+    accuracies, compressions = compare(args)
+    show(accuracies, compressions)
+    draw(accuracies, compressions, args.out / "lottery.png")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Which weights can a trained network lose? Curvature against size, after LeCun et al. 1989.
+"""Curvature or magnitude: which weights can be pruned without retraining? After LeCun et al, 1989.
 
-A small tanh network learns until the gradient of its objective is nearly 0. Then weights are
-removed, and nothing is trained again: at random, by magnitude, and by what the curvature says about
-the objective. OBD's own prediction stands beside what came of it. Two controls do not meet its
-assumptions: the same network after 1/100 of its training, where the gradient is not 0, and one
-trained on inputs that are not centred, where the weights of a unit depend on each other. The exact
-diagonal costs a Hessian-vector product a weight: for larger images take a smaller --width.
+A small tanh network is trained until the gradient of its objective is nearly 0. Then weights are
+pruned at random, by magnitude, and by the curvature of the objective; nothing is retrained. The
+table compares the rise of the objective with the rise that Optimal Brain Damage (OBD) predicts. Two
+controls break its assumptions: the network after 1/100 of its training, where the gradient is not
+0, and one trained on inputs that are not centred, where the weights of a unit depend on each other.
+The exact diagonal takes one Hessian-vector product per weight; use a smaller --width for larger
+images.
 
     python examples/obd.py
     python examples/obd.py --loss cross-entropy
@@ -14,36 +15,44 @@ diagonal costs a Hessian-vector product a weight: for larger images take a small
 https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html
 """
 
-import argparse
 import collections
-import pathlib
 import warnings
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from _common import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    YELLOW,
+    markdown,
+    mean_std,
+    parser,
+    save,
+    tidy,
+)
 from _data import load
-from _results import markdown, mean_std
 from flax import linen as nn
-from quickstart import save
 from tqdm import tqdm
 
 import jaxprune as jp
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
-STYLES = {  # Okabe and Ito's colours
-    "random": ("#000000", "x"),
-    "magnitude": ("#0072B2", "o"),
-    "OBD": ("#D55E00", "s"),
-    "OBD, 1,000 random signs": ("#E69F00", "D"),
-    "OBD, 100 random signs": ("#F0E442", "p"),
-    "Fisher": ("#CC79A7", "^"),
-    "WoodFisher": ("#56B4E9", "P"),
-    "WoodFisher, others moved": ("#009E73", "v"),
+STYLES = {
+    "random": (BLACK, "x"),
+    "magnitude": (BLUE, "o"),
+    "OBD": (VERMILION, "s"),
+    "OBD, 1,000 random signs": (ORANGE, "D"),
+    "OBD, 100 random signs": (YELLOW, "p"),
+    "Fisher": (PURPLE, "^"),
+    "WoodFisher": (SKY, "P"),
+    "WoodFisher, others moved": (GREEN, "v"),
 }
 PREDICTED = "OBD, predicted"
 NETWORKS = ["trained", "after 1/100 of the training", "inputs not centred"]
@@ -51,7 +60,7 @@ SPARSITIES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 
 
 class MLP(nn.Module):
-    """Two hidden layers of tanh units: a loss with a second derivative everywhere."""
+    """Two hidden layers of tanh units, so that the loss has second derivatives everywhere."""
 
     width: int
 
@@ -62,12 +71,12 @@ class MLP(nn.Module):
 
 
 def squared_error(outputs, y):
-    """Takes 1 for the class and -1 for the others, as the paper's network does."""
+    """Computes the squared error to 1 for the class and -1 for the others, as in the paper."""
     return optax.l2_loss(outputs, 2 * jax.nn.one_hot(y, 10) - 1).mean()
 
 
 def cross_entropy(outputs, y):
-    """Takes the outputs for logits."""
+    """Computes the cross-entropy of the outputs as logits."""
     return optax.softmax_cross_entropy_with_integer_labels(outputs, y).mean()
 
 
@@ -75,7 +84,7 @@ LOSSES = {"squared-error": (squared_error, 1e-4), "cross-entropy": (cross_entrop
 
 
 def trainer(objective, steps):
-    """Gives fit(params, x, y) -> params after 1/100 of the training, and after all of it."""
+    """Returns fit(params, x, y) -> (params after 1/100 of the training, params at its end)."""
     adam = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
 
     @jax.jit
@@ -98,7 +107,7 @@ def trainer(objective, steps):
 
 
 def criteria(error, objective):
-    """Gives scores(params, key, x, y) by name."""
+    """Returns scores(params, key, x, y) by name."""
 
     def with_key(score):
         return lambda params, key, x, y: score(params, key, x, y)
@@ -117,18 +126,18 @@ def criteria(error, objective):
     }
 
 
-def removed(scores, masks):
-    """Adds up the scores of the weights that leave."""
-    gone = jax.tree.map(
+def pruned_sum(scores, masks):
+    """Sums the scores of the pruned weights."""
+    sums = jax.tree.map(
         lambda s, mask: 0.0 if mask is None else float(jnp.sum(jnp.where(mask, 0, s))),
         scores,
         masks,
     )
-    return sum(jax.tree.leaves(gone))
+    return sum(jax.tree.leaves(sums))
 
 
 def compare(args):
-    """Prunes every network: values by (network, method, measure), then by sparsity."""
+    """Prunes all networks; returns values by (network, method, measure) and by sparsity."""
     x, y, x_test, y_test = (jnp.asarray(a) for a in load(args.data))
     x, y = x[:2000], y[:2000]
     model = MLP(args.width)
@@ -149,7 +158,7 @@ def compare(args):
     fit = trainer(objective, args.steps)
     methods = criteria(error, objective)
     move = jp.scores.woodfisher_update(error)
-    found = collections.defaultdict(lambda: collections.defaultdict(list))
+    results = collections.defaultdict(lambda: collections.defaultdict(list))
     init = jax.jit(lambda key: model.init(key, x[:1]))
     bar = tqdm(total=args.seeds * len(NETWORKS) * len(methods), ncols=80)
     for seed in range(args.seeds):
@@ -160,8 +169,8 @@ def compare(args):
         for network, (params, shift) in zip(NETWORKS, networks, strict=True):
             data = x - shift, y, x_test - shift, y_test
             dense, accuracy = measure(params, *data)
-            found[network, "dense", "objective"][0].append(float(dense))
-            found[network, "dense", "accuracy"][0].append(100 * float(accuracy))
+            results[network, "dense", "objective"][0].append(float(dense))
+            results[network, "dense", "accuracy"][0].append(100 * float(accuracy))
             for name, score in methods.items():
                 bar.set_description(name)
                 scores = score(params, key, *data[:2])
@@ -172,29 +181,29 @@ def compare(args):
                         pruned["WoodFisher, others moved"] = move(params, masks, *data[:2])
                     for which, smaller in pruned.items():
                         value, accuracy = measure(smaller, *data)
-                        found[network, which, "rise"][s].append(float(value - dense))
-                        found[network, which, "accuracy"][s].append(100 * float(accuracy))
+                        results[network, which, "rise"][s].append(float(value - dense))
+                        results[network, which, "accuracy"][s].append(100 * float(accuracy))
                     if name == "OBD":
-                        found[network, PREDICTED, "rise"][s].append(removed(scores, masks))
+                        results[network, PREDICTED, "rise"][s].append(pruned_sum(scores, masks))
                 bar.update()
     bar.close()
-    return found
+    return results
 
 
-def show(found):
-    """Prints how the objective rises for every network, and the accuracy of the trained one."""
+def show(results):
+    """Prints the rise of the objective of each network, and the accuracy of the trained one."""
     columns = [f"{s:.0%}" for s in SPARSITIES[1:-1]]
 
     def table(network, measure, scale, digits):
         rows = [
             (name, *(mean_std([scale * v for v in values[s]], digits) for s in SPARSITIES[1:-1]))
             for name in ["random", "magnitude", "OBD", PREDICTED, *list(STYLES)[3:]]
-            if (values := found.get((network, name, measure)))
+            if (values := results.get((network, name, measure)))
         ]
-        print(markdown(("removed", *columns), rows), end="\n\n")
+        print(markdown(("pruned", *columns), rows), end="\n\n")
 
     for network in NETWORKS:
-        objective, accuracy = (found[network, "dense", m][0] for m in ("objective", "accuracy"))
+        objective, accuracy = (results[network, "dense", m][0] for m in ("objective", "accuracy"))
         print(
             f"{network}: objective {mean_std([1000 * v for v in objective])} thousandths, "
             f"test accuracy {mean_std(accuracy)} %; rise of the objective in thousandths:\n"
@@ -204,21 +213,20 @@ def show(found):
     table(NETWORKS[0], "accuracy", 1, 1)
 
 
-def draw(found, path):
+def draw(results, path):
     """Draws the rise of the objective against sparsity, the mean over seeds."""
     figure, panels = plt.subplots(1, 3, figsize=(11, 4.2), sharey=True, layout="constrained")
     for network, axes in zip(NETWORKS, panels, strict=True):
         for name, (color, marker) in (STYLES | {PREDICTED: ("#D55E00", "")}).items():
-            values = found[network, name, "rise"]
+            values = results[network, name, "rise"]
             means = [max(np.mean(values[s]), 1e-6) for s in SPARSITIES]
             line = "--" if name == PREDICTED else "-"
             axes.plot(SPARSITIES, means, line, color=color, marker=marker, markersize=5, label=name)
         axes.set_title(network, fontsize=10)
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(lambda s, _: f"{s:.0%}")
-        axes.set_xlabel("weights removed")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("pruned weights")
+        tidy(axes)
     panels[0].set_ylabel("rise of the objective")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
@@ -226,20 +234,15 @@ def draw(found, path):
 
 
 def main():
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--data", metavar="DIR", help="folder of MNIST IDX files")
+    options = parser(__doc__)
     options.add_argument("--loss", choices=LOSSES, default="squared-error")
     options.add_argument("--width", type=int, default=40)
     options.add_argument("--steps", type=int, default=3000)
-    options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--out", type=pathlib.Path, default=pathlib.Path("outputs"))
     args = options.parse_args()
-    warnings.filterwarnings("ignore", "obd")  # the control is not at a minimum, and is meant not to
-    found = compare(args)
-    show(found)
-    draw(found, args.out / "obd.png")
+    warnings.filterwarnings("ignore", "obd")  # the early control is not at a minimum, on purpose
+    results = compare(args)
+    show(results)
+    draw(results, args.out / "obd.png")
 
 
 if __name__ == "__main__":

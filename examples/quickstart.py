@@ -1,113 +1,56 @@
-"""Seven ways to prune LeNet-300-100, each with the same number of training steps.
+"""Compares seven ways to prune LeNet-300-100, each with the same number of training steps.
 
-Random and magnitude pruning start from the network trained for --epochs and train it for --epochs
-more. SNIP, GraSP and SynFlow prune the initial network, then train it for twice --epochs. Gradual
-pruning reaches its sparsity while training, after --epochs of twice --epochs. Prints a table for
---sparsity and draws accuracy against compression for that and --sparsities.
+Random and magnitude pruning start from a network trained for --epochs, and train it for --epochs
+more. SNIP, GraSP and SynFlow prune the initial network, and train it for twice --epochs. Gradual
+pruning prunes during the first --epochs, and trains for --epochs more. Prints a table for
+--sparsity, and draws accuracy against compression for --sparsity and --sparsities.
 
     python examples/quickstart.py --sparsity 0.95
-    python examples/quickstart.py --data mnist/ --epochs 5    # MNIST files instead of the digits
+    python examples/quickstart.py --data mnist/ --epochs 5
 """
 
-import argparse
-import pathlib
 import time
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import optax
+from _common import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    compression_axis,
+    parser,
+    save,
+)
 from _data import epoch_order, load
-from flax import nnx
+from _training import accuracy_on, cross_entropy, epoch_trainer, lenet
 from tqdm import tqdm
 
 import jaxprune as jp
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-STYLES = {  # Okabe and Ito's colours
-    "random": ("#000000", "x"),
-    "magnitude": ("#0072B2", "o"),
-    "magnitude by layer": ("#56B4E9", "P"),
-    "SNIP": ("#E69F00", "s"),
-    "GraSP": ("#CC79A7", "^"),
-    "SynFlow": ("#009E73", "D"),
-    "gradual": ("#D55E00", "v"),
+STYLES = {
+    "random": (BLACK, "x"),
+    "magnitude": (BLUE, "o"),
+    "magnitude by layer": (SKY, "P"),
+    "SNIP": (ORANGE, "s"),
+    "GraSP": (PURPLE, "^"),
+    "SynFlow": (GREEN, "D"),
+    "gradual": (VERMILION, "v"),
 }
-
-
-class LeNet(nnx.Module):
-    """LeNet-300-100."""
-
-    def __init__(self, inputs, rngs):
-        self.layers = nnx.List(
-            nnx.Linear(n, m, rngs=rngs) for n, m in [(inputs, 300), (300, 100), (100, 10)]
-        )
-
-    def __call__(self, x):
-        for layer in self.layers[:-1]:
-            x = nnx.relu(layer(x))
-        return self.layers[-1](x)
-
-
-def network(inputs, seed):
-    """Gives a pure apply function and its initial params."""
-    graphdef, params = nnx.split(LeNet(inputs, nnx.Rngs(seed)))
-    return lambda params, x: nnx.merge(graphdef, params)(x), params
-
-
-def cross_entropy(apply, temperature=1.0):
-    """Gives loss(params, x, y)."""
-
-    def loss(params, x, y):
-        logits = apply(params, x) / temperature
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-    return loss
-
-
-def trainer(apply, link, x, y, size=64):
-    """Gives fit(params, state, sparsity, epochs, seed), compiled once, around link(sparsity)."""
-    loss = cross_entropy(apply)
-
-    @jax.jit
-    def epoch(params, state, sparsity, order):
-        tx = link(sparsity)
-
-        def step(carry, index):
-            params, state = carry
-            grads = jax.grad(loss)(params, x[index], y[index])
-            updates, state = tx.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        return jax.lax.scan(step, (params, state), order)[0]
-
-    def fit(params, state, sparsity, epochs, seed):
-        for i in range(epochs):
-            order = epoch_order(len(x), (seed, i), size)
-            params, state = epoch(params, state, jnp.float32(sparsity), order)
-        return params, state
-
-    return fit
-
-
-def measurer(apply, x, y):
-    """Gives accuracy(params)."""
-
-    @jax.jit
-    def accuracy(params):
-        return jnp.mean(jnp.argmax(apply(params, x), -1) == y)
-
-    return lambda params: float(accuracy(params))
+STARTS_TRAINED = ("random", "magnitude", "magnitude by layer")
 
 
 def compare(args):
-    """Runs every method at every sparsity: rows of method, sparsity, accuracies, ratio, seconds."""
+    """Returns rows of method, sparsity, accuracy before and after, compression and seconds."""
     x, y, x_test, y_test = load(args.data)
     x, y = jnp.asarray(x), jnp.asarray(y)
-    apply, initial = network(x.shape[1], args.seed)
-    accuracy = measurer(apply, x_test, y_test)
+    apply_fn, initial = lenet(x.shape[1], args.seed)
+    accuracy = accuracy_on(apply_fn, x_test, y_test)
     end = max(args.epochs * epoch_order(len(x), 0, 64).shape[0] - 1, 1)
     everything = jp.select(jp.scores.magnitude(initial), 0.0)
     adam = optax.adam(1e-3)
@@ -117,21 +60,21 @@ def compare(args):
         schedule = jp.schedules.cubic(sparsity, begin=0, end=end)
         return jp.gradual(adam, jp.scores.magnitude, schedule, every=5)
 
-    fit = trainer(apply, lambda sparsity: enforced, x, y)
-    fit_gradually = trainer(apply, gradual, x, y)
+    fit = epoch_trainer(apply_fn, lambda sparsity: enforced, x, y)
+    fit_gradually = epoch_trainer(apply_fn, gradual, x, y)
 
     start = time.perf_counter()
     initial_state = enforced.init(initial)
     trained, trained_state = fit(initial, initial_state, 0.0, args.epochs, args.seed)
     dense, _ = fit(trained, trained_state, 0.0, args.epochs, args.seed + 1)
-    scores = [accuracy(trained), accuracy(dense)]
-    rows = [("dense", 0.0, *scores, 1.0, time.perf_counter() - start)]
+    accuracies = float(accuracy(trained)), float(accuracy(dense))
+    rows = [("dense", 0.0, *accuracies, 1.0, time.perf_counter() - start)]
 
     sample = x[:512], y[:512]
     shape = jax.ShapeDtypeStruct((1, x.shape[1]), jnp.float32)
-    snip = jp.scores.snip(cross_entropy(apply))
-    grasp = jp.scores.grasp(cross_entropy(apply, temperature=200))
-    synflow = jp.scores.synflow(apply)
+    snip = jp.scores.snip(cross_entropy(apply_fn))
+    grasp = jp.scores.grasp(cross_entropy(apply_fn, temperature=200))
+    synflow = jp.scores.synflow(apply_fn)
     key = jax.random.key(args.seed)
     select = {
         "random": lambda s: jp.select(jp.scores.random(trained, key), s),
@@ -150,11 +93,10 @@ def compare(args):
             params, state = fit_gradually(params, state, sparsity, args.epochs, args.seed + 1)
             return before, accuracy(params), jp.get_masks(state)
         masks = select[method](sparsity)
-        after_training = method in ("random", "magnitude", "magnitude by layer")
-        params = jp.apply_masks(trained if after_training else initial, masks)
-        state = jp.set_masks(initial_state, masks)  # nothing recompiles
+        params = jp.apply_masks(trained if method in STARTS_TRAINED else initial, masks)
+        state = jp.set_masks(initial_state, masks)  # nothing is compiled again
         before = accuracy(params)
-        if not after_training:
+        if method not in STARTS_TRAINED:
             params, state = fit(params, state, 0.0, args.epochs, args.seed)
         params, state = fit(params, state, 0.0, args.epochs, args.seed + 1)
         return before, accuracy(params), masks
@@ -165,69 +107,41 @@ def compare(args):
         bar.set_description(f"{method} {sparsity:g}")
         start = time.perf_counter()
         before, after, masks = prune(method, sparsity)
+        compression = jp.metrics.compression(initial, masks)
         seconds = time.perf_counter() - start
-        ratio = jp.metrics.compression(initial, masks)
-        rows.append((method, sparsity, before, after, ratio, seconds))
+        rows.append((method, sparsity, float(before), float(after), compression, seconds))
     return rows
 
 
 def show(rows, sparsity):
-    """Prints the rows of one sparsity, and the dense one."""
+    """Prints the rows of the dense network and of one sparsity."""
     print("method              sparsity   before    after  compression  seconds")
     for method, at, before, after, ratio, seconds in rows:
         if method == "dense" or at == sparsity:
             print(f"{method:19} {at:8.3g} {before:8.1%} {after:8.1%} {ratio:11.1f}× {seconds:8.1f}")
-    print("before, after: test accuracy right after pruning, and after fine-tuning or training")
+    print("before, after: test accuracy right after pruning, and after all training")
 
 
 def draw(rows, path):
-    """Draws accuracy after fine-tuning against compression."""
+    """Draws accuracy after all training against compression."""
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     axes.axhline(rows[0][3], color="gray", linestyle="--", label="dense")
     for method, (color, marker) in STYLES.items():
-        ratio, after = zip(*[(r[4], r[3]) for r in rows if r[0] == method], strict=True)
-        axes.plot(ratio, after, color=color, marker=marker, markersize=5, label=method)
-    log_axis(axes, [r[4] for r in rows[1:] if r[0] == "magnitude"])
+        compression, after = zip(*[(r[4], r[3]) for r in rows if r[0] == method], strict=True)
+        axes.plot(compression, after, color=color, marker=marker, markersize=5, label=method)
+    compression_axis(axes, [r[4] for r in rows if r[0] == "magnitude"])
     axes.set_ylabel("test accuracy")
     figure.legend(loc="outside right center", frameon=False)
     save(figure, path)
 
 
-def save(figure, path):
-    """Writes a picture, and says where."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    print(f"wrote {path}")
-
-
-def log_axis(axes, ratios):
-    """Puts a tick at every compression on a log axis."""
-    axes.set_xscale("log")
-    axes.set_xticks(ratios, [f"{r:.3g}×" for r in ratios])
-    axes.minorticks_off()
-    axes.set_xlabel("compression (params / kept params)")
-    axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}%")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def parser(text):
-    """Gives the options that the examples share."""
-    options = argparse.ArgumentParser(
-        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--data", metavar="DIR", help="folder of MNIST IDX files")
-    options.add_argument("--epochs", type=int, default=15)
-    options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--out", type=pathlib.Path, default="outputs", help="folder for the PNG")
-    return options
-
-
 def main():
-    options = parser(__doc__)
-    options.add_argument("--sparsity", type=float, default=0.95)
-    options.add_argument("--sparsities", type=float, nargs="*", default=[0.5, 0.8, 0.9, 0.95, 0.98])
+    options = parser(__doc__, seeds=None)
+    options.add_argument("--epochs", type=int, default=15)
+    options.add_argument("--sparsity", type=float, default=0.95, help="of the table")
+    options.add_argument(
+        "--sparsities", type=float, nargs="*", default=[0.5, 0.8, 0.9, 0.95, 0.98], help="to draw"
+    )
     args = options.parse_args()
     rows = compare(args)
     show(rows, args.sparsity)

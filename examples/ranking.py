@@ -1,9 +1,9 @@
-"""Which criterion ranks filters as the loss itself does? After Molchanov et al. 2016.
+"""Which criterion ranks filters as the loss does? After Molchanov et al, 2016.
 
-A network of eight convolutions, with pooling between them, is trained. The oracle removes every
-filter alone and measures the loss on images that were not trained on. Criteria that need no such
-search are compared with it by rank, within the layers and across all. Then a share of all filters
-is removed at once, and a table says in which layers, and what that costs before any fine-tuning.
+A network of eight convolutions, with pooling between them, is trained. The oracle removes each
+filter alone and measures the loss on held-out images. Cheaper criteria are compared with the oracle
+by rank correlation, within layers and across layers. Then a share of all filters is removed, and a
+table lists how much of each layer is kept, and the accuracy without any fine-tuning.
 
     python examples/ranking.py
     python examples/ranking.py --data mnist/
@@ -12,33 +12,26 @@ Oracle and Taylor: https://arxiv.org/abs/1611.06440
 Taylor gates: https://arxiv.org/abs/1906.10771
 """
 
-import argparse
-import pathlib
-
 import jax
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from _common import BLUE, ORANGE, SKY, VERMILION, markdown, mean_std, parser, save, tidy
 from _data import load
-from _results import markdown, mean_std
 from flax import linen as nn
-from quickstart import save
 from scipy.stats import rankdata, spearmanr
 from tqdm import tqdm
 
 import jaxprune as jp
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
 SIDE = 16
 WIDTHS = [8, 8, 16, 16, 32, 32, 32, 32]
 SIDES = [SIDE >> i // 2 for i in range(len(WIDTHS))]
-LAYER = np.repeat(np.arange(len(WIDTHS)), WIDTHS)  # of every filter
+LAYER = np.repeat(np.arange(len(WIDTHS)), WIDTHS)  # of each filter
 POSITIONS = np.square(SIDES)[LAYER]
-RANDOM = "random, 0.9 to 1.1"  # ℓ2 by layer makes of it what is known from the widths alone
+RANDOM = "random, 0.9 to 1.1"  # with ℓ2 by layer: the ranking by the widths of layers alone
 AVERAGED, SUMMED = "Taylor, averaged over positions", "Taylor, summed over positions"
-COLORS = {16: "#D55E00", 8: "#E69F00", 4: "#56B4E9", 2: "#0072B2"}  # Okabe and Ito's
+COLORS = {16: VERMILION, 8: ORANGE, 4: SKY, 2: BLUE}
 
 
 class VGG(nn.Module):
@@ -54,25 +47,25 @@ class VGG(nn.Module):
 
 
 def images(x):
-    """Makes flat images SIDE pixels wide and high."""
+    """Resizes flat images to SIDE × SIDE pixels."""
     side = round(x.shape[1] ** 0.5)
     return jax.image.resize(x.reshape(-1, side, side, 1), (len(x), SIDE, SIDE, 1), "linear")
 
 
 def by_layer(score):
-    """Divides the scores of every layer by their norm, as normalize="l2" does."""
+    """Divides the scores of each layer by their ℓ2 norm."""
     norms = np.array([np.linalg.norm(score[i == LAYER]) for i in range(len(WIDTHS))])
     return score / np.where(norms, norms, 1)[LAYER]
 
 
 def correlations(score, oracle):
-    """Gives the rank correlation within layers (their mean), across all, and that after ℓ2."""
+    """Returns the rank correlation within layers (mean), across layers, and the latter after ℓ2."""
     within = [spearmanr(score[i == LAYER], oracle[i == LAYER])[0] for i in range(len(WIDTHS))]
     return np.mean(within), spearmanr(score, oracle)[0], spearmanr(by_layer(score), oracle)[0]
 
 
 def compare(args):
-    """Gives for every seed: scores by criterion, (criterion, sparsity, kept, accuracy), dense."""
+    """Returns for each seed: scores, rows of (criterion, sparsity, kept, accuracy), accuracy."""
     x, y, x_test, y_test = load(args.data)
     x, x_test = images(x), images(x_test)
     held_out = x[: args.examples], y[: args.examples]
@@ -119,11 +112,11 @@ def compare(args):
         select = {
             "oracle": lambda s: groups.select(abs(scores["oracle"]), s),
             "oracle, signed": lambda s: groups.select(scores["oracle"], s),
-            "Taylor, ℓ2 by layer": lambda s: groups.select(summed, s, normalize="l2"),
+            "Taylor, ℓ2 by layer": lambda s: groups.select(by_layer(summed), s),
             AVERAGED: lambda s: groups.select(scores[AVERAGED], s),
             "L1": lambda s: groups.select(magnitude, s, reduce="first"),
             "L1, mean by layer": lambda s: groups.select(
-                magnitude, s, reduce="first", normalize="mean"
+                jp.units.reduce(groups, magnitude, "first", normalize="mean"), s
             ),
         }
         pruned = []
@@ -139,72 +132,67 @@ def compare(args):
 
 
 def show(runs):
-    """Prints the correlations, the scale of every layer, and what is left of it."""
+    """Prints the correlations, the scale of each layer's scores, and the share that is kept."""
     scores, pruned, dense = zip(*runs, strict=True)
     negative = mean_std([100 * np.mean(s["oracle"] < 0) for s in scores], 0)
     print(f"test accuracy of the dense network: {mean_std(dense, 1)} %")
-    print(f"filters without which the loss is lower: {negative} %\n")
+    print(f"filters whose removal lowers the loss: {negative} %\n")
     header = ["criterion", "within layers", "all layers", "all, ℓ2"]
     header += [f"signed: {column}" for column in ("within", "all", "all, ℓ2")]
     rows = []
     for name in list(scores[0])[1:]:
-        found = [
+        runs = [
             correlations(s[name], abs(s["oracle"])) + correlations(s[name], s["oracle"])
             for s in scores
         ]
-        rows.append([name, *map(mean_std, zip(*found, strict=True))])
+        rows.append([name, *map(mean_std, zip(*runs, strict=True))])
     print(markdown(header, rows), "\n")
 
     rows = []
-    ranks = [len(LAYER) + 1 - rankdata(abs(s["oracle"])) for s in scores]  # 1: missed most
+    ranks = [len(LAYER) + 1 - rankdata(abs(s["oracle"])) for s in scores]  # 1 is most important
     for i, side in enumerate(SIDES):
-        own = [{k: abs(v[i == LAYER]).mean() for k, v in s.items()} for s in scores]
+        means = [{k: abs(v[i == LAYER]).mean() for k, v in s.items()} for s in scores]
         pooled = " pooled" if side not in SIDES[i + 1 :] and i + 1 < len(SIDES) else ""
         rank = mean_std([np.median(r[i == LAYER]) for r in ranks], 0)
-        oracle = mean_std([1000 * s["oracle"] for s in own], 1)
-        ratios = [[s[name] / s["oracle"] for s in own] for name in (SUMMED, AVERAGED)]
+        oracle = mean_std([1000 * s["oracle"] for s in means], 1)
+        ratios = [[s[name] / s["oracle"] for s in means] for name in (SUMMED, AVERAGED)]
         where = f"{i + 1}: {side}×{side}{pooled}"
         rows.append([where, rank, oracle, mean_std(ratios[0]), mean_std(ratios[1], 3)])
     header = ["layer", "oracle, median rank", "oracle, mean × 1000"]
     print(markdown([*header, "Taylor summed ÷ oracle", "averaged ÷ oracle"], rows), "\n")
 
     rows = []
-    for same in zip(*pruned, strict=True):
-        (name, sparsity, *_), *_ = same
-        kept = np.mean([kept for *_, kept, _ in same], 0)
-        after = mean_std([accuracy for *_, accuracy in same], 1)
+    for seeds in zip(*pruned, strict=True):
+        (name, sparsity, *_), *_ = seeds
+        kept = np.mean([kept for *_, kept, _ in seeds], 0)
+        after = mean_std([accuracy for *_, accuracy in seeds], 1)
         rows.append([name, f"{sparsity:.0%}", *(f"{100 * k:.0f}" for k in kept), after])
     header = ["% of each layer kept", "removed", *range(1, len(WIDTHS) + 1), "accuracy, %"]
     print(markdown(list(map(str, header)), rows))
 
 
 def draw(runs, path):
-    """Draws the rank of every filter by criterion against that by the oracle."""
+    """Draws the rank of each filter by a criterion against its rank by the oracle."""
     names = ["weight norm", "mean activation", AVERAGED, SUMMED]
     figure, panels = plt.subplots(1, 4, figsize=(12, 3.6), sharey=True, layout="constrained")
     for axes, name in zip(panels, names, strict=True):
         for side, color in COLORS.items():
-            own = POSITIONS == side**2
-            points = [(rankdata(abs(s["oracle"]))[own], rankdata(s[name])[own]) for s, *_ in runs]
+            here = POSITIONS == side**2
+            points = [(rankdata(abs(s["oracle"]))[here], rankdata(s[name])[here]) for s, *_ in runs]
             label = f"{side}×{side}" if axes is panels[0] else None
             axes.scatter(*np.concatenate(points, 1), s=7, color=color, label=label, linewidth=0)
         axes.set_title(name, fontsize="medium")
         axes.set_xlabel("rank by the oracle")
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     panels[0].set_ylabel(f"rank by the criterion, of {len(LAYER)}")
     figure.legend(loc="outside right center", frameon=False, title="positions", markerscale=2)
     save(figure, path)
 
 
 def main():
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--data", metavar="DIR", help="folder of MNIST IDX files")
-    options.add_argument("--examples", type=int, default=400, help="held out for all the scores")
-    options.add_argument("--seeds", type=int, default=3)
+    options = parser(__doc__)
+    options.add_argument("--examples", type=int, default=400, help="held out, for all scores")
     options.add_argument("--steps", type=int, default=3000)
-    options.add_argument("--out", type=pathlib.Path, default=pathlib.Path("outputs"))
     args = options.parse_args()
     runs = compare(args)
     show(runs)

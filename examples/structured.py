@@ -1,35 +1,33 @@
-"""Structured pruning of a ResNet and a ViT: filters, heads and neurons really leave.
+"""Structured pruning of a ResNet and a ViT: removes filters, heads and neurons, and shrinks.
 
-Trains both on scikit-learn's digits, removes units by three criteria until --ratios of the FLOPs
-are gone, shrinks the networks, fine-tunes the small ones, and measures how much faster they run.
-All layers lose the same fraction, so that the criteria are compared at equal widths. Prints what
-the units are and a table, and draws accuracy against speed-up. FLOPs are not time: some widths suit
-XLA's kernels better than others. One seed and 360 test images, on which the settings were chosen as
-well: accuracies are optimistic, differences of a point are noise, and no criterion is ranked.
+Trains both networks on digits, removes units by three criteria until --ratios of the FLOPs are
+removed, shrinks the networks, fine-tunes them, and measures their speed. All layers lose the same
+fraction, so that the criteria are compared at equal widths. Prints the groups of units and a table,
+and draws accuracy against speed-up.
+
+FLOPs are not time: some widths suit the kernels of XLA better than others. There is one seed, and
+the settings were chosen on the same 360 test images. Accuracies are therefore optimistic,
+differences of a point are noise, and the criteria are not ranked.
 
     python examples/structured.py
     python examples/structured.py --data fashion/ --epochs 2    # Fashion-MNIST files
 """
 
-import pathlib
 import warnings
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import optax
-from _data import epoch_order, load
-from quickstart import parser, save
+from _common import BLACK, BLUE, VERMILION, parser, save, tidy
+from _data import epoch_order, load_images
 from tqdm import tqdm
 
 import jaxprune as jp
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-BATCH = 120  # of accuracy and latency: divides the 360 test digits
-STYLES = {"L1": ("#0072B2", "o"), "Taylor": ("#D55E00", "s"), "random": ("#000000", "x")}
+BATCH = 120  # for accuracy and latency; it divides the 360 test digits
+STYLES = {"L1": (BLUE, "o"), "Taylor": (VERMILION, "s"), "random": (BLACK, "x")}
 
 
 class Block(nn.Module):
@@ -88,7 +86,7 @@ def cross_entropy(logits, y):
 
 
 def fit(train_fn, variables, x, y, epochs, seed, size=60):
-    """Trains variables["params"]; train_fn gives logits, and the other variables anew."""
+    """Trains variables["params"]; train_fn returns logits and the other variables, updated."""
     steps = max(epochs * len(epoch_order(len(x), 0, size)), 1)
     tx = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
 
@@ -111,7 +109,7 @@ def fit(train_fn, variables, x, y, epochs, seed, size=60):
 
 
 def accuracy(fn, variables, x, y):
-    """Gives the accuracy over whole batches, for which fn compiles once."""
+    """Returns the accuracy on full batches, so that fn is compiled once."""
     n = min(BATCH, len(x))
     starts = range(0, len(x) - n + 1, n)
     right = [fn(variables, x[i : i + n]).argmax(-1) == y[i : i + n] for i in starts]
@@ -119,7 +117,7 @@ def accuracy(fn, variables, x, y):
 
 
 def compare(name, model, data, args):
-    """Gives rows of network, criterion, ratio, before, after, params, FLOPs, seconds."""
+    """Returns rows of network, criterion, ratio, before, after, params, FLOPs and seconds."""
     x, y, x_test, y_test = data
     batch = x_test[:BATCH]
     key = jax.random.key(args.seed, impl="rbg")
@@ -158,8 +156,8 @@ def compare(name, model, data, args):
         after = accuracy(small_fn, small, x_test, y_test)
         rows.append((criterion, ratio, before, after, *size(small_fn, small)))
         functions[f"{criterion} {ratio:g}"] = small_fn, small
-    found = jp.metrics.latency(functions, batch, rounds=20)
-    timings = [timing for timing in found.rows if timing.batch == len(batch)]
+    latencies = jp.metrics.latency(functions, batch, rounds=20)
+    timings = [timing for timing in latencies.rows if timing.batch == len(batch)]
     return [(name, *row, timing.median) for row, timing in zip(rows, timings, strict=True)]
 
 
@@ -172,8 +170,8 @@ def show(rows):
             f"{name:8} {criterion:9} {ratio:6.0%} {before:7.1%} {after:7.1%} {params:8,} "
             f"{flops / 1e6:7.2f} {1e3 * seconds:8.2f} {dense / seconds:8.2f}×"
         )
-    print("before, after: test accuracy before and after fine-tuning; MFLOPs of one image,")
-    print(f"ms of a batch of {BATCH}")
+    print("before, after: test accuracy before and after fine-tuning; MFLOPs: of one image;")
+    print(f"ms: of a batch of {BATCH}")
 
 
 def draw(rows, path):
@@ -191,8 +189,7 @@ def draw(rows, path):
         axes.set_xlabel("measured speed-up")
         axes.xaxis.set_major_formatter(lambda s, _: f"{s:.3g}×")
         axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}%")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
         axes.margins(0.08)
     panels[0].set_ylabel("test accuracy after fine-tuning")
     handles, labels = panels[0].get_legend_handles_labels()
@@ -201,16 +198,15 @@ def draw(rows, path):
 
 
 def main():
-    options = parser(__doc__)
-    options.set_defaults(epochs=10, out=pathlib.Path("."))
+    options = parser(__doc__, seeds=None)
+    options.add_argument("--epochs", type=int, default=10, help="of dense training")
     options.add_argument("--tuning-epochs", type=int, default=2)
-    options.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5, 0.7])
+    options.add_argument(
+        "--ratios", type=float, nargs="+", default=[0.3, 0.5, 0.7], help="shares of FLOPs to remove"
+    )
     args = options.parse_args()
-    warnings.filterwarnings("ignore", "round_to")  # says which widths were rounded: many
-    x, y, x_test, y_test = load(args.data)
-    side = round(x.shape[1] ** 0.5)
-    x, x_test = (jnp.asarray(a).reshape(-1, side, side, 1) for a in (x, x_test))
-    data = x, jnp.asarray(y), x_test, jnp.asarray(y_test)
+    warnings.filterwarnings("ignore", "round_to")  # one for each width that rounding changes
+    data = tuple(map(jnp.asarray, load_images(args.data)))
     rows = []
     for name, model in (("ResNet", ResNet()), ("ViT", ViT())):
         rows += compare(name, model, data, args)

@@ -1,9 +1,9 @@
-"""Pruning of a 7B and a 70B decoder, compiled for TPU pods: memory a chip, and what chips send.
+"""Compiles pruning of 7B and 70B decoders for TPU pods: memory per chip, and collectives.
 
-Nothing runs and no TPU is needed: params are shapes, and `libtpu` holds the compiler. Params and
-moments of Adam are float32, spread over both axes of a mesh, and the batch, a sequence of 1024
-tokens for each row of chips, over its first. A v5e has 16 GiB a chip. In the environment,
-JAX_OPTIMIZATION_LEVEL=O0 halves the time; the memory is then another.
+Nothing runs, and no TPU is needed: params are shapes, and `libtpu` contains the compiler. Params
+and the moments of Adam are float32 and sharded over both axes of the mesh. The batch has a sequence
+of 1024 tokens for each row of chips, and is sharded over the first axis. A v5e chip has 16 GiB.
+The environment variable JAX_OPTIMIZATION_LEVEL=O0 halves the compile time, but changes the memory.
 
     pip install "jax[tpu]"
     python examples/tpu_pod.py
@@ -20,7 +20,7 @@ import re
 import sys
 import time
 
-os.environ.update(  # what a TPU would tell: no server is asked, no other process is waited for
+os.environ.update(  # describes a TPU, so that libtpu asks no server and waits for no process
     {
         "JAX_PLATFORMS": "cpu",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -42,7 +42,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 
-MODELS = {  # sizes as in Llama 2, with the pod to compile for
+MODELS = {  # the pod to compile for, and sizes as in Llama 2
     "tiny": ("v5e:2x2", {"layers": 2, "width": 256, "hidden": 512, "heads": 2, "groups": 2}),
     "7B": ("v5e:4x4", {"layers": 32, "width": 4096, "hidden": 11008, "heads": 32, "groups": 32}),
     "70B": ("v5e:16x16", {"layers": 80, "width": 8192, "hidden": 28672, "heads": 64, "groups": 8}),
@@ -52,7 +52,7 @@ VOCABULARY, HEAD, LENGTH = 32000, 128, 1024
 
 
 def abstract_params(mesh, layers, width, hidden, heads, groups):
-    """Gives the shapes of a decoder with its layers stacked, its matrices spread over the mesh."""
+    """Returns the shapes of a decoder with stacked layers, its matrices sharded over the mesh."""
 
     def leaf(shape, *spec):
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
@@ -87,9 +87,9 @@ def normalized(x, scale):
 
 
 def decoder(mesh):
-    """Makes the function of params and tokens (batch, time) that gives logits, in bfloat16."""
+    """Returns a function of params and tokens (batch, time) that computes bfloat16 logits."""
 
-    def spread(x, *axes):
+    def sharded(x, *axes):
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))
 
     def layer(x, params):
@@ -102,10 +102,10 @@ def decoder(mesh):
         x = x + attended.reshape(*h.shape[:2], -1) @ w["out"]
         h = normalized(x, w["norm2"])
         x = x + (jax.nn.silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"]
-        return spread(x, "data"), None
+        return sharded(x, "data"), None
 
     def apply_fn(params, tokens):
-        x = spread(params["embed"].astype(jnp.bfloat16)[tokens], "data")
+        x = sharded(params["embed"].astype(jnp.bfloat16)[tokens], "data")
         x, _ = jax.lax.scan(jax.checkpoint(layer), x, params["layers"])
         x = normalized(x, params["norm"].astype(jnp.bfloat16))
         return x @ params["logits"].astype(jnp.bfloat16)
@@ -118,7 +118,7 @@ def select(scores, sparsity, within=None):
 
 
 def placed(state, params, mesh):
-    """Shards what has the path and shape of a leaf as that leaf is, and replicates the rest."""
+    """Gives arrays with the path and shape of a param its sharding, and replicates the others."""
     name = jax.tree_util.keystr
     leaves = {name(path): w for path, w in jax.tree_util.tree_leaves_with_path(params)}
 
@@ -176,13 +176,13 @@ def exchanges(text):
 
 
 def are_scalars(arrays, chips):
-    """Returns whether only numbers are sent; one of 64 bits is a sum of a slot for each chip."""
+    """Returns whether all arrays are scalars; a TPU sums 64-bit scalars in one slot per chip."""
     slots = f"u32[{chips}]", f"f32[{chips}]"
     return all(x in slots or re.fullmatch(r"\w+\[[1,]*\]", x) for x in arrays.split())
 
 
 def measure(model, topology, program):
-    """Compiles a program; returns sizes in GiB a chip and what is sent, ready for JSON."""
+    """Compiles a program; returns its sizes in GiB per chip and its collectives, for JSON."""
     pod = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     chips = len(pod.devices)
     width = 2 ** (int(math.log2(chips)) // 2)
@@ -190,11 +190,11 @@ def measure(model, topology, program):
     mesh = jax.make_mesh((chips // width, width), ("data", "model"), types, devices=pod.devices)
     params = abstract_params(mesh, **MODELS[model][1])
     start = time.perf_counter()
-    done = lowered(program, mesh, params).compile()
+    compiled = lowered(program, mesh, params).compile()
     seconds = time.perf_counter() - start
-    memory = done.memory_analysis()
-    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    sent = [(*key, n) for key, n in exchanges(done.as_text()).items()]
+    memory = compiled.memory_analysis()
+    new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    sent = [(*key, n) for key, n in exchanges(compiled.as_text()).items()]
     return {
         "model": model,
         "params": sum(w.size for w in jax.tree.leaves(params)),
@@ -203,53 +203,56 @@ def measure(model, topology, program):
         "program": program,
         "seconds": seconds,
         "arguments": memory.argument_size_in_bytes / 2**30,
-        "outputs": fresh / 2**30,
+        "outputs": new_outputs / 2**30,
         "temporary": memory.temp_size_in_bytes / 2**30,
         "arrays": [key for key in sent if not are_scalars(key[1], chips)],
         "scalars": [key for key in sent if are_scalars(key[1], chips)],
     }
 
 
-def counted(sent):
+def counts(sent):
+    """Formats the number of collectives of each kind."""
     totals = collections.Counter()
     for kind, _, n in sent:
         totals[kind] += n
     return ", ".join(f"{n} {kind}" for kind, n in sorted(totals.items())) or "-"
 
 
-def heading(found):
+def heading(result):
     return (
-        f"\n{found['model']}, {found['params']:,} params on {found['topology']}, GiB a chip\n"
-        "program  compiled  arguments  outputs  temporary  in all  sent: scalars; arrays"
+        f"\n{result['model']}, {result['params']:,} params on {result['topology']}, GiB per chip\n"
+        "program  compiled  arguments  outputs  temporary   total  collectives: scalars; arrays"
     )
 
 
-def row(found):
-    arguments, outputs, temporary = (found[k] for k in ("arguments", "outputs", "temporary"))
+def row(result):
+    arguments, outputs, temporary = (result[k] for k in ("arguments", "outputs", "temporary"))
     return (
-        f"{found['program']:<8} {found['seconds']:>6.0f} s {arguments:>10.2f} {outputs:>8.2f} "
+        f"{result['program']:<8} {result['seconds']:>6.0f} s {arguments:>10.2f} {outputs:>8.2f} "
         f"{temporary:>10.2f} {arguments + outputs + temporary:>7.2f}  "
-        f"{counted(found['scalars'])}; {counted(found['arrays'])}"
+        f"{counts(result['scalars'])}; {counts(result['arrays'])}"
     )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["7B", "70B"])
-    parser.add_argument("--topology", help="such as v5e:8x8; by default one for each model")
+    parser.add_argument("--topology", help="such as v5e:8x8; default: by model")
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS)
-    parser.add_argument("--json", help="writes the figures, and every array sent, to this file")
+    parser.add_argument("--json", help="file for the figures and all collectives")
     args = parser.parse_args()
     if importlib.util.find_spec("libtpu") is None:
         sys.exit("libtpu, the compiler for TPUs, is missing: pip install 'jax[tpu]'")
     table = []
     for model in args.models:
         for i, program in enumerate(args.programs):
-            found = measure(model, args.topology or MODELS[model][0], program)
+            result = measure(model, args.topology or MODELS[model][0], program)
             if i == 0:
-                print(heading(found))
-            print(row(found), flush=True)
-            table.append(found)
+                print(heading(result))
+            print(row(result), flush=True)
+            table.append(result)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(table, file)

@@ -1,54 +1,47 @@
 """Pruning for JAX: pure functions over pytrees that make networks smaller and faster.
 
-``params -> scores -> masks``, then an optax link that keeps pruned weights at zero::
+``params -> scores -> masks``, and an optax transformation that keeps pruned weights at zero::
 
     masks = jp.select(jp.scores.magnitude(params), 0.9)
     params = jp.apply_masks(params, masks)
     tx = jp.enforce(optax.adamw(1e-3), masks)
 
-or units that leave together, and the network without them::
+Or units, which are removed together, and the smaller network without them::
 
     groups = jp.find_groups(apply_fn, params, *inputs)
     masks = groups.select(jp.scores.magnitude(params), 0.5)
     small_fn, small_params, plan = jp.shrink(apply_fn, params, masks, *inputs)
 
-Verbs: :func:`select`, :func:`select_iteratively`, :func:`apply_masks`, :func:`enforce`,
-:func:`gradual`, :func:`get_masks`, :func:`set_masks`, :func:`find_groups`, :func:`shrink`,
-:func:`summary`, :func:`report`.
-Modules: :mod:`scores`, :mod:`schedules`, :mod:`masks`, :mod:`patterns`, :mod:`groups`,
-:mod:`units`, :mod:`search`, :mod:`recipes`, :mod:`metrics`, :mod:`curves`, :mod:`plot`, :mod:`nnx`,
-:mod:`regularizers`, :mod:`movement`, :mod:`gates`.
+``jaxprune.__all__`` lists the public functions and modules.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxprune import (
-    curves,
-    gates,
-    groups,
-    masks,
-    metrics,
-    movement,
-    patterns,
-    plot,
-    recipes,
-    regularizers,
-    schedules,
-    scores,
-    search,
-    units,
-)
-from jaxprune._report import report
+from jaxprune import masks, optimizer, patterns, schedules, scores
 from jaxprune._select import select, select_iteratively
-from jaxprune._shrink import CannotShrink, Plan, shrink
-from jaxprune.groups import find_groups
 from jaxprune.masks import apply_masks
-from jaxprune.metrics import summary
 from jaxprune.optimizer import enforce, get_masks, gradual, set_masks
 
 if TYPE_CHECKING:
-    from jaxprune import nnx
+    from jaxprune import (
+        curves,
+        gates,
+        groups,
+        metrics,
+        movement,
+        nnx,
+        plot,
+        recipes,
+        regularizers,
+        search,
+        units,
+    )
+    from jaxprune._plan import Plan
+    from jaxprune._report import report
+    from jaxprune._shrink import CannotShrink, shrink
+    from jaxprune.groups import find_groups
+    from jaxprune.metrics import summary
 
 __version__ = "0.1.0"
 __all__ = [
@@ -66,6 +59,7 @@ __all__ = [
     "metrics",
     "movement",
     "nnx",
+    "optimizer",
     "patterns",
     "plot",
     "recipes",
@@ -82,8 +76,19 @@ __all__ = [
     "units",
 ]
 
+# What reads programs, draws or trains is imported on first use: it takes two thirds of the time
+# that importing all of the package takes, and flax.nnx as long again.
+_HOMES = {"CannotShrink": "_shrink", "Plan": "_plan", "shrink": "_shrink"}
+_HOMES |= {"find_groups": "groups", "report": "_report", "summary": "metrics"}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "nnx":  # flax.nnx is slow to import, and needed by its users alone
-        return importlib.import_module("jaxprune.nnx")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
+    globals()[name] = value = getattr(module, name) if name in _HOMES else module
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,29 +1,34 @@
-"""Progress bars, where somebody sees them: of a Python loop, and of a compiled one."""
+"""Progress bars for Python and compiled loops, shown only in terminals and notebooks."""
 
 import contextlib
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
-_bars: dict[int, Any] = {}  # of compiled loops that run
+_bars: dict[int, Any] = {}  # of compiled loops that run now
 _numbers = itertools.count()
 
 
 def seen() -> bool:
-    """Says if bars are drawn: in a terminal or a notebook."""
+    """Returns whether bars are shown."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+def bar(items: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> Any:
+    """Returns a ``tqdm`` bar over items, or over a ``total=``; it draws nothing where not seen."""
+    from tqdm import tqdm  # not needed to import the package
+
+    return tqdm(items, disable=not (shown and seen()), **options)
 
 
 @contextlib.contextmanager
 def compiled(total: int, **options: Any) -> Iterator[int]:
-    """Draws a bar that :func:`advance` moves, and gives its number to pass to the program."""
+    """Shows a bar that :func:`advance` moves; yields its number, an argument of the program."""
     number = next(_numbers)
-    with tqdm(total=total, **options) as bar:
-        _bars[number] = bar
+    with bar(total=total, **options) as _bars[number]:
         try:
             yield number
             jax.effects_barrier()
@@ -32,5 +37,5 @@ def compiled(total: int, **options: Any) -> Iterator[int]:
 
 
 def advance(number: jax.Array, item: jax.Array) -> None:
-    """Moves a bar by one, from inside of a compiled program, for every item that is mapped."""
+    """Moves a bar by one from inside a compiled program, once for every item that is mapped."""
     jax.debug.callback(lambda number, item: _bars[int(number)].update(), number, item)

@@ -1,75 +1,161 @@
-"""Units in the order of their scores: which leave first, and how many of every group may."""
+"""Arrays over units: the order in which they are removed, and the masks of those that are kept.
 
-from typing import Any
+A pool is what competes for one budget: all groups, one group, or groups of one kind. In shapes, u
+is the number of units, g that of groups and p that of pools.
+"""
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import _mesh, _tree
+from jaxprune._tree import Masks
 
-def per_group(name: str, score: jax.Array, group: np.ndarray, count: int) -> jax.Array:
-    """Gives a number for each of ``count`` groups by which to divide its scores, never 0."""
-    if name == "max":
-        result = jax.ops.segment_max(score, group, count)
-    elif name == "l2":
-        result = jnp.sqrt(jax.ops.segment_sum(score**2, group, count))
-    else:
-        result = jax.ops.segment_sum(score, group, count)
-    if name == "mean":
-        result = result / np.bincount(group, minlength=count)
-    return jnp.where(result == 0, 1, result)
+if TYPE_CHECKING:
+    from jaxprune.groups import Groups
 
 
-class Ranks:
-    """The order in which units leave; everything but the scores is static, so that it traces."""
+class Order(NamedTuple):
+    """Units ranked by score, inside their group and inside their pool."""
 
-    def __init__(self, score, group, classes, groups, round_to, multiples):  # type: ignore
-        self._group, self._groups = group, groups
-        self._sizes = np.bincount(group, minlength=groups)
-        self._steps = round_to // np.gcd(round_to, multiples)
-        self._score, self._classes = score, classes
-        # Equal scores leave evenly over all groups, not from the first one on.
-        self._ties = np.random.default_rng(0).permutation(len(group))
-        self._in_group = self._rank(group, np.zeros(len(group), bool))
-        last = (self._in_group == self._sizes[group] - 1) & (classes >= 0)
-        self._rank_in_class = self._rank(classes + 1, last)
-        self._counts = np.bincount(classes + 1)[1:]
-        owners = {(c, g) for c, g in zip(classes.tolist(), group.tolist(), strict=True) if c >= 0}
-        staying = np.bincount([c for c, _ in owners], minlength=len(self._counts))
-        self._most = self._counts - staying
-
-    def _rank(self, classes: np.ndarray, last: Any) -> jax.Array:
-        """Ranks units in their class, from the lowest score, those that come last at the end."""
-        starts = np.concatenate([[0], np.cumsum(np.bincount(classes))])[classes]
-        return _places(self._ties, self._score, last, classes) - starts
-
-    def _removed(self, fractions: Any) -> jax.Array:
-        return _first(self._rank_in_class, self._classes, fractions, self._counts, self._most)
-
-    def wanted(self, fractions: Any) -> jax.Array:
-        """Gives the units of every group that stay before rounding."""
-        stays = (~self._removed(fractions)).astype(jnp.int32)
-        return jax.ops.segment_sum(stays, self._group, self._groups)
-
-    def kept(self, fractions: Any) -> jax.Array:
-        """Says which units stay when a fraction of every class leaves."""
-        if (self._steps == 1).all():
-            return ~self._removed(fractions)
-        wanted, size, step = self.wanted(fractions), self._sizes, self._steps
-        nearest = jnp.clip(jnp.round(wanted / step), 1, np.maximum(size // step, 1)) * step
-        stay = jnp.where((wanted == size) | (size < step), size, nearest.astype(jnp.int32))
-        return self._in_group >= (size - stay)[self._group]
+    group: np.ndarray  # shape=(u,), the group of each unit
+    pool: jax.Array  # shape=(u,), the pool of each unit; -1 if its group has no score
+    rank_in_group: jax.Array  # shape=(u,), 0 is the lowest score
+    rank_in_pool: jax.Array  # shape=(u,), 0 is removed first
+    counts: jax.Array  # shape=(p,), the units of each pool
+    limits: jax.Array  # shape=(p,), how many of them can be removed
+    sizes: np.ndarray  # shape=(g,), the units of each group
+    steps: np.ndarray  # shape=(g,), the kept units are rounded to a multiple of this
 
 
-@jax.jit
-def _places(ties, score, last, classes):  # type: ignore[no-untyped-def]
-    """Gives the place of every unit in the order of classes, what comes last, scores and ties."""
-    order = jnp.lexsort((ties, score, last, classes))
+def group_of(groups: "Groups") -> np.ndarray:
+    """Returns the number of the group of each unit."""
+    group = np.zeros(len(groups), np.int32)
+    for number, members in enumerate(groups.groups):
+        group[members.units - 1] = number
+    return group
+
+
+def check_params(groups: "Groups", params: Any) -> None:
+    """Raises a `ValueError` for params other than those for which the groups were found."""
+    _tree.check_params(params)
+    _tree.align(groups.like, params, "params")
+
+
+def order(
+    groups: "Groups",
+    scores: jax.Array,
+    pools: np.ndarray,
+    within: jax.Array | None = None,
+    round_to: int = 1,
+) -> Order:
+    """Ranks units by their scores.
+
+    Args:
+      groups: the groups of the units.
+      scores: one score per unit; NaN is removed first, +inf for all units of a group without one.
+      pools: for each group, the number of its pool.
+      within: for each unit, whether it is still there. Those that are not are removed first.
+      round_to: what the indices kept on an axis should be a multiple of.
+    """
+    group = group_of(groups)
+    sizes = np.bincount(group, minlength=len(groups.groups))
+    # With n indices per unit, u·n is a multiple of `round_to` iff u is one of this step.
+    indices = np.array([min(n for *_, n in members.members) for members in groups.groups])
+    steps = round_to // np.gcd(round_to, indices)
+    # In the order of their numbers, the first groups would lose all units of one score.
+    ties = np.random.default_rng(0).permutation(len(group))
+    ranks = _rank(scores, within, group, sizes, pools, ties, count=int(pools.max()) + 1)
+    pool, rank_in_group, rank_in_pool, counts, limits = ranks
+    return Order(group, pool, rank_in_group, rank_in_pool, counts, limits, sizes, steps)
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _rank(
+    scores: jax.Array,
+    within: jax.Array | None,
+    group: jax.Array,
+    sizes: jax.Array,
+    pools: jax.Array,
+    ties: jax.Array,
+    count: int,
+) -> tuple[jax.Array, ...]:
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+    scored = jax.ops.segment_min(scores, group, len(sizes)) < jnp.inf
+    if within is not None:
+        scores = jnp.where(within, scores, -jnp.inf)
+    pool = jnp.where(scored, pools, -1)[group]
+    rank_in_group = _places(group, scores, ties) - _starts(sizes)[group]
+    # The best unit of every group comes last in its pool, where `limits` never reaches, so that
+    # no group is emptied, however low its scores are.
+    best = (rank_in_group == sizes[group] - 1) & (pool >= 0)
+    counts = jnp.bincount(pool + 1, length=count + 1)
+    rank_in_pool = _places(pool, best, scores, ties) - _starts(counts)[pool + 1]
+    kept = jax.ops.segment_sum(best.astype(jnp.int32), pool + 1, count + 1)
+    return pool, rank_in_group, rank_in_pool, counts[1:], (counts - kept)[1:]
+
+
+def _places(*keys: jax.Array) -> jax.Array:
+    """Returns the place of each unit when sorted by keys, the first one first."""
+    order = jnp.lexsort(keys[::-1])
     return jnp.zeros(len(order), jnp.int32).at[order].set(jnp.arange(len(order), dtype=jnp.int32))
 
 
+def _starts(counts: jax.Array) -> jax.Array:
+    return jnp.cumsum(counts) - counts
+
+
 @jax.jit
-def _first(rank, classes, fractions, counts, most):  # type: ignore[no-untyped-def]
-    """Says which units are among the first of their class, of which a fraction is taken."""
-    count = jnp.round(jnp.asarray(fractions) * counts).astype(jnp.int32)
-    return (rank < jnp.minimum(count, most)[jnp.maximum(classes, 0)]) & (classes >= 0)
+def _removed(order: Order, fractions: Any) -> jax.Array:
+    count = jnp.round(jnp.asarray(fractions) * order.counts).astype(jnp.int32)
+    bound = jnp.minimum(count, order.limits)[jnp.maximum(order.pool, 0)]
+    return (order.rank_in_pool < bound) & (order.pool >= 0)
+
+
+def wanted(order: Order, fractions: Any) -> jax.Array:
+    """Returns how many units of each group are kept, before rounding."""
+    stay = (~_removed(order, fractions)).astype(jnp.int32)
+    return jax.ops.segment_sum(stay, order.group, len(order.sizes))
+
+
+def kept(order: Order, fractions: Any) -> jax.Array:
+    """Returns which units are kept when a fraction of each pool is removed."""
+    if (order.steps == 1).all():
+        return ~_removed(order, fractions)
+    count, size, step = wanted(order, fractions), order.sizes, order.steps
+    nearest = jnp.clip(jnp.round(count / step), 1, np.maximum(size // step, 1)) * step
+    # A group that keeps all, or is smaller than a step, keeps its size.
+    count = jnp.where((count == size) | (size < step), size, nearest.astype(jnp.int32))
+    return order.rank_in_group >= (size - count)[order.group]
+
+
+def masks_like(groups: "Groups", kept: Any, tree: Any) -> Masks:
+    """Returns the masks that keep some units, sharded as the leaves of a tree if there is one."""
+    leaves = [None] * len(groups.unit) if tree is None else _tree.align(groups.like, tree)
+    return _tree.rebuild(groups.like, _masks(groups, jnp.asarray(kept), leaves))
+
+
+@functools.partial(jax.jit, static_argnames="groups")
+def _masks(groups: "Groups", kept: jax.Array, follow: list[Any]) -> list[Any]:
+    kept = jnp.concatenate([jnp.ones(1, bool), kept])
+    leaves: list[Any] = []
+    for (path, leaf), sharded in zip(_tree.named_leaves(groups.like), follow, strict=True):
+        mask = None
+        for axis, unit in enumerate(groups.unit[path]):
+            if unit.any():
+                others = _tree.other_axes(len(leaf.shape), axis)
+                stay = jnp.broadcast_to(jnp.expand_dims(kept[unit], others), leaf.shape)
+                mask = stay if mask is None else mask & stay
+        if mask is not None and sharded is not None:
+            mask = _mesh.follow(mask, sharded)
+        leaves.append(mask)
+    return leaves
+
+
+@jax.jit  # one mask at a time, so that those of identical layers share a program
+def kept_slices(mask: jax.Array) -> list[jax.Array]:
+    """Returns for each axis which slices have any entry that a mask keeps."""
+    return [jnp.any(mask, _tree.other_axes(mask.ndim, axis)) for axis in range(mask.ndim)]

@@ -1,4 +1,4 @@
-"""One HTML file that says what was pruned, how, and what came of it."""
+"""Reports: the results of pruning in one HTML file."""
 
 import contextlib
 import hashlib
@@ -15,14 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune import _files, _tree, plot
+from jaxprune import _atomic, _tree, plot
 from jaxprune import curves as _curves
-from jaxprune._shrink import Plan
-from jaxprune._table import Shown, Table
+from jaxprune._plan import Plan
+from jaxprune._table import Shown, Table, spell
 from jaxprune.groups import Groups
 from jaxprune.metrics import Layers, Summary
 
-_INK = "#010203"  # stands in pictures for the colour of the page's text
+_INK = "#010203"  # placeholder in figures for the text colour of the page
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 84rem; padding: 0 1rem; }
@@ -48,7 +48,7 @@ svg text { font-family: system-ui, sans-serif !important; }
 def report(
     path: str | os.PathLike[str],
     *,
-    title: str = "What pruning did",
+    title: str = "Pruning report",
     summary: Summary | None = None,
     curves: _curves.Curves | None = None,
     layers: Layers | None = None,
@@ -57,26 +57,27 @@ def report(
     settings: Mapping[str, Any] | None = None,
     data: Any = None,
 ) -> pathlib.Path:
-    """Writes one HTML file, to be sent to a colleague: nothing in it refers to the network.
+    """Writes the results of pruning into one self-contained HTML file.
 
-    It also names the versions of what it was made with. Pictures need matplotlib.
+    The file loads nothing from the network. It also lists the versions of the packages that made
+    it. Figures require matplotlib.
 
     Args:
-      path: the file to write, whole or not at all.
-      title: its heading.
-      summary: what :func:`jaxprune.summary` gave.
-      curves: what :func:`jaxprune.curves.sweep` gave.
-      layers: what :func:`jaxprune.metrics.layers` gave.
-      groups: what :func:`jaxprune.find_groups` gave.
-      plan: what :func:`jaxprune.shrink` gave.
-      settings: names and values of what was chosen.
-      data: arrays that the figures rest on; the report holds their shapes and SHA-256.
+      path: the file to write; it is replaced only when the report is complete.
+      title: the heading.
+      summary: the result of :func:`jaxprune.summary`.
+      curves: the result of :func:`jaxprune.curves.sweep`.
+      layers: the result of :func:`jaxprune.metrics.layers`.
+      groups: the result of :func:`jaxprune.find_groups`.
+      plan: the :class:`jaxprune.Plan` of :func:`jaxprune.shrink`.
+      settings: names and values of the settings.
+      data: a pytree of the arrays behind the figures. The report lists their shapes and hashes.
 
     Returns:
-      The path.
+      The path of the file.
 
     Raises:
-      TypeError: for a part that is of another kind.
+      TypeError: if an argument has the wrong type.
 
     Examples:
       >>> import tempfile
@@ -92,13 +93,14 @@ def report(
         ("Summary", summary, Summary),
         ("Layers", layers, Layers),
         ("Groups", groups, Groups),
-        ("Shrunk", plan, Plan),
+        ("Plan", plan, Plan),
     ):
         if part is None:
             continue
         if not isinstance(part, kind):
             raise TypeError(
-                f"report: {name.lower()} must be a {kind.__name__}, got {type(part).__name__}."
+                f"report: {name.lower()} must be of type {kind.__name__}, got "
+                f"{type(part).__name__}."
             )
         sections[name] = part._repr_html_()
     if curves is not None:
@@ -127,7 +129,7 @@ def report(
     )
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _files.replacing(path) as new:
+    with _atomic.replacing(path) as new:
         new.write_text(page, encoding="utf-8")
     return path
 
@@ -156,7 +158,7 @@ def _curve_section(table: _curves.Curves) -> str:
     ]
     parts: list[Shown] = [_curves.summary(table)]
     if failed:
-        parts.append(Table(("failed", "sparsity", "seed", "why"), failed, left=(0, 3)))
+        parts.append(Table(("failed", "sparsity", "seed", "error"), failed, left=(0, 3)))
     return f'<div class="grid">{"".join(pictures)}</div>' + "".join(p._repr_html_() for p in parts)
 
 
@@ -171,7 +173,7 @@ def _ink() -> Iterator[None]:
 
 
 def _svg(axes: Any) -> str:
-    """Gives a picture as part of a page: in the page's colours, and with ids of its own."""
+    """Returns a figure as SVG, with the text colour of the page and with ids that are unique."""
     from matplotlib import pyplot
 
     text = io.StringIO()
@@ -179,8 +181,8 @@ def _svg(axes: Any) -> str:
     pyplot.close(axes.figure)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    own = hashlib.sha256(svg.encode()).hexdigest()[:8]
-    return re.sub(r'(?<=\bid=")|(?<=url\(#)|(?<=href="#)', f"i{own}-", svg)
+    prefix = f"i{hashlib.sha256(svg.encode()).hexdigest()[:8]}-"
+    return re.sub(r'(?<=\bid=")|(?<=url\(#)|(?<=href="#)', prefix, svg)
 
 
 def _pairs(facts: Mapping[str, Any]) -> Table:
@@ -193,8 +195,7 @@ def _data(data: Any) -> Table:
         array = np.ascontiguousarray(leaf)
         digest = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
         digest.update(array.view(np.uint8).data if array.size else b"")
-        shape = "×".join(map(str, array.shape)) or "scalar"
-        rows.append((_tree.show(path), shape, str(array.dtype), digest.hexdigest()))
+        rows.append((_tree.show(path), spell(array.shape), str(array.dtype), digest.hexdigest()))
     return Table(
         ("path", "shape", "dtype", "SHA-256 of dtype, shape and bytes"), rows, left=(0, 1, 2, 3)
     )

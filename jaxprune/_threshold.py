@@ -13,6 +13,7 @@ Shapes: ``g`` groups that compete apart, ``c`` candidates. Everything here is tr
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,12 @@ def hashed(shape: tuple[int, ...], offset: jax.Array) -> jax.Array:
     for axis in range(len(shape)):
         stride = dtype(math.prod(shape[axis + 1 :]))
         index = index + stride * lax.broadcasted_iota(dtype, shape, axis)
+    return mix(index)
+
+
+def mix(index: Any) -> Any:
+    """Hashes integers of 32 or 64 bits, one to one; takes arrays of JAX and of NumPy."""
+    dtype = index.dtype.type
     # Odd factors and shifted xors are invertible: the finalizers of MurmurHash3 and SplitMix64.
     if dtype == jnp.uint32:
         constants = (16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)

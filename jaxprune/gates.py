@@ -1,6 +1,6 @@
 r"""L0 regularisation with hard concrete gates: the network learns which gates to close.
 
-A gate in [0, 1] multiplies a weight or a unit. Params are sampled in training. Many samples are
+A gate in [0, 1] multiplies a weight or a unit. Gates are sampled in training. Many samples are
 exactly 0 or 1, and yet the expected number of open gates is differentiable. A gate has one
 parameter, ``log_alpha``, which is trained together with the params. All functions take a pytree of
 these parameters, with `None` for leaves without gates.

@@ -206,25 +206,26 @@ def _unpacked(path: str, leaf: Any, entry: Any) -> Any:
 
 
 def save(path: str | os.PathLike[str], params: Any, masks: Masks) -> None:
-    r"""Saves a sparse model in little space: the weights that are kept, and a bit for each.
+    r"""Saves a sparse model compactly: the kept weights, and one bit per weight for the masks.
 
-    A leaf of n weights of b bytes, k of them kept, takes :math:`k b + n / 8` bytes. The file is a
-    safetensors file: ``path/values`` (k,) and ``path/bitmap`` (uint8) for a leaf with a mask, and
-    ``path`` for any other, whatever its dtype. It is written whole or not at all, leaf by leaf; a
-    file that was there stays until then.
+    A leaf of n weights of b bytes each, k of them kept, takes :math:`k b + n / 8` bytes.
 
-    Kept weights are stored bit by bit, with NaN and -0. Pruned ones come back as 0, so they must
-    be zero. Of PRNG keys the data and the kind are stored.
+    The file is a safetensors file. A leaf with a mask is stored as ``path/values`` of shape (k,)
+    and ``path/bitmap`` of dtype uint8. Any other leaf is stored as ``path``, with its dtype. The
+    file is written leaf by leaf, and replaces an existing file only when it is complete.
+
+    Kept weights are stored bit by bit, including NaN and -0. Pruned weights must be zero, because
+    they are loaded as 0. PRNG keys are stored as key data plus implementation name.
 
     Args:
-      path: of the file, such as ``"model.safetensors"``.
-      params: a pytree of arrays that this process holds.
+      path: the file to write, such as ``"model.safetensors"``.
+      params: a pytree of arrays that this process holds entirely.
       masks: their masks.
 
     Raises:
       ValueError: if paths or shapes differ, masked weights are not zero, or the file cannot be
         written.
-      TypeError: for a leaf that safetensors has no type for, or a mask that is not bool.
+      TypeError: if safetensors does not support the dtype of a leaf, or a mask is not bool.
 
     Examples:
       >>> import tempfile
@@ -238,23 +239,24 @@ def save(path: str | os.PathLike[str], params: Any, masks: Masks) -> None:
 
 
 def load(path: str | os.PathLike[str], like: Any) -> tuple[Any, Masks]:
-    """Loads params and masks from a file of :func:`save`.
+    """Loads the params and masks that :func:`save` wrote.
 
-    A checksum covers all that is loaded. Nothing is executed: the file holds JSON and numbers.
+    A checksum covers everything that is loaded. Nothing is executed, because the file holds only
+    JSON and numbers.
 
     Args:
-      path: of the file.
-      like: arrays or ``jax.ShapeDtypeStruct`` in the structure of the params that were saved, such
-        as ``jax.eval_shape(init, key)``. A leaf is placed as it is sharded here; NumPy arrays are
-        given for NumPy arrays.
+      path: the file to read.
+      like: arrays or ``jax.ShapeDtypeStruct`` with the structure of the saved params, such as
+        ``jax.eval_shape(init, key)``. Every leaf is placed with the sharding that it has here.
+        NumPy arrays are returned for NumPy arrays.
 
     Returns:
-      The params, and their masks, `None` for a leaf without one.
+      The params, and their masks, with `None` for a leaf without one.
 
     Raises:
-      ValueError: for a file that is missing, cut short, damaged, or of a newer version, and for
-        other paths, shapes or dtypes than those of ``like``, or a mesh that does not divide a leaf.
-        The message names file and leaf.
+      ValueError: if the file is missing, truncated, damaged or of a newer version, if paths, shapes
+        or dtypes differ from those of ``like``, or if a mesh does not divide a leaf. The message
+        names the file and the leaf.
 
     Examples:
       >>> import tempfile

@@ -127,7 +127,7 @@ def gradual(
         raise ValueError(f"gradual: every must be at least 1, got {every}.")
     inner = optax.with_extra_args_support(inner)
 
-    def whole(params: Any) -> Any:
+    def whole(params: Params) -> Masks:
         return whole_masks(params, select)
 
     def init(params):
@@ -215,8 +215,7 @@ def check_given(params: Params | None, link: str) -> None:
     """Raises a `ValueError` if ``update`` of a link was called without params."""
     if params is None:
         raise ValueError(
-            f"{link}: params must be given to `update`, got None. Call "
-            "`update(grads, state, params)`."
+            f"{link}: params must be given, got None. Call `update(grads, state, params)`."
         )
 
 

@@ -1,9 +1,9 @@
-"""Pictures of what pruning did, with matplotlib (``pip install "jaxprune[plot]"``).
+"""Figures of pruning results, with matplotlib (``pip install "jaxprune[plot]"``).
 
-Every function draws into ``axes``, or into a new figure, and returns the axes, to be restyled and
-saved: ``jp.plot.mask(masks["w"]).figure.savefig("mask.svg")``. Text takes its colour from
-matplotlib's settings, and colours are told apart by the colour-blind, on light and dark ground:
-``plt.style.use("dark_background")``.
+Every function draws into ``axes``, or into a new figure, and returns the axes for restyling and
+saving: ``jp.plot.mask(masks["w"]).figure.savefig("mask.svg")``. The colours are colour-blind safe
+on light and dark backgrounds. Text has the colour of matplotlib's settings; for a dark background
+use ``plt.style.use("dark_background")``.
 """
 
 import itertools
@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxprune import _tree
 from jaxprune import curves as _curves
+from jaxprune._tree import Masks, Scores
 from jaxprune.groups import Groups
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
@@ -53,7 +54,7 @@ def _new(axes: Any, size: tuple[float, float]) -> Any:
 
 
 def _ink() -> str:
-    """Gives the colour of text, which is read on the ground that is set."""
+    """Returns the colour of text, which contrasts with the background of the current style."""
     return _matplotlib().rcParams["text.color"]
 
 
@@ -71,19 +72,20 @@ def _tidy(axes: Any) -> Any:
 def curves(
     table: Mapping[str, np.ndarray], x: str = "compression", y: str = "after", *, axes: Any = None
 ) -> Any:
-    r"""Draws quality against efficiency: for each method the mean, and the spread over seeds.
+    r"""Draws quality against efficiency: mean and spread over seeds for each method.
 
-    The band is one standard deviation. With fewer than five points or three seeds the picture says
-    so: they are too few to compare methods by.
+    The band is one standard deviation wide on either side. With fewer than five sparsities or
+    three seeds, a note in the figure says that these are too few to compare methods.
 
     Args:
-      table: what :func:`jaxprune.curves.sweep` gave.
-      x: the column of the horizontal axis, or ``"params"``, ``"stored_bytes"`` and so on.
-      y: ``"after"``, ``"before"`` or ``"change"``.
-      axes: where to draw.
+      table: the result of :func:`jaxprune.curves.sweep`.
+      x: the column on the horizontal axis, such as ``"compression"``, ``"params"`` or
+        ``"measured_speedup"``.
+      y: the column on the vertical axis: ``"after"``, ``"before"`` or ``"change"``.
+      axes: the axes to draw into.
 
     Raises:
-      ValueError: for a column that the table has not.
+      ValueError: if ``x`` or ``y`` is not a column of the table.
 
     Examples:
       >>> table = {"method": ["dense", "magnitude"], "sparsity": [0, 0.5], "seed": [0, 0]}
@@ -94,7 +96,7 @@ def curves(
     mean = _curves.over_seeds(table)
     for name in (x, y):
         if name not in _LABELS:
-            raise ValueError(f"no column {name!r} to draw; choose among {', '.join(_LABELS)}.")
+            raise ValueError(f"x and y must be among {', '.join(_LABELS)}, got {name!r}.")
     axes = _new(axes, (7.5, 4.5))
     ticker = _matplotlib().ticker
     lines = itertools.cycle(np.repeat(("-", "--", ":"), len(_COLORS)))
@@ -117,7 +119,7 @@ def curves(
         axes.plot(at, quality, line, color=color, marker=marker, markersize=5, label=name)
         if (np.diff(at) > 0).all() or (np.diff(at) < 0).all():
             axes.fill_between(at, quality - spread, quality + spread, color=color, alpha=0.15, lw=0)
-        else:  # measured time need not follow sparsity
+        else:  # measured speed-up does not always grow with sparsity
             axes.errorbar(at, quality, spread, color=color, alpha=0.4, linestyle="none", capsize=2)
     if x == "sparsity":
         _percent(axes.xaxis)
@@ -126,7 +128,7 @@ def curves(
         axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(ticker.EngFormatter())
         axes.xaxis.set_minor_locator(ticker.NullLocator())
-        axes.xaxis.set_inverted(True)  # more is saved to the right, as in the other pictures
+        axes.xaxis.set_inverted(True)  # savings grow to the right, as in the other figures
     else:
         _doublings(axes)
     axes.set_xlabel(_LABELS[x])
@@ -138,7 +140,7 @@ def curves(
 
 
 def _few(table: Mapping[str, np.ndarray], mean: Mapping[str, np.ndarray]) -> str:
-    """Says what is missing for a fair comparison."""
+    """Returns a note on failed points, and on too few points for a comparison."""
     finished = [
         seeds[seeds > 0]
         for method in np.unique(mean["method"])
@@ -148,14 +150,14 @@ def _few(table: Mapping[str, np.ndarray], mean: Mapping[str, np.ndarray]) -> str
     points = min((len(s) for s in finished if len(s)), default=0)
     seeds = min((s.min() for s in finished if len(s)), default=0)
     failed = int((table["error"] != "").sum())
-    notes = [f"{failed} points failed"] if failed else []
+    notes = [f"failed points: {failed}"] if failed else []
     if points < 5 or seeds < 3:
-        notes.append(f"{points} sparsities, {seeds} seeds: comparing methods takes 5 and 3")
+        notes.append(f"{points} sparsities, {seeds} seeds; a comparison needs 5 and 3")
     return "; ".join(notes)
 
 
 def _doublings(axes: Any) -> None:
-    """Puts ticks at 1, 2, 4 and so on, or between them where the range is narrow."""
+    """Sets ticks at powers of two, or linear ticks if the range is narrow."""
     low, high = axes.get_xlim()
     if low > 0 and high / low > 4:
         axes.set_xscale("log", base=2)
@@ -163,13 +165,13 @@ def _doublings(axes: Any) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.4g}×")
 
 
-def sparsity(masks: Any, *, before: Any = None, axes: Any = None) -> Any:
-    """Draws the sparsity of every leaf that has a mask, and what it was before.
+def sparsity(masks: Masks, *, before: Masks = None, axes: Any = None) -> Any:
+    """Draws the sparsity of every leaf that has a mask, and its earlier sparsity.
 
     Args:
-      masks: masks.
-      before: masks of before, such as those of another round.
-      axes: where to draw.
+      masks: the masks.
+      before: earlier masks, such as those of the previous round.
+      axes: the axes to draw into.
 
     Examples:
       >>> axes = sparsity({"w": np.array([True, False])})
@@ -182,8 +184,8 @@ def sparsity(masks: Any, *, before: Any = None, axes: Any = None) -> Any:
     bars = axes.barh(rows, list(removed.values()), height=0.7, color=_COLORS[0], label="after")
     axes.bar_label(bars, [f"{r:.1%}" for r in removed.values()], padding=8, fontsize="small")
     if before is not None:
-        found = {path: 1 - float(np.mean(m)) for path, m in _tree.named_leaves(before)}
-        marks = [found.get(path, np.nan) for path in removed]
+        earlier = {path: 1 - float(np.mean(m)) for path, m in _tree.named_leaves(before)}
+        marks = [earlier.get(path, np.nan) for path in removed]
         axes.plot(marks, rows, "D", color=_COLORS[4], markeredgecolor=_ink(), label="before")
         axes.legend(
             frameon=False, fontsize="small", ncols=2, loc="lower right", bbox_to_anchor=(1, 1)
@@ -193,21 +195,21 @@ def sparsity(masks: Any, *, before: Any = None, axes: Any = None) -> Any:
     axes.set_xlim(0, 1.15)
     axes.set_xticks(np.linspace(0, 1, 6))
     _percent(axes.xaxis)
-    axes.set_xlabel("sparsity (removed weights / weights)")
+    axes.set_xlabel("sparsity (pruned weights / weights)")
     _tidy(axes).grid(axis="y", visible=False)
     return axes
 
 
 def mask(mask: Any, *, axes: Any = None) -> Any:
-    """Draws which weights of one leaf are kept: the coloured ones.
+    """Draws the kept weights of one leaf in colour.
 
-    The last two axes span the picture. What is before them is inside a cell: a kernel of a
-    convolution (height, width, inputs, outputs) shows as inputs × outputs of small filters. Where
-    there are more weights than pixels, the shade is the share that is kept.
+    The last two axes of the leaf span the figure. The other axes are drawn inside its entries: a
+    convolution kernel (height, width, inputs, outputs) appears as a grid of small filters, inputs ×
+    outputs. If there are more weights than pixels, the shade is the share of kept weights.
 
     Args:
       mask: the mask of a leaf.
-      axes: where to draw.
+      axes: the axes to draw into.
 
     Examples:
       >>> mask(np.array([[True, False]])).get_title()
@@ -217,7 +219,7 @@ def mask(mask: Any, *, axes: Any = None) -> Any:
     kept = np.asarray(mask)
     *inside, rows, columns = (1,) * (4 - kept.ndim) + kept.shape
     down, across = math.prod(inside[:-1]), inside[-1]
-    if down == 1:  # a stack of matrices: one below the other
+    if down == 1:  # matrices of a stack are drawn one below the other
         down, across = across, 1
     tiles = kept.reshape(down, across, rows, columns).transpose(2, 0, 3, 1)
     image = _pooled(_pooled(tiles.reshape(rows * down, columns * across), 0), 1)
@@ -231,7 +233,7 @@ def mask(mask: Any, *, axes: Any = None) -> Any:
     )
     cell = f", {down}×{across} in each" if down * across > 1 else ""
     axes.set_xlabel(f"index of the last axis{cell}")
-    axes.set_ylabel("index of the axis before" if kept.ndim > 1 else "")
+    axes.set_ylabel("index of the second-to-last axis" if kept.ndim > 1 else "")
     axes.set_yticks(axes.get_yticks() if kept.ndim > 1 else [])
     axes.set_ylim(rows - 0.5, -0.5)
     axes.set_title(f"{100 * kept.mean():.3g}% of {kept.size:,} kept", fontsize="medium")
@@ -245,15 +247,16 @@ def _pooled(image: np.ndarray, axis: int, pixels: int = 1024) -> np.ndarray:
     return sums / np.expand_dims(sizes, 1 - axis)
 
 
-def scores(scores: Any, masks: Any, *, axes: Any = None) -> Any:
-    """Draws the scores of kept and of removed weights, and the threshold between them.
+def scores(scores: Scores, masks: Masks, *, axes: Any = None) -> Any:
+    """Draws a histogram of the scores of kept and pruned weights, with the threshold between them.
 
-    With one threshold for all (``scope="global"``) a line shows it; by layer the two overlap.
+    The threshold is drawn if all leaves share one (``scope="global"``). With one threshold per leaf
+    the two histograms overlap.
 
     Args:
-      scores: scores.
-      masks: what :func:`jaxprune.select` made of them.
-      axes: where to draw.
+      scores: the scores.
+      masks: the masks made from them by :func:`jaxprune.select`.
+      axes: the axes to draw into.
 
     Raises:
       ValueError: for masks of other paths or shapes.
@@ -273,12 +276,12 @@ def scores(scores: Any, masks: Any, *, axes: Any = None) -> Any:
     positive = score[score > 0]
     logarithmic = bool((score >= 0).all() and len(positive) and positive.min() < positive.max())
     if logarithmic:
-        low = np.quantile(positive, 0.001)  # few are near zero, and would fill the picture
+        low = np.quantile(positive, 0.001)  # a few scores near zero would fill most of the figure
         edges = np.geomspace(low, positive.max(), 81)
         axes.set_xscale("log")
     else:
         edges = np.linspace(score.min(), score.max() + (score.min() == score.max()), 81)
-    parts = {"removed": (score[~kept], _COLORS[1]), "kept": (score[kept], _COLORS[0])}
+    parts = {"pruned": (score[~kept], _COLORS[1]), "kept": (score[kept], _COLORS[0])}
     values = [np.clip(part, edges[0], edges[-1]) for part, _ in parts.values()]
     labels = [f"{name}: {len(part):,}" for name, (part, _) in parts.items()]
     axes.hist(values, edges, stacked=True, color=[c for _, c in parts.values()], label=labels)
@@ -286,7 +289,7 @@ def scores(scores: Any, masks: Any, *, axes: Any = None) -> Any:
         threshold = score[kept].min()
         axes.axvline(threshold, color=_ink(), linestyle="--", label=f"threshold: {threshold:.3g}")
     clipped = (score < edges[0]).sum()
-    axes.set_xlabel(f"score ({clipped:,} lower ones in the first bin)" if clipped else "score")
+    axes.set_xlabel(f"score ({clipped:,} smaller, in the first bin)" if clipped else "score")
     axes.set_ylabel("weights per bin")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.legend(frameon=False, fontsize="small")
@@ -294,22 +297,22 @@ def scores(scores: Any, masks: Any, *, axes: Any = None) -> Any:
 
 
 def groups(groups: Groups, *, axes: Any = None) -> Any:
-    r"""Draws what leaves together: a column for every group, a dot for every axis that it cuts.
+    r"""Draws the groups: one column for every group, one dot for every leaf that it spans.
 
-    Leaves are listed in the order in which the program uses them, and a dot bears the axis.
-    Squares in the first column are axes that stay whole.
+    The dot shows the axes along which the units of the group lie. Leaves are listed in the order in
+    which the program uses them. Squares in the first column are pinned axes.
 
     Args:
-      groups: what :func:`jaxprune.find_groups` found.
-      axes: where to draw.
+      groups: the result of :func:`jaxprune.find_groups`.
+      axes: the axes to draw into.
 
     Examples:
       >>> import jaxprune as jp
       >>> params = {"in": jax.ShapeDtypeStruct((3, 8), "float32")}
       >>> params["out"] = jax.ShapeDtypeStruct((8, 2), "float32")
-      >>> found = jp.find_groups(lambda p, x: x @ p["in"] @ p["out"], params, np.ones((1, 3)))
-      >>> [label.get_text() for label in groups(found).get_xticklabels()]
-      ['stays', '8\nunits']
+      >>> pair = jp.find_groups(lambda p, x: x @ p["in"] @ p["out"], params, np.ones((1, 3)))
+      >>> [label.get_text() for label in groups(pair).get_xticklabels()]
+      ['pinned', '8\nunits']
     """
     paths = list(groups.unit)
     row = {path: i for i, path in enumerate(paths)}
@@ -331,14 +334,14 @@ def groups(groups: Groups, *, axes: Any = None) -> Any:
             axes.text(column, row[path], ",".join(map(str, sorted(set(cut)))), color="white", **dot)
     axes.set_xticks(
         range(len(groups.groups) + 1),
-        ["stays", *(f"{len(group.units):,}\nunits" for group in groups.groups)],
+        ["pinned", *(f"{len(group.units):,}\nunits" for group in groups.groups)],
         fontsize="small",
     )
     axes.xaxis.tick_top()
     axes.set_yticks(range(len(paths)), [_tree.show(path) for path in paths], fontsize="small")
     axes.set_xlim(-0.6, len(groups.groups) + 0.6)
     axes.set_ylim(len(paths) - 0.4, -0.6)
-    axes.set_xlabel("dots: axes that leave together\nsquares: axes that stay", fontsize="small")
+    axes.set_xlabel("dots: axes of the units of a group\nsquares: pinned axes", fontsize="small")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
@@ -349,13 +352,13 @@ def groups(groups: Groups, *, axes: Any = None) -> Any:
 def training(
     steps: Sequence[int], sparsity: Sequence[float], loss: Sequence[float], *, axes: Any = None
 ) -> Any:
-    """Draws sparsity and loss over training.
+    """Draws sparsity and loss over the steps of training.
 
     Args:
-      steps: the steps at which both were noted.
-      sparsity: the sparsity at each, such as ``jp.metrics.sparsity(jp.get_masks(opt_state))``.
-      loss: the loss at each.
-      axes: where to draw the loss; the axes of the sparsity share its steps.
+      steps: the steps at which both were recorded.
+      sparsity: the sparsity at each step, from ``jp.metrics.sparsity(jp.get_masks(opt_state))``.
+      loss: the loss at each step.
+      axes: the axes to draw the loss into; a second vertical axis shows the sparsity.
 
     Examples:
       >>> training([0, 10], [0.0, 0.9], [2.3, 0.4]).get_ylabel()

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import safe_open
 
 import jaxprune as jp
-from jaxprune._files import safetensors as _files
+from jaxprune._files import safetensors
 from jaxprune._files.command_line import main
 
 DTYPES = ["float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2"]
@@ -69,7 +69,7 @@ def read(path):
                 entry = header[name]
                 data.seek(8 + length + entry["data_offsets"][0])
                 size = entry["data_offsets"][1] - entry["data_offsets"][0]
-                dtype = _files._DTYPES[entry["dtype"]]
+                dtype = safetensors.DTYPES[entry["dtype"]]
                 found[name] = np.frombuffer(data.read(size), dtype).reshape(entry["shape"])
     return found
 

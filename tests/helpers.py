@@ -15,6 +15,12 @@ from jax.sharding import PartitionSpec as P
 auto_and_explicit = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 
 
+def slow_unless(fast, names):
+    """Lists parameters of a test; all but the fast ones are marked slow."""
+    assert set(fast) <= set(names), sorted(set(fast) - set(names))
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def normal(shapes, dtype="float32", seed=0):
     """Draws an array for every shape in a tree of shapes; ``None`` and arrays stay."""
     random = np.random.default_rng(seed)

@@ -1,23 +1,19 @@
-import os
+"""Every notebook runs as a script, and one is built with its outputs."""
+
 import pathlib
 import subprocess
 import sys
 
 import pytest
+from helpers import python
 
+pytestmark = pytest.mark.slow
 NOTEBOOKS = pathlib.Path(__file__).parent.parent / "examples" / "notebooks"
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in NOTEBOOKS.glob("*.py")))
 def test_notebook_runs_as_a_script(name, tmp_path):
-    command = [sys.executable, "-W", "error", str(NOTEBOOKS / name)]
-    # It runs little and compiles much.
-    environment = os.environ | {"MPLBACKEND": "agg", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout
+    assert python(NOTEBOOKS / name, cwd=tmp_path, MPLBACKEND="agg")
 
 
 def test_notebook_is_built_with_its_outputs(tmp_path):

@@ -8,6 +8,8 @@ from files import check, expected, raw, run, same_bits, weights, write
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from jaxprune._files import safetensors
+
 
 def test_names_dtypes_metadata_and_order_stay_byte_for_byte(tmp_path, capsys):
     tensors = weights()
@@ -21,7 +23,7 @@ def test_names_dtypes_metadata_and_order_stay_byte_for_byte(tmp_path, capsys):
         assert found.metadata() == metadata
 
 
-def test_reads_what_the_library_writes(tmp_path, capsys):
+def test_reads_files_of_the_library(tmp_path, capsys):
     tensors = {n: w for n, w in weights().items() if w.size}
     tensors["complex"] = np.array([1j, 0], np.complex64)
     tensors["sparse"] = np.array([[0.0, -0.0, 1.0]], np.float32)
@@ -72,32 +74,32 @@ BROKEN = {
     "empty": (b"", "not a safetensors file"),
     "short": (b"\x01\0\0", "not a safetensors file"),
     "text": (b"hello world, this is text", "not a safetensors file"),
-    "no JSON": (b"{nope", "no JSON object"),
-    "no UTF-8": (b"{\xff\xfe}", "no JSON object"),
-    "a list": (b'["a"]', "no JSON object"),
-    "deep": (b"[" * 100_000, "no JSON object"),
-    "a big number": (b'{"w": ' + b"1" * 5000 + b"}", "no JSON object"),
-    "metadata": ({"__metadata__": {"a": 1}}, "must map text to text"),
+    "no JSON": (b"{nope", "not a JSON object"),
+    "no UTF-8": (b"{\xff\xfe}", "not a JSON object"),
+    "a list": (b'["a"]', "not a JSON object"),
+    "deep": (b"[" * 100_000, "not a JSON object"),
+    "a big number": (b'{"w": ' + b"1" * 5000 + b"}", "not a JSON object"),
+    "metadata": ({"__metadata__": {"a": 1}}, "must map strings to strings"),
     "twice": (b'{"w": {}, "w": {}}', "key 'w' twice"),
     "inner twice": (b'{"w": {"dtype": "F32", "dtype": "F16"}}', "key 'dtype' twice"),
     "no entry": ({"w": 3}, "must have dtype, shape and data_offsets"),
     "missing": ({"w": {"dtype": "F32", "shape": []}}, "must have dtype"),
     "unknown dtype": ({"w": entry("F31")}, "unknown"),
     "odd dtype": ({"w": entry(["F32"])}, "unknown"),
-    "negative shape": ({"w": entry(shape=(-2, -2))}, "whole numbers as shape"),
-    "bool shape": ({"w": entry(shape=(True, 4))}, "whole numbers as shape"),
-    "float offsets": ({"w": entry(offsets=(0.0, 16))}, "whole numbers as data_offsets"),
+    "negative shape": ({"w": entry(shape=(-2, -2))}, "shape must be a list of whole numbers"),
+    "bool shape": ({"w": entry(shape=(True, 4))}, "shape must be a list of whole numbers"),
+    "float offsets": ({"w": entry(offsets=(0.0, 16))}, "data_offsets must be a list"),
     "one offset": ({"w": entry(offsets=(16,))}, "truncated or damaged"),
     "backwards": ({"w": entry(offsets=(16, 0))}, "truncated or damaged"),
     "beyond": ({"w": entry(shape=(2, 4), offsets=(0, 32))}, "truncated or damaged"),
-    "size": ({"w": entry(shape=(2, 3))}, "not F32 of shape"),
-    "huge": ({"w": entry(shape=(2**62, 2**62))}, "not F32 of shape"),
+    "size": ({"w": entry(shape=(2, 3))}, "do not hold F32 of shape"),
+    "huge": ({"w": entry(shape=(2**62, 2**62))}, "do not hold F32 of shape"),
     "overlap": ({"v": entry(shape=(3,), offsets=(0, 12)), "w": entry(shape=(2,), offsets=(8, 16))},
                 "overlaps"),
     "gap": ({"v": entry(shape=(1,), offsets=(0, 4)), "w": entry(shape=(2,), offsets=(8, 16))},
             "gap"),
     "late": ({"w": entry(shape=(2,), offsets=(8, 16))}, "gap"),
-    "trailing": ({"w": entry(shape=(2,), offsets=(0, 8))}, "accounts for 8 bytes"),
+    "trailing": ({"w": entry(shape=(2,), offsets=(0, 8))}, "describes 8 bytes"),
 }  # fmt: skip
 
 
@@ -124,7 +126,7 @@ def test_headers_longer_than_the_file_or_the_limit(tmp_path, capsys, length):
     if length == 100_000_001:
         os.truncate(path, 100_000_100)  # sparse: long enough, but too long
     code, _, err = run(capsys, "inspect", path)
-    assert code == 2 and "no header of at most 100,000,000" in err
+    assert code == 2 and "a header of at most 100,000,000" in err
 
 
 def test_every_truncation_is_noticed(tmp_path, capsys):
@@ -142,3 +144,18 @@ def test_the_output_keeps_its_mode_and_its_link(tmp_path, capsys):
     assert run(capsys, "prune", file, tmp_path / "link", "--sparsity", 0.5)[0] == 0
     assert (tmp_path / "link").is_symlink() and os.stat(file).st_mode & 0o777 == 0o640
     check(file, expected(weights(), 0.5))
+
+
+def test_repeated_names():
+    assert safetensors.repeated(["a", "b", "c", "b", "a"]) == "b"
+    assert safetensors.repeated(iter("abc")) is None
+
+
+def test_a_header_that_is_written_is_read(tmp_path):
+    tensors = [(f"w/{kind}", name, (2, 3)) for kind, name in safetensors.DTYPES.items()]
+    with safetensors.writing(tmp_path / "file") as file:
+        safetensors.write_header(file, {"by": "a test"}, tensors)
+        file.write(bytes(sum(6 * np.dtype(name).itemsize for _, name, _ in tensors)))
+    with safetensors.opened(str(tmp_path / "file")) as source:
+        assert [(t.path, t.dtype, t.shape) for t in source.tensors] == tensors
+        assert source.metadata == {"by": "a test"}

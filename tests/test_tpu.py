@@ -3,18 +3,19 @@
 import collections
 import importlib.util
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
+from helpers import python
 
 EXAMPLE = pathlib.Path(__file__).parent.parent / "examples" / "tpu_pod.py"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu, the compiler for TPUs, is missing: pip install 'jax[tpu]'",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="libtpu, the compiler for TPUs, is missing: pip install 'jax[tpu]'",
+    ),
+]
 MODELS = {"7B": (6_738_415_616, 16), "70B": (68_976_648_192, 256)}  # params of Llama 2, chips
 
 
@@ -22,10 +23,12 @@ MODELS = {"7B": (6_738_415_616, 16), "70B": (68_976_648_192, 256)}  # params of 
 def found(tmp_path_factory):
     """Compiles every program once, in a process of its own: libtpu takes over signals and logs."""
     file = tmp_path_factory.mktemp("tpu") / "found.json"
-    command = [sys.executable, "-W", "error", EXAMPLE, "--models", *MODELS, "--json", file]
-    quick = os.environ | {"JAX_OPTIMIZATION_LEVEL": "O0"}  # half the time, the same sent
-    result = subprocess.run(command, capture_output=True, text=True, env=quick)
-    assert result.returncode == 0, result.stderr[-3000:]
+    python(
+        *(EXAMPLE, "--models", *MODELS, "--json", file),
+        JAX_OPTIMIZATION_LEVEL="O0",  # half the time, the same sent
+        JAX_DISABLE_MOST_OPTIMIZATIONS="0",
+        JAX_ENABLE_COMPILATION_CACHE="0",
+    )
     return {(row["model"], row["program"]): row for row in json.loads(file.read_text())}
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
+from jaxprune.units import _gates
 
 
 class CNN(nn.Module):
@@ -54,6 +55,7 @@ SCORES = {  # a new score of units adds one row here: (groups, params, batch) ->
     "gates": lambda g, p, b: jp.units.taylor_gates(g, loss, where=is_norm)(p, *b),
     "activation": lambda g, p, b: jp.units.activation(g, CNN().apply, "std")(p, b[0]),
     "flops": lambda g, p, b: jp.units.flops(g),
+    "reduce": lambda g, p, b: jp.units.reduce(g, jp.scores.magnitude(p), normalize="l2"),
 }
 
 
@@ -67,8 +69,10 @@ def test_contract(name, cnn, allow):
     assert len(traces) == 1
     assert result.shape == (len(groups),) and result.dtype == jnp.float32
     np.testing.assert_allclose(result, SCORES[name](groups, params, batch), rtol=1e-4)
-    masks = groups.select(result, 0.5)
-    assert jnp.isfinite(loss(jp.apply_masks(params, masks), *batch))
+    kept = np.asarray(groups._kept(groups.select(result, 0.5, scope="layer")))
+    for group in groups.groups:  # the better half of each group
+        worst, best = (result[group.units[kept[group.units - 1] == keep] - 1] for keep in (0, 1))
+        assert len(best) == len(worst) and worst.max() <= best.min()
 
 
 @pytest.mark.parametrize("normalize", [None, "l2"])
@@ -116,7 +120,7 @@ def test_gate_on_what_is_read():
 def test_biases_of_many_shapes():
     def producers(params, fn, x):
         groups = jp.find_groups(fn, params, x)
-        return [[path for path, _ in gate] for gate in jp.units._gates(groups, None)]
+        return [[path for path, _ in gate] for gate in _gates.gates(groups, None)]
 
     def layers(p, x):  # a stack, as of `nn.scan`
         body = lambda x, q: (x + jnp.tanh(x @ q["in"] + q["b"][None]) @ q["out"], None)  # noqa: E731
@@ -194,7 +198,7 @@ def test_activation_errors(cnn, allow):
         jp.units.activation(groups, CNN().apply, "median")
     softmax = lambda p: jax.nn.softmax(p["params"]["Conv_0"]["bias"])[0]  # noqa: E731
     other = lambda p, x: CNN().apply(p, x) * softmax(p)  # noqa: E731
-    with pytest.raises(ValueError, match="not those of this function"):
+    with pytest.raises(ValueError, match="must be those of this function"):
         jp.units.activation(groups, other)(params, x)
     stack = {"in": jnp.ones((3, 5, 4)), "out": jnp.ones((3, 4, 5))}
 
@@ -223,24 +227,79 @@ def test_select_takes_one_score_per_unit(cnn):
     assert set(np.flatnonzero(~kept)) == {1, 2, 5, 6, 7}
     traced = jax.jit(lambda s: groups.select(s, 0.5, scope="layer"))(scores)
     np.testing.assert_array_equal(groups._kept(traced), kept)
-    normal = np.asarray(groups._kept(groups.select(scores, 0.3, normalize="l2")))
-    scaled = np.concatenate([s / np.linalg.norm(s) for s in (scores[:4], scores[4:])])
-    assert set(np.flatnonzero(~normal)) == set(np.argsort(scaled)[:3])
+
+
+@pytest.mark.parametrize("how", ["mean", "sum", "max", "first"])
+def test_select_reduces_a_tree_of_scores(how, cnn):
+    groups, params, _ = cnn
+    scores = jp.scores.magnitude(params)
+    units = jp.units.reduce(groups, scores, how)
+    for scope in ("global", "layer"):
+        direct = groups.select(scores, 0.5, scope=scope, reduce=how)
+        np.testing.assert_array_equal(
+            groups._kept(groups.select(units, 0.5, scope=scope)), groups._kept(direct)
+        )
+
+
+@pytest.mark.parametrize("normalize", ["mean", "max", "sum", "l2"])
+def test_reduce_normalizes_each_group(normalize, cnn):
+    groups, params, _ = cnn
+    scores = jp.scores.magnitude(params)
+    plain = np.asarray(jp.units.reduce(groups, scores))
+    norm = {"mean": np.mean, "max": np.max, "sum": np.sum, "l2": np.linalg.norm}[normalize]
+    expected = [plain[group.units - 1] / norm(plain[group.units - 1]) for group in groups.groups]
+    found = jp.units.reduce(groups, scores, normalize=normalize)
+    np.testing.assert_allclose(found, np.concatenate(expected), rtol=1e-6)
+    np.testing.assert_array_equal(jp.units.reduce(groups, plain, normalize=normalize), found)
+    zero = jp.units.reduce(groups, jax.tree.map(jnp.zeros_like, params), normalize=normalize)
+    assert not zero.any()
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_group_without_scores_is_kept_and_counts_in_no_budget(jit, cnn):
+    groups, params, _ = cnn
+    scores = jp.scores.magnitude(params)
+    where = lambda path, s: path == "params/Conv_0/bias"  # noqa: E731
+
+    def select(scores, sparsity):
+        units = jp.units.reduce(groups, scores, where=where, normalize="max")
+        return units, groups.select(units, sparsity)
+
+    select = jax.jit(select) if jit else select
+    units, masks = select(scores, 0.5)
+    bias = np.abs(params["params"]["Conv_0"]["bias"])
+    np.testing.assert_allclose(units, [*(bias / bias.max()), *[np.inf] * 6], rtol=1e-6)
+    kept = np.asarray(groups._kept(masks))
+    assert kept[4:].all() and set(np.flatnonzero(~kept[:4])) == set(np.argsort(bias)[:2])
+    _, within = select(scores, 0.75)
+    kept = np.asarray(groups._kept(groups.select(units, 0.25, within=within)))
+    np.testing.assert_array_equal(kept, groups._kept(within))
+    removed = groups.masks(np.arange(10) != 9)  # a unit of the group without scores
+    kept = np.asarray(groups._kept(groups.select(units, 0.5, within=removed)))
+    assert kept.sum() == 7 and not kept[9]
 
 
 def test_errors(cnn, allow):
     groups, params, (x, y) = cnn
     for scores, options, message in (
         (np.ones(9), {}, r"shape \(10,\)"),
-        (np.ones(10), {"reduce": "first"}, "one per unit"),
-        (np.ones(10), {"where": lambda path, s: True}, "one per unit"),
+        (np.ones(10), {"reduce": "first"}, "for 'first' or where=, got one score per unit"),
         (np.full(10, np.nan), {}, "10 of 10 units"),
+        (np.where(np.arange(10) == 2, np.inf, 1), {}, "1 of 10 units, first for unit 2"),
+        (np.full(10, -np.inf), {}, "10 of 10 units"),
     ):
         with pytest.raises(ValueError, match=message):
             groups.select(scores, 0.5, **options)
+    for how, options, message in (
+        ("median", {}, "how must be one of"),
+        ("mean", {"normalize": "l1"}, "normalize must be one of"),
+        ("mean", {"where": lambda path, s: False}, "at least one scored leaf"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jp.units.reduce(groups, jp.scores.magnitude(params), how, **options)
     with pytest.raises(ValueError, match="normalize"):
         jp.units.taylor(groups, loss, normalize="l1")
-    with pytest.raises(ValueError, match="chooses no leaf"):
+    with pytest.raises(ValueError, match="must choose a leaf"):
         jp.units.taylor_gates(groups, loss, where=lambda path, w: False)
     with pytest.raises(ValueError, match="must have the examples along the first axis"):
         jp.units.taylor(groups, loss)(params, x, y[:3])

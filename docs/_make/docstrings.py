@@ -1,4 +1,4 @@
-"""Docstrings to Markdown: roles, equations and links of reStructuredText, Google's sections."""
+"""Converts docstrings from reStructuredText with Google sections to Markdown."""
 
 import re
 import textwrap
@@ -9,7 +9,7 @@ import jaxprune
 
 
 def _reference(name, owner):
-    """Links a name to its place in the API: a part of its class or module, or a public verb."""
+    """Links a name to its entry in the API: a public function, or a member of its owner."""
     name = name.removeprefix("jaxprune.")
     if name.split(".")[0] in jaxprune.__all__:
         return f"[`{name}`][jaxprune.{name}]"
@@ -36,19 +36,19 @@ def _markdown(text, owner):
     text = re.sub(r"`([^`<]+?)\s+<(https?://[^>]+)>`_", lambda m: f"[{m[1]}]({m[2]})", text)
     text = re.sub(r"``([^`]+)``", r"`\1`", text)
     text = re.sub(r"(?m)(?<=[^:]):: *$", ":", text)
-    # Words before a colon would be read as a type.
+    # griffe takes words before a colon for a type.
     text = re.sub(r"(Returns:\n +[^\n:`]+ [^\n:`]+):", r"\1&#58;", text)
     text = re.sub(r"(?m)^>>> .*\n?(?:.+\n?)*", lambda m: f"```pycon\n{m[0].strip()}\n```\n", text)
-    text, found, works = text.partition("References:\n")
+    text, heading, works = text.partition("References:\n")
     works = ["- " + " ".join(work.split()) for work in works.split("\n\n")]
-    return text + ("**References:**\n\n" + "\n".join(works) if found else "")
+    return text + ("**References:**\n\n" + "\n".join(works) if heading else "")
 
 
 class Docstrings(griffe.Extension):
-    """Rewrites docstrings before they are read."""
+    """Rewrites docstrings before mkdocstrings parses them."""
 
     def on_package(self, *, pkg, **_):
-        """Visits all objects of a package."""
+        """Rewrites the docstrings of all objects of a package."""
         objects = [pkg]
         while objects:
             obj = objects.pop()

@@ -1,93 +1,126 @@
-"""Pages quote what is stored: ``python docs/_make/figures.py`` after a run of the benchmarks.
+"""Writes the tables of the README and of the pages from stored results, and draws the picture.
 
     python examples/benchmarks.py --out docs/results
+    python examples/curves.py --out docs/results
+    python examples/tpu_pod.py --json docs/results/tpu_pod.json
+    python docs/_make/figures.py
 
-writes docs/results/benchmarks.json. This makes of it the tables that pages include, and the one in
-README.md, between two comments.
+The first three commands store the results. A test compares the tables with them.
 """
 
+import json
 import pathlib
 import re
 import sys
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+DOCS, STORED = ROOT / "docs", ROOT / "docs" / "results"
+sys.path[:0] = [str(ROOT / "examples"), str(pathlib.Path(__file__).parent)]
 
 import _bench  # noqa: E402
 import _scaling  # noqa: E402
 import benchmarks  # noqa: E402
+import picture  # noqa: E402
+import results  # noqa: E402
 
 MARKED = re.compile(r"(?<=<!-- figures -->\n).*(?=<!-- end of figures -->)", re.DOTALL)
-README = (  # what, beside what, part, name, sizes
-    ("exact global mask", "sorting all scores", "params", "select", (25e6,)),
-    ("the same, in one jit with the score", "the same", "params", "fused", (25e6,)),
-    ("all scores equal, 21M", "the same", "patterns", "all scores equal", (20 * 2**20,)),
-    ("a mask of each layer, 21M", "sorting each layer", "patterns", "each layer", (20 * 2**20,)),
-    ("2:4, 21M", "sorting every four twice", "patterns", "2:4", (20 * 2**20,)),
-    ("Adam with `enforce`, a step", "plain Adam", "links", "enforce, step", (1e7, 1e8)),
-    ("the optimizer alone", "plain Adam", "links", "enforce, optimizer", (1e7, 1e8)),
-    ("Adam with `gradual`, a step", "plain Adam", "links", "gradual, none due, step", (1e7, 1e8)),
-    ("SynFlow, 100 rounds, 1M", "the same, a round after another", "rounds", "SynFlow", (100,)),
-    ("oracle, 192 filters", "an evaluation for each", "oracle", None, (None,)),
-    ("file with a tenth of the weights", "all, by NumPy", "compact", "masks.save", (25e6,)),
-    ("pruning a file", "reading it whole, sorting", "files", "prune", (25e6, 1e8)),
-)
 
 
 def pages():
-    """Gives the text of everything that is made, by its path."""
-    run, rows = _bench.load(ROOT / "docs" / "results" / "benchmarks.json")
-    made = {ROOT / "docs" / "_benchmarks.md": every(run, rows)}
-    made[ROOT / "docs" / "_growth.md"] = growth(rows)
+    """Returns the text of each file that is written, by path."""
+    run, rows = _bench.load(STORED / "benchmarks.json")
+    texts = {
+        DOCS / "_benchmarks.md": every_table(run, rows),
+        DOCS / "_growth.md": growth(rows),
+        DOCS / "_curves.md": results.table(STORED / "curves.csv"),
+    }
     for part in ("networks", "scores"):
-        made[ROOT / "docs" / f"_{part}.md"] = _bench.table([r for r in rows if r.part == part])
+        texts[DOCS / f"_{part}.md"] = _bench.table([row for row in rows if row.part == part])
     readme = (ROOT / "README.md").read_text()
-    table = f"{quoted(run, rows)}\n\n{_bench.table([r for r in rows if r.part == 'networks'])}\n"
-    made[ROOT / "README.md"] = MARKED.sub(lambda _: table, readme)
-    return {path: text.rstrip("\n") + "\n" for path, text in made.items()}
+    pods = json.loads((STORED / "tpu_pod.json").read_text())
+    texts[ROOT / "README.md"] = MARKED.sub(lambda _: five_rows(run, rows, pods) + "\n", readme)
+    return {path: text.rstrip("\n") + "\n" for path, text in texts.items()}
 
 
-def every(run, rows):
-    """Writes all tables, under what the parts say of themselves."""
+def every_table(run, rows):
+    """Formats all tables, each under the docstring of its part."""
     texts = [_bench.describe(run) + "."]
     for part in dict.fromkeys(row.part for row in rows):
-        found = [row for row in rows if row.part == part]
+        measured = [row for row in rows if row.part == part]
         function = getattr(benchmarks, part, None) or getattr(_scaling, part)
-        text = " ".join(function.__doc__.split())
-        texts.append(f"## {part.capitalize()}\n\n{text}\n\n{_bench.table(found)}")
-        texts.append(_bench.growth(found).strip())
+        texts.append(f"## {part.capitalize()}\n\n{_bench.sentences(function)}")
+        texts += [_bench.table(measured), _bench.growth(measured).strip()]
     return "\n\n".join(filter(None, texts))
 
 
 def growth(rows):
-    """Writes the exponents of what grows."""
-    found = {part: [row for row in rows if row.part == part] for part in _scaling.DRAWN}
-    lines = [
-        (part, said.removeprefix("growth: "))
-        for part in found
-        if (said := _bench.growth(found[part]).strip())
-    ]
+    """Formats the exponents of the parts that are drawn."""
+    lines = []
+    for part in _scaling.DRAWN:
+        exponents = _bench.growth([row for row in rows if row.part == part]).strip()
+        if exponents:
+            lines.append((part, exponents.removeprefix("growth: ")))
     return _bench.markdown(("part", "time"), lines)
 
 
-def quoted(run, rows):
-    """Writes the table of the README."""
-    lines = []
-    for what, beside, part, name, sizes in README:
-        found = [
-            next(r for r in rows if r.part == part and name in (None, r.name) and r.at == at)
-            for at in sizes
-        ]
-        if part in ("params", "links", "files", "compact"):
-            what += f", {' / '.join(_bench.si(row.at) for row in found)}"
-        cells = [_bench.cells(row) for row in found]
-        lines.append([what, beside, *(" / ".join(c[i] for c in cells) for i in (1, 3, 7))])
-    table = _bench.markdown(
-        ("what", "beside plain JAX", "time", "time ratio", "memory ratio"), lines
+def five_rows(run, rows, pods):
+    """Formats the table of the README."""
+
+    def row(part, name, at=None):
+        return next(r for r in rows if (r.part, r.name, r.at) == (part, name, at))
+
+    def memory(program):
+        pod = next(p for p in pods if (p["model"], p["program"]) == ("70B", program))
+        return sum(pod[kind] for kind in ("arguments", "outputs", "temporary"))
+
+    gradual, adam = memory("gradual"), memory("Adam")
+    lines = [
+        (name, figures(r.seconds, r.bytes), reference + figures(r.plain_seconds, r.plain_bytes), by)
+        for name, reference, r in (
+            ("`jp.select`, 25M weights", "sorting: ", row("params", "select", 25e6)),
+            (
+                "Adam step with `jp.enforce`, 10M params",
+                "plain: ",
+                row("links", "enforce, step", 1e7),
+            ),
+            (
+                "ResNet-50, half of each layer removed",
+                "dense: ",
+                row("networks", "ResNet-50, batch 1, vs dense"),
+            ),
+            (
+                "`python -m jaxprune prune`, 25M weights",
+                "reading, sorting: ",
+                row("files", "prune", 25e6),
+            ),
+        )
+        for by in [compared(r.ratio)]
+    ]
+    lines.append(
+        (
+            "Adam step with `jp.gradual`, 70B, 256 TPU chips",
+            f"{gradual:.2f} GiB per chip",
+            f"plain: {adam:.2f} GiB per chip",
+            f"{gradual / adam - 1:.0%} more memory",
+        )
     )
-    return f"{_bench.describe(run)}.\n\n{table}"
+    table = _bench.markdown(("measured", "jaxprune", "plain JAX", "compared"), lines)
+    return f"{table}\n\n{_bench.describe(run)}."
+
+
+def figures(seconds, size):
+    """Formats a time, and the memory if it was measured."""
+    return ", ".join(filter(None, [_bench.spell_seconds(seconds), _bench.si(size, "B")]))
+
+
+def compared(ratio):
+    """Formats a ratio of times in words."""
+    if ratio < 0.8:
+        return f"{1 / ratio:.2g}× faster"
+    return f"{abs(ratio - 1):.0%} {'slower' if ratio > 1 else 'faster'}"
 
 
 if __name__ == "__main__":
-    for page, text in pages().items():
-        page.write_text(text)
+    for path, text in pages().items():
+        path.write_text(text)
+    picture.main()

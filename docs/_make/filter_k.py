@@ -1,4 +1,7 @@
-"""Draws what leaves with filter k, read from a real network: python docs/_make/filter_k.py."""
+"""Draws the slices that are removed with filter k: ``python docs/_make/filter_k.py``.
+
+The slices are those that `find_groups` finds in a small convolutional network.
+"""
 
 import pathlib
 import re
@@ -19,30 +22,30 @@ INK, LINE, COLORS = "#010203", "#808080", ("#E69F00", "#0072B2")
 
 
 class Network(nn.Module):
-    """Two convolutions, batch norm behind the first, and a dense layer behind a flatten."""
+    """Two convolutions, the first followed by batch norm, and a dense layer after a flatten."""
 
     @nn.compact
     def __call__(self, x):
-        """Gives five numbers for every image."""
+        """Returns five logits for each image."""
         x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(6, (3, 3))(x)))
         x = nn.max_pool(nn.relu(nn.Conv(4, (3, 3))(x)), (2, 2), (2, 2))
         return nn.Dense(5)(x.reshape(x.shape[0], -1))
 
 
 def removed():
-    """Gives the shapes of the leaves, and for filter k of each convolution what leaves with it."""
+    """Returns, for filter k of each convolution, the indices that are removed with it."""
     x = jnp.ones((1, 4, 4, 3))
     params = Network().init(jax.random.key(0), x)
     groups = jp.find_groups(Network().apply, params, x)
-    found = []
+    units = []
     for kernel in ("params/Conv_0/kernel", "params/Conv_1/kernel"):
         unit = groups.unit[kernel][3][K]
-        found.append({p: [np.flatnonzero(u == unit) for u in groups.unit[p]] for p in groups.unit})
-    return found
+        units.append({p: [np.flatnonzero(u == unit) for u in groups.unit[p]] for p in groups.unit})
+    return units
 
 
 def cells(axes, x, y, rows, columns, colour, label, side=0.3):
-    """Draws a matrix, its first axis downwards; ``colour(row, column)`` fills what leaves."""
+    """Draws a matrix, its first axis downwards; ``colour(row, column)`` is that of a cell."""
     for i in range(rows):
         for j in range(columns):
             at = x + j * side, y - (i + 1) * side
@@ -51,22 +54,22 @@ def cells(axes, x, y, rows, columns, colour, label, side=0.3):
     axes.text(x, y + 0.1, label, color=INK, fontsize=10, va="bottom")
 
 
-def draw(axes, found):
-    """Draws the layers from top to bottom, and in them what leaves with either filter."""
+def draw(axes, units):
+    """Draws the layers from top to bottom, and colors the slices of both units."""
 
-    def colour(path, *shown):  # axes of the leaf that are drawn, downwards and to the right
+    def colour(path, *shown):  # the axes that are drawn downwards and to the right
         def fill(*index):
-            for gone, name in zip(found, COLORS, strict=True):
+            for unit, name in zip(units, COLORS, strict=True):
                 for axis, i in zip(shown, index[-len(shown) :], strict=True):
-                    if i in gone[path][axis]:
+                    if i in unit[path][axis]:
                         return name
             return None
 
         return fill
 
     for y, name, text in (
-        (9.75, COLORS[0], "leaves with filter k of conv 1"),
-        (9.3, COLORS[1], "leaves with filter k of conv 2"),
+        (9.75, COLORS[0], "removed with filter k of conv 1"),
+        (9.3, COLORS[1], "removed with filter k of conv 2"),
     ):
         axes.add_patch(plt.Rectangle((0, y - 0.12), 0.3, 0.3, fc=name, ec=LINE, lw=0.7))
         axes.text(0.45, y, text, color=INK, fontsize=11, va="center")
@@ -82,9 +85,9 @@ def draw(axes, found):
         cells(axes, x, y, 1, 6, colour(f"{kind}/BatchNorm_0/{name}", 0), label)
     cells(axes, 0, 4.85, 6, 4, colour("params/Conv_1/kernel", 2, 3), "conv 2: in × out, of 3 × 3")
     cells(axes, 2.4, 4.85, 1, 4, colour("params/Conv_1/bias", 0), "bias")
-    size = len(found[1]["params/Dense_0/kernel"][0])
+    size = len(units[1]["params/Dense_0/kernel"][0])
     fill = colour("params/Dense_0/kernel", 0, 1)
-    cells(axes, 0, 2.45, 16, 5, fill, "dense, behind a flatten: positions × 4 in, 5 out", side=0.15)
+    cells(axes, 0, 2.45, 16, 5, fill, "dense, after a flatten: positions × 4 in, 5 out", side=0.15)
     axes.text(1, 1.3, f"one row for each\nof {size} positions", color=INK, fontsize=10, va="center")
     axes.set_xlim(-0.05, 4.3)
     axes.set_ylim(-0.1, 10)

@@ -1,4 +1,4 @@
-"""Equations to MathML, and drawings in the page's own colours, while the site is built."""
+"""Lists public names, converts equations to MathML, and inlines SVG drawings for mkdocs."""
 
 import html
 import pathlib
@@ -9,11 +9,37 @@ from latex2mathml.converter import convert
 
 _SPAN = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 _BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTALL)
+_NAME = re.compile(r"^::: jaxprune\.(?:([a-z]+)\.)?(\w+)\n(?! +options)", re.MULTILINE)
 _DRAWING = re.compile(r'<img alt="([^"]*)" src="([^":]*\.svg)" />')
 
 
+def _names(config):
+    """Returns a table of the pages of the API and the names that they document."""
+    (pages,) = (entry["API"] for entry in config.nav if "API" in entry)
+    rows = ["| page | names |", "|---|---|"]
+    for entry in pages:
+        if isinstance(entry, str):  # this page
+            continue
+        ((title, path),) = entry.items()
+        owners = {}
+        for module, name in _NAME.findall((pathlib.Path(config.docs_dir) / path).read_text()):
+            owners.setdefault(f"`jp.{module}`: " if module else "", []).append(name)
+        names = [
+            owner + ", ".join(f"`{name}`" if owner else f"`jp.{name}`" for name in members)
+            for owner, members in owners.items()
+        ]
+        rows.append(f"| [{title}]({posixpath.basename(path)}) | {'; '.join(names)} |")
+    return "\n".join(rows)
+
+
+def on_page_markdown(markdown, config, **_):
+    """Puts the table of public names in place of its mark."""
+    mark = "<!-- public names -->"
+    return markdown.replace(mark, _names(config)) if mark in markdown else markdown
+
+
 def _inline(alt, path):
-    """Gives a drawing as a part of the page, where it follows the scheme that the reader chose."""
+    """Returns a drawing as an SVG element, which follows the color scheme of the page."""
     text = path.read_text()
     text = text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)
     return re.sub(r"<style>:?.*?</style>|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

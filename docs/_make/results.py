@@ -1,4 +1,4 @@
-"""A table that pages include: ``python docs/_make/results.py outputs/curves.csv``, or criteria."""
+"""Writes a table that pages include: ``python docs/_make/results.py outputs/criteria.csv``."""
 
 import pathlib
 import sys
@@ -9,16 +9,15 @@ import jaxprune as jp
 
 INTRODUCTION = """\
 `python examples/{example}.py`: a CNN of two convolutions and two dense layers, on the digits of
-scikit-learn. Test accuracy in % after fine-tuning, mean ± standard deviation over {seeds}
-seeds, 360 test images: differences below a point are noise, and so small a set proves little.
-Every method takes the same number of training steps. The dense network reaches {dense} %.
+scikit-learn. Test accuracy in % after fine-tuning, mean ± standard deviation over {seeds} seeds.
+There are 360 test images, so differences below a point are noise. Each method takes the same number
+of training steps. The dense network reaches {dense} %.
 
 """
 
 
-def main(path):
-    """Writes the table of an example beside the pages that include it."""
-    path = pathlib.Path(path)
+def table(path):
+    """Returns the introduction and the table of a stored sweep."""
     mean = jp.curves.over_seeds(jp.curves.load(path))
     pairs = zip(100 * mean["after"], 100 * mean["after_std"], strict=True)
     percent = [f"{middle:.1f} ± {spread:.1f}" for middle, spread in pairs]
@@ -35,9 +34,9 @@ def main(path):
             )
             continue
         lines.append(f"| {method} | " + " | ".join(percent[r] for r in rows) + " |")
-    target = pathlib.Path(__file__).parent.parent / f"_{path.stem}.md"
-    target.write_text(introduction + "\n".join(lines) + "\n")
+    return introduction + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    source = pathlib.Path(sys.argv[1])
+    (pathlib.Path(__file__).parent.parent / f"_{source.stem}.md").write_text(table(source))

@@ -13,11 +13,11 @@
 # %% [markdown]
 # # A train step of your own
 #
-# You learn to prune inside a train step that you have already: in bare JAX, with a linen
-# `TrainState`, and with an `nnx.Optimizer`; and to swap the masks while training goes on.
+# This notebook prunes inside an existing train step: in plain JAX, with a linen `TrainState`, and
+# with an `nnx.Optimizer`. It also replaces the masks while training continues.
 #
-# The library has no trainer and no callbacks. `jp.enforce(optimizer, masks)` is an optax
-# transformation like any other, and the rest of the step stays as it is.
+# The library has no trainer and no callbacks. `jp.enforce(optimizer, masks)` is an ordinary optax
+# transformation, and the rest of the train step does not change.
 
 # %%
 import flax.linen as nn
@@ -49,13 +49,13 @@ def cross_entropy(logits, y):
 def show(name, apply_fn, params):
     accuracy = jnp.mean(apply_fn(params, x_test).argmax(-1) == y_test)
     nonzero = sum(jnp.count_nonzero(w) for w in jax.tree.leaves(params) if w.ndim > 1)
-    print(f"{name}: {accuracy:.1%} of the test images are right, {nonzero:,} nonzero weights")
+    print(f"{name}: test accuracy {accuracy:.1%}, {nonzero:,} nonzero weights")
 
 
 # %% [markdown]
-# ## Bare JAX
+# ## Plain JAX
 #
-# The params are a dict of arrays. Half of the weights leave before training, by magnitude.
+# The params are a dict of arrays. Half of the weights are pruned before training, by magnitude.
 
 
 # %%
@@ -85,8 +85,8 @@ tx = jp.enforce(optax.adamw(2e-3), masks)
 state = tx.init(params)
 
 # %% [markdown]
-# The step is the one of the optax tutorial. `update` needs the params, as it does for every
-# optimizer with weight decay.
+# The step is that of the optax tutorial. `update` needs the params, as with any optimizer that has
+# weight decay.
 
 
 # %%
@@ -95,7 +95,7 @@ traces = []
 
 @jax.jit
 def train_step(params, state, x, y):
-    traces.append("a trace")  # runs when the step is traced, not when it is called
+    traces.append("trace")  # runs when the step is traced, not when it is called
     grads = jax.grad(loss)(params, x, y)
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
@@ -103,18 +103,18 @@ def train_step(params, state, x, y):
 
 for x, y in batches(200):
     params, state = train_step(params, state, x, y)
-show("bare JAX", apply_fn, params)
+show("plain JAX", apply_fn, params)
 
 # %% [markdown]
-# The masks are a part of the optimizer's state, so that whatever carries the state carries them: a
-# scan, a checkpoint, a mesh. `get_masks` finds them there, however deep.
+# The masks are part of the optimizer state. Whatever carries the state carries them: a scan, a
+# checkpoint, a mesh. `get_masks` finds them at any depth.
 
 # %%
 jp.summary(params, jp.get_masks(state))
 
 # %% [markdown]
-# `set_masks` swaps them. What the compiled step gets has the same shapes as before, so nothing is
-# traced or compiled again. Here the network is pruned further, within the masks that it has.
+# `set_masks` replaces them. The shapes do not change, so that nothing is traced or compiled again.
+# Here the network is pruned further, within its present masks.
 
 # %%
 for sparsity in (0.7, 0.8, 0.9):
@@ -126,9 +126,50 @@ for sparsity in (0.7, 0.8, 0.9):
 print(f"traced {len(traces)} time for {200 + 3 * 50} steps")
 
 # %% [markdown]
+# ## Select masks inside the step
+#
+# Scores and selection are pure functions, so that they can be part of the step. Here `lax.cond`
+# selects new masks every 20 steps, to a sparsity that follows a schedule, and all steps run in one
+# `lax.scan`.
+#
+# The loss uses `jp.masks.straight_through`, which prunes in the forward pass alone. The gradient
+# reaches pruned weights too, so that they are trained further, and come back if they have grown by
+# the next selection. The masks are applied for good at the end.
+
+# %%
+STEPS = 300
+schedule = jp.schedules.cubic(0.9, begin=0, end=200)
+tx = optax.adam(2e-3)
+
+
+@jax.jit
+def train(params, masks, batches):
+    def step(carry, batch):
+        params, masks, state = carry
+        i, x, y = batch
+        due = (i % 20 == 0) & (i <= 200)
+        masks = jax.lax.cond(
+            due, lambda: jp.select(jp.scores.magnitude(params), schedule(i)), lambda: masks
+        )
+        grads = jax.grad(lambda p: loss(jp.masks.straight_through(p, masks), x, y))(params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), masks, state), masks
+
+    return jax.lax.scan(step, (params, masks, tx.init(params)), batches)
+
+
+initial = init(jax.random.key(0))
+everything = jp.select(jp.scores.magnitude(initial), 0.0)
+x, y = map(jnp.stack, zip(*batches(STEPS), strict=True))
+(params, masks, _), history = train(initial, everything, (jnp.arange(STEPS), x, y))
+show("straight through", apply_fn, jp.apply_masks(params, masks))
+came_back = ~history["in"][100] & history["in"][-1]
+print(f"{jnp.count_nonzero(came_back)} weights pruned at step 100 are kept at the end")
+
+# %% [markdown]
 # ## Linen: a TrainState
 #
-# `apply_gradients` hands the params to the optimizer, so that `tx=` is the one line that changes.
+# `apply_gradients` passes the params to the optimizer, so that only the line with `tx=` changes.
 
 
 # %%
@@ -161,7 +202,7 @@ for x, y in batches(200):
 show("linen", lambda params, x: model.apply({"params": params}, x), state.params)
 
 # %% [markdown]
-# Swap the masks with `state.replace`.
+# `state.replace` replaces the masks.
 
 # %%
 masks = jp.select(jp.scores.magnitude(state.params), 0.9, within=jp.get_masks(state.opt_state))
@@ -173,8 +214,8 @@ show("linen at 0.9", lambda params, x: model.apply({"params": params}, x), state
 # %% [markdown]
 # ## Flax nnx: an Optimizer
 #
-# An nnx module holds its params. `nnx.state(model, nnx.Param)` gives them as a tree, from which
-# masks are made; `nnx.update` puts a masked tree back.
+# An nnx module contains its params. `nnx.state(model, nnx.Param)` returns them as a tree, from
+# which masks are selected. `nnx.update` writes a masked tree back.
 
 
 # %%
@@ -211,7 +252,7 @@ for x, y in batches(200):
 show("nnx", apply_module, nnx.state(model, nnx.Param))
 
 # %% [markdown]
-# An nnx optimizer wraps the arrays of its state in variables. `nnx.as_pure` takes them out for
+# An nnx optimizer wraps the arrays of its state in variables. `nnx.as_pure` unwraps them for
 # `get_masks` and `set_masks`.
 
 # %%
@@ -226,9 +267,9 @@ show("nnx at 0.9", apply_module, nnx.state(model, nnx.Param))
 # %% [markdown]
 # ## What `enforce` does
 #
-# It masks the gradients before the optimizer sees them, and replaces the update of a pruned weight
-# by its negative, so that the sum is exactly zero. Even a weight that was not zero before is zero
-# after one step:
+# `enforce` masks the gradients before the optimizer sees them, and replaces the update of a pruned
+# weight by the negative of the weight, so that the sum is exactly zero. A pruned weight that was
+# not zero before is zero after one step:
 
 # %%
 masks = {"in": jnp.arange(4) > 1}

@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Pruning before training
 #
-# You learn to prune a network that has not been trained yet with SNIP, GraSP and SynFlow, what each
-# keeps of every layer, and which of them cuts a layer off first when little may stay.
+# This notebook prunes an untrained network with SNIP, GraSP and SynFlow. It compares how much each
+# method keeps of each layer, and at which compression a layer becomes empty.
 
 # %%
 import functools
@@ -33,7 +33,7 @@ split = train_test_split(images.astype("float32") / 16, labels, test_size=360, r
 x_train, x_test, y_train, y_test = map(jnp.asarray, split)
 
 # %% [markdown]
-# The network is deep and narrows towards the output, so that its layers differ in size.
+# The network becomes narrower towards the output, so that its layers differ in size.
 
 # %%
 WIDTHS = (64, 256, 128, 64, 32, 10)
@@ -65,11 +65,12 @@ one = jax.ShapeDtypeStruct((1, 64), jnp.float32)
 jp.metrics.layers(apply_fn, params, one)
 
 # %% [markdown]
-# ## Five ways to choose
+# ## Five criteria
 #
-# SNIP asks how much the loss changes without a weight, and GraSP how much the gradient does: both
-# look at data. SynFlow looks at none: it sends ones through the network of absolute weights, and
-# wants to be asked again and again while weights leave, which `select_iteratively` does.
+# SNIP estimates how much the loss changes without a weight, and GraSP how much the norm of the
+# gradient changes; both need data. SynFlow needs none: it sends ones through the network of
+# absolute weights. It scores again after each of many small rounds, which `select_iteratively`
+# runs.
 
 # %%
 batch = x_train[:512], y_train[:512]
@@ -86,26 +87,25 @@ methods = {
 }
 
 # %% [markdown]
-# All of them remove the same number of weights, but from different layers.
+# All methods prune the same number of weights, but from different layers.
 
 # %%
 SPARSITY = 0.95
 masks = {name: method(params, SPARSITY) for name, method in methods.items()}
 figure, panels = plt.subplots(5, 1, figsize=(7, 12), layout="constrained")
-for panel, (name, found) in zip(panels, masks.items(), strict=True):
-    jp.plot.sparsity(found, axes=panel).set_title(name)
+for panel, (name, selected) in zip(panels, masks.items(), strict=True):
+    jp.plot.sparsity(selected, axes=panel).set_title(name)
 
 # %% [markdown]
 # ## Layer collapse
 #
-# A layer that has lost all its weights lets nothing through: the network gives the same output for
-# every image, and no training helps. When does this happen first? Every method prunes the initial
-# network, each time to fewer weights. The number is what the emptiest layer has left, beside the
-# weights left in all.
+# An empty layer passes no signal: the network has the same output for all images, and training
+# cannot repair it. At which compression does this happen? Each method prunes the initial network to
+# different numbers of weights. The table lists the number of weights in the smallest layer.
 
 
 # %%
-def emptiest(masks):
+def smallest(masks):
     return min(int(mask.sum()) for mask in jax.tree.leaves(masks))
 
 
@@ -113,9 +113,9 @@ compressions = [3, 10, 30, 100, 300, 1000]
 pruned = {
     name: {c: method(params, 1 - 1 / c) for c in compressions} for name, method in methods.items()
 }
-left = {name: [emptiest(found) for found in row.values()] for name, row in pruned.items()}
+left = {name: [smallest(masks) for masks in row.values()] for name, row in pruned.items()}
 total = sum(mask.size for mask in jax.tree.leaves(masks["SNIP"]))
-print(f"{'weights left':<14}" + "".join(f"{round(total / c):>8,}" for c in compressions))
+print(f"{'weights kept':<14}" + "".join(f"{round(total / c):>8,}" for c in compressions))
 for name, row in left.items():
     print(f"{name:<14}" + "".join(f"{n:>8,}" for n in row))
 
@@ -128,24 +128,24 @@ axes.minorticks_off()
 axes.set_yscale("symlog")
 axes.set_ylim(bottom=-0.3)
 axes.set_xticks(compressions, [f"{c}×" for c in compressions])
-axes.set_xlabel("compression (weights / weights left)")
-axes.set_ylabel("weights left in the emptiest layer")
+axes.set_xlabel("compression (weights / kept weights)")
+axes.set_ylabel("weights in the smallest layer")
 _ = axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 # %%
 for name, row in left.items():
-    gone = [c for c, n in zip(compressions, row, strict=True) if n == 0]
-    print(f"{name}: " + (f"a layer is empty at {gone[0]}×" if gone else "no layer is empty"))
+    empty = [c for c, n in zip(compressions, row, strict=True) if n == 0]
+    print(f"{name}: " + (f"a layer is empty at {empty[0]}×" if empty else "no layer is empty"))
 
 # %% [markdown]
-# Magnitude goes first. Before training a weight's size says only how wide its layer was
-# initialised: the second layer has the most inputs, and so the smallest weights. SynFlow goes last,
-# or not at all: a layer that loses weights carries the same flow through fewer of them, so that
-# their scores rise before the next round.
+# Magnitude empties a layer first. Before training, the magnitude of a weight depends only on the
+# number of inputs of its layer: the second layer has the most inputs, and therefore the smallest
+# weights. SynFlow empties a layer last, or never: when a layer loses weights, the same flow passes
+# through fewer of them, and their scores rise before the next round.
 #
-# ## What it means for training
+# ## Effect on training
 #
-# Each of the networks is now trained for 300 steps, from the same initial weights. One seed and so
-# short a training rank nobody; what they show is the network that cannot learn.
+# Each network is now trained for 300 steps from the same initial weights. One seed and a short
+# training do not rank the methods; they show which networks cannot learn.
 
 
 # %%
@@ -167,8 +167,8 @@ def accuracy_after_training(params, masks, key):
 
 key = jax.random.key(2)
 dense = accuracy_after_training(params, methods["magnitude"](params, 0.0), key)
-print(f"dense: {dense:.1%} of the test images are right")
+print(f"dense: test accuracy {dense:.1%}")
 print(f"{'':<12}" + "".join(f"{f'{c}×':>8}" for c in (10, 30, 100)))
 for name, row in pruned.items():
-    found = [accuracy_after_training(params, row[c], key) for c in (10, 30, 100)]
-    print(f"{name:<12}" + "".join(f"{value:>8.1%}" for value in found))
+    accuracies = [accuracy_after_training(params, row[c], key) for c in (10, 30, 100)]
+    print(f"{name:<12}" + "".join(f"{accuracy:>8.1%}" for accuracy in accuracies))

@@ -1,6 +1,10 @@
-"""The command line, for who only has a file: ``python -m jaxprune inspect|prune|diff``."""
+"""Command-line interface for checkpoint files: ``python -m jaxprune inspect|prune|diff``.
+
+A command collects numbers from its files, then prints them: as one JSON object, or as a table.
+"""
 
 import argparse
+import dataclasses
 import fnmatch
 import json
 import math
@@ -9,245 +13,209 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxprune import _select
-from jaxprune._files import compact as _compact
-from jaxprune._files import safetensors as _files
-from jaxprune._files import stream as _stream
-from jaxprune._files.safetensors import Checkpoint, FileError, Tensor
+from jaxprune import _progress, _select
+from jaxprune._files import FileError, compact, opened, stream
+from jaxprune._files.checkpoint import Checkpoint, Tensor, check_output
 from jaxprune._table import Table, spell
 from jaxprune.metrics import Row, Summary
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise FileError(f"{message} (see {self.prog} --help)")
+        raise FileError(f"{message}. See `{self.prog} --help`.")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m jaxprune", description=__doc__, allow_abbrev=False)
+    parser = _Parser(
+        prog="python -m jaxprune",
+        description="Inspect, prune and compare checkpoint files.",
+        epilog="`python -m jaxprune COMMAND --help` lists the options of a command.",
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    files = "a .safetensors file or an Orbax checkpoint folder"
+    checkpoint = "a .safetensors file or an Orbax checkpoint folder"
 
-    def command(run: Any, text: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(
-            run.__name__[1:], help=text, description=text, allow_abbrev=False
-        )
-        made.set_defaults(run=run)
-        made.add_argument("--json", action="store_true", help="print one JSON object, not tables")
-        return made
+    def command(run: Callable[[argparse.Namespace], int], text: str) -> Callable[..., Any]:
+        name = run.__name__[1:]
+        parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        parser.set_defaults(run=run)
+        text = "print one JSON object instead of tables"
+        parser.add_argument("--json", action="store_true", help=text)
+        return parser.add_argument
 
-    made = command(_inspect, "List tensors, zeros and bytes.")
-    made.add_argument("file", metavar="FILE", help=files)
+    inspect = command(_inspect, "List the tensors with their shapes, zeros and bytes.")
+    inspect("file", metavar="FILE", help=checkpoint)
 
-    made = command(
-        _prune,
-        "Set the weights of smallest magnitude to zero: those of floating tensors with two or more "
-        "axes. Names, dtypes, metadata and all else stay.",
+    text = (
+        "Set the weights of smallest magnitude to zero, in floating-point tensors with two or more "
+        "axes. Names, dtypes, metadata and all other tensors are copied."
     )
-    made.add_argument("file", metavar="FILE", help=files)
-    made.add_argument("out", metavar="OUT", help="the result; may be FILE")
-    made.add_argument(
-        "--sparsity", type=float, metavar="S", help="the fraction of these weights to remove"
+    prune = command(_prune, text)
+    prune("file", metavar="FILE", help=checkpoint)
+    prune("out", metavar="OUT", help="the checkpoint to write; may be FILE")
+    prune("--sparsity", type=float, metavar="S", help="the fraction of these weights to prune")
+    text = "rank weights globally, per tensor, or per tensor with ERK densities (default: global)"
+    prune("--scope", choices=_select.SCOPES, default="global", help=text)
+    text = (
+        "keep at most N of every M weights along an axis; --sparsity may then be omitted "
+        "(default: unstructured)"
     )
-    made.add_argument(
-        "--scope",
-        choices=_select.SCOPES,
-        default="global",
-        help="compare all weights, those of a tensor, or of a tensor with densities by ERK",
-    )
-    made.add_argument(
-        "--pattern",
-        type=_pattern,
-        default=None,
-        metavar="N:M",
-        help="keep at most N of every M weights along an axis; without --sparsity, just that "
-        "(default: unstructured)",
-    )
-    made.add_argument(
-        "--axis",
-        type=int,
-        help="the axis of N:M; the default -2 is the input axis of Flax kernels, files of PyTorch "
-        "need -1",
-    )
-    made.add_argument(
-        "--exclude",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="GLOB",
-        help="leave out tensors whose name matches, such as 'embed*' or 'opt_state/*'",
-    )
+    prune("--pattern", type=_pattern, default=None, metavar="N:M", help=text)
+    text = "the axis of N:M (default: -2, the input axis of Flax kernels; PyTorch weights need -1)"
+    prune("--axis", type=int, help=text)
+    text = "leave out tensors whose name matches, such as 'embed*' or 'opt_state/*'"
+    prune("--exclude", nargs="+", action="extend", default=[], metavar="GLOB", help=text)
 
-    made = command(
-        _diff, "List what differs. Exits with 0 if nothing does, 1 if something does, 2 on errors."
+    text = (
+        "List the differences between two checkpoints. The exit code is 0 if there are none, 1 if "
+        "there are some, and 2 after an error."
     )
-    made.add_argument("a", metavar="A", help=files)
-    made.add_argument("b", metavar="B", help="another")
+    diff = command(_diff, text)
+    diff("a", metavar="A", help=checkpoint)
+    diff("b", metavar="B", help="the checkpoint to compare with A")
     return parser
 
 
 def _pattern(text: str) -> tuple[int, int] | None:
     if text == "unstructured":
         return None
-    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text, re.ASCII)
-    n, m = map(int, found.groups()) if found else (0, 0)
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text, re.ASCII)
+    n, m = map(int, match.groups()) if match else (0, 0)
     if not 0 < n <= m:
         raise argparse.ArgumentTypeError(
-            f"needed unstructured or N:M with 0 < N <= M, got {text!r}"
+            f"must be unstructured or N:M with 0 < N <= M, got {text!r}"
         )
     return n, m
 
 
-class _Progress:
-    """A bar over bytes, on a terminal."""
-
-    def __init__(self, shown: bool):
-        self.bar: Any = None
-        if shown and sys.stderr.isatty():
-            import tqdm  # only where a bar is drawn
-
-            self.bar = tqdm.tqdm(total=0, unit="B", unit_scale=True, leave=False)
-
-    def expect(self, size: int) -> None:
-        if self.bar is not None:
-            self.bar.total += size
-
-    def tick(self, size: int) -> None:
-        if self.bar is not None:
-            self.bar.update(size)
-
-
-@contextmanager
-def _progress(arguments: argparse.Namespace) -> Iterator[_Progress]:
-    progress = _Progress(not arguments.json)
-    try:
-        yield progress
-    finally:
-        if progress.bar is not None:
-            progress.bar.close()
+def _bar(arguments: argparse.Namespace) -> Any:
+    """Returns a progress bar over bytes; its total grows with every pass."""
+    shown = not arguments.json
+    return _progress.bar(shown=shown, total=0, unit="B", unit_scale=True, leave=False)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    with _progress(arguments) as progress, _files.opened(arguments.file, progress.tick) as source:
-        progress.expect(sum(t.bytes for t in source.tensors))
-        rows = [
-            (
-                leaf.path,
-                leaf.values.dtype,
-                leaf.shape,
-                math.prod(leaf.shape),
-                _zeros(leaf),
-                leaf.bytes,
-            )
-            for leaf in _compact.leaves(arguments.file, source)
+    with _bar(arguments) as bar, opened(arguments.file, bar.update) as source:
+        bar.total += sum(t.bytes for t in source.tensors)
+        rows: list[tuple[Any, ...]] = [
+            (leaf.path, leaf.values.dtype, leaf.shape, leaf.size, _zeros(leaf), leaf.bytes)
+            for leaf in compact.leaves(arguments.file, source)
         ]
-        metadata = {
-            k: v
-            for k, v in source.metadata.items()
-            if k not in _compact.INTERNAL or not _compact.is_compact(source)
-        }
-    size, stored = sum(row[3] for row in rows), sum(row[5] for row in rows)
-    found = sum(row[4] or 0 for row in rows)
+        hidden = compact.INTERNAL if compact.is_compact(source) else ()
+    metadata = {key: value for key, value in source.metadata.items() if key not in hidden}
+    names = ("path", "dtype", "shape", "size", "zeros", "bytes")
+    tensors = [dict(zip(names, row, strict=True)) for row in rows]
+    total = {name: sum(t[name] or 0 for t in tensors) for name in names[3:]}
     if arguments.json:
-        names = ("path", "dtype", "shape", "size", "zeros", "bytes")
         _print_json(
             file=arguments.file,
             format=source.format,
-            tensors=[dict(zip(names, row, strict=True)) for row in rows],
-            total={"size": size, "zeros": found, "bytes": stored},
+            tensors=tensors,
+            total=total,
             metadata=metadata,
         )
-        return 0
-
-    def cells(size: int, zeros: int | None, stored: int) -> tuple[str, str, str]:
-        share = "-" if zeros is None or not size else f"{zeros / size:.2%}"
-        return "-" if zeros is None else f"{zeros:,}", share, f"{stored:,}"
-
-    lines = [(_printable(p), d, spell(shape), *cells(n, z, b)) for p, d, shape, n, z, b in rows]
-    lines.append(("total", "", f"{size:,}", *cells(size, found, stored)))
-    header = ("path", "dtype", "shape", "zeros", "sparsity", "bytes")
-    print(Table(header, lines, left=(0, 1, 2), total=True))
-    if metadata:
-        said = [(_printable(k), _printable(str(v))) for k, v in metadata.items()]
-        print()
-        print(Table(("metadata", ""), said, left=(0, 1)))
+    else:
+        print(_inspect_text(rows, total, metadata))
     return 0
 
 
-def _zeros(leaf: _compact.Leaf) -> int | None:
-    zeros = _stream.zeros(leaf.values)
-    return zeros if leaf.bitmap is None else math.prod(leaf.shape) - leaf.values.size + (zeros or 0)
+def _zeros(leaf: compact.Leaf) -> int | None:
+    zeros = stream.zeros(leaf.values)
+    return zeros if leaf.bitmap is None else leaf.size - leaf.values.size + (zeros or 0)
+
+
+def _inspect_text(rows: Sequence[Any], total: dict[str, int], metadata: dict[str, Any]) -> str:
+    def counts(size: int, zeros: int | None, stored: int) -> tuple[str, str, str]:
+        share = "-" if zeros is None or not size else f"{zeros / size:.2%}"
+        return "-" if zeros is None else f"{zeros:,}", share, f"{stored:,}"
+
+    lines = [(_printable(p), dtype, spell(shape), *counts(*n)) for p, dtype, shape, *n in rows]
+    lines.append(("total", "", f"{total['size']:,}", *counts(*total.values())))
+    header = ("path", "dtype", "shape", "zeros", "sparsity", "bytes")
+    tables = [Table(header, lines, left=(0, 1, 2), total=True)]
+    if metadata:
+        pairs = [(_printable(key), _printable(str(value))) for key, value in metadata.items()]
+        tables.append(Table(("metadata", ""), pairs, left=(0, 1)))
+    return "\n\n".join(map(str, tables))
 
 
 def _prune(arguments: argparse.Namespace) -> int:
-    limit, sparsity = None, arguments.sparsity
-    if arguments.pattern is not None:
-        n, m = arguments.pattern
-        limit = _stream.Limit(n, m, -2 if arguments.axis is None else arguments.axis)
-        sparsity = 0.0 if sparsity is None else sparsity
-    elif arguments.axis is not None:
-        raise FileError("--axis is that of a pattern, such as --pattern 2:4.")
-    if sparsity is None:
-        raise FileError("prune needs a fraction to remove, such as --sparsity 0.9.")
-    try:
-        sparsity = _select.check_sparsity(sparsity)
-    except ValueError as error:
-        raise FileError(str(error)) from None
+    pattern, sparsity = _target(arguments)
     kept: dict[str, int] = {}
-    with _progress(arguments) as progress, _files.opened(arguments.file, progress.tick) as source:
-        if _compact.is_compact(source):
+    with _bar(arguments) as bar, opened(arguments.file, bar.update) as source:
+        if compact.is_compact(source):
             raise FileError(
-                f"{arguments.file}: holds kept weights alone. Prune further with "
+                f"{arguments.file}: stores only the kept weights. Prune it further with "
                 "`jp.masks.load`, `jp.select(..., within=masks)` and `jp.masks.save`."
             )
-        _files.check_output(arguments.out, source.format)
-        tensors = _prunable(arguments.file, source, arguments.exclude, limit)
-        progress.expect(sum(t.bytes for t in source.tensors))
+        check_output(arguments.out, source.format)
+        tensors = _prunable(arguments.file, source, arguments.exclude, pattern)
+
+        def expect(size: int) -> None:
+            bar.total += size
+
+        expect(sum(t.bytes for t in source.tensors))  # the pass that writes
         try:
-            cuts = _stream.select(tensors, sparsity, arguments.scope, limit, progress.expect)
+            thresholds = stream.thresholds(tensors, sparsity, arguments.scope, pattern, expect)
         except FileError:
             raise
         except ValueError as error:
             raise FileError(f"{arguments.file}: {error}") from None
 
         def edit(tensor: Tensor) -> Any:
-            cut = cuts.get(tensor.path)
-            return None if cut is None else _stream.prune(tensor, cut, limit, kept)
+            threshold = thresholds.get(tensor.path)
+            return None if threshold is None else stream.pruned(tensor, threshold, pattern, kept)
 
         source.save(Path(arguments.out), edit)
-    counts = [(t, n := math.prod(t.shape), kept.get(t.path, n)) for t in source.tensors]
+    rows = [
+        Row(t.path, t.shape, n := math.prod(t.shape), kept.get(t.path, n), t.path in kept, t.bytes)
+        for t in source.tensors
+    ]
     if arguments.json:
-        listed = [
-            {"path": t.path, "shape": t.shape, "size": n, "kept": k, "pruned": t.path in kept}
-            for t, n, k in counts
-        ]
-        prunable = sum(t.size for t in tensors)
-        total = {
-            "size": sum(n for _, n, _ in counts),
-            "kept": sum(k for *_, k in counts),
-            "sparsity": 1 - sum(kept.values()) / prunable,
-        }
-        _print_json(file=arguments.file, out=arguments.out, tensors=listed, total=total)
-    else:
-        rows = (
-            Row(_printable(t.path), t.shape, n, k, t.path in kept, t.bytes) for t, n, k in counts
+        names = ("path", "shape", "size", "kept")
+        share = sum(kept.values()) / sum(t.size for t in tensors)
+        size, stays = (sum(getattr(row, name) for row in rows) for name in ("size", "kept"))
+        _print_json(
+            file=arguments.file,
+            out=arguments.out,
+            tensors=[{n: getattr(r, n) for n in names} | {"pruned": r.masked} for r in rows],
+            total={"size": size, "kept": stays, "sparsity": 1 - share},
         )
-        print(Summary(tuple(rows)))
+    else:
+        print(Summary(tuple(dataclasses.replace(r, path=_printable(r.path)) for r in rows)))
     return 0
 
 
+def _target(arguments: argparse.Namespace) -> tuple[stream.NOfM | None, float]:
+    """Returns the pattern and the sparsity that were asked for."""
+    pattern, sparsity = None, arguments.sparsity
+    if arguments.pattern is not None:
+        n, m = arguments.pattern
+        pattern = stream.NOfM(n, m, axis=-2 if arguments.axis is None else arguments.axis)
+        sparsity = 0.0 if sparsity is None else sparsity
+    elif arguments.axis is not None:
+        raise FileError("--axis must come with a pattern. Add one, such as --pattern 2:4.")
+    if sparsity is None:
+        raise FileError("--sparsity or --pattern must be given. Add one, such as --sparsity 0.9.")
+    try:
+        return pattern, _select.check_sparsity(sparsity)
+    except ValueError as error:
+        raise FileError(str(error)) from None
+
+
 def _prunable(
-    file: str, source: Checkpoint, globs: Sequence[str], limit: _stream.Limit | None
+    file: str, source: Checkpoint, globs: Sequence[str], pattern: stream.NOfM | None
 ) -> list[Tensor]:
     """Lists the tensors to prune, in the order of the leaves of a tree."""
     for glob in globs:
         if not any(fnmatch.fnmatchcase(t.path, glob) for t in source.tensors):
-            raise FileError(f"{file}: no tensor matches --exclude {glob!r}; see `inspect`.")
+            raise FileError(
+                f"{file}: no tensor matches --exclude {glob!r}. List the names with `inspect`."
+            )
     tensors = [
         t
         for t in source.ordered()
@@ -255,83 +223,85 @@ def _prunable(
     ]
     if not tensors:
         raise FileError(
-            f"{file}: no floating tensor with two or more axes to prune; see `inspect`."
+            f"{file}: no floating-point tensor with two or more axes to prune. List the tensors "
+            "with `inspect`."
         )
-    if limit is not None:
-        n, m, axis = limit
+    if pattern is not None:
+        n, m, axis = pattern
         for t in tensors:
             if not -len(t.shape) <= axis < len(t.shape) or t.shape[axis] % m:
                 raise FileError(
-                    f"{file}: {t.path}: {n}:{m} sparsity needs axis {axis} divisible by {m}, got "
-                    f"shape {t.shape}. Leave it out with --exclude {t.path!r}, or name another "
-                    "--axis."
+                    f"{file}: {t.path}: axis {axis} must be divisible by {m} for {n}:{m}, got "
+                    f"shape {t.shape}. Leave out this tensor with --exclude {t.path!r}, or choose "
+                    "another --axis."
                 )
     return tensors
 
 
 def _diff(arguments: argparse.Namespace) -> int:
     with (
-        _progress(arguments) as progress,
-        _files.opened(arguments.a, progress.tick) as a,
-        _files.opened(arguments.b, progress.tick) as b,
+        _bar(arguments) as bar,
+        opened(arguments.a, bar.update) as a,
+        opened(arguments.b, bar.update) as b,
     ):
         before, after = ({t.path: t for t in source.tensors} for source in (a, b))
-        both = [p for p in before if p in after]
-        other = {p: found for p in both if (found := _kinds(before[p], after[p]))}
-        same = [p for p in both if p not in other]
-        progress.expect(2 * sum(before[p].bytes for p in same))
-        changes = {p: _stream.compare(before[p], after[p]) for p in same}
-    changes = {p: change for p, change in changes.items() if any(change[:3])}
-    only_a = [p for p in before if p not in after]
-    only_b = [p for p in after if p not in before]
-    metadata = []
-    if a.format == b.format:
-        keys = dict.fromkeys([*a.metadata, *b.metadata])
-        metadata = [k for k in keys if a.metadata.get(k) != b.metadata.get(k)]
-    sums = {
-        w: sum(getattr(c, w) for c in changes.values()) for w in ("zeroed", "revived", "changed")
+        kinds = {path: _kinds(before[path], after[path]) for path in before if path in after}
+        same = [path for path, kind in kinds.items() if not kind]
+        bar.total += 2 * sum(before[path].bytes for path in same)
+        changes = {path: stream.changes(before[path], after[path]) for path in same}
+    changes = {path: c for path, c in changes.items() if c.zeroed or c.revived or c.changed}
+    total = {
+        name: sum(getattr(c, name) for c in changes.values())
+        for name in ("zeroed", "revived", "changed")
     }
-    largest = max((c.largest for c in changes.values() if c.largest == c.largest), default=0)
-    equal = not (changes or only_a or only_b or other or metadata)
+    finite = [c.largest for c in changes.values() if not math.isnan(c.largest)]
+    keys = dict.fromkeys([*a.metadata, *b.metadata]) if a.format == b.format else {}
+    differences: dict[str, Any] = {
+        "only_in_a": [path for path in before if path not in after],
+        "only_in_b": [path for path in after if path not in before],
+        "other": [{"path": path, **kind} for path, kind in kinds.items() if kind],
+        "changes": [{"path": path, **c._asdict()} for path, c in changes.items()],
+        "total": total | {"largest": max(finite, default=0)},
+        "metadata": [key for key in keys if a.metadata.get(key) != b.metadata.get(key)],
+    }
+    equal = not any(differences[name] for name in differences if name != "total")
     if arguments.json:
-        _print_json(
-            equal=equal,
-            only_in_a=only_a,
-            only_in_b=only_b,
-            other=[{"path": p, **found} for p, found in other.items()],
-            changes=[{"path": p, **c._asdict()} for p, c in changes.items()],
-            total={**sums, "largest": largest},
-            metadata=metadata,
-        )
+        _print_json(equal=equal, **differences)
     elif equal:
         print(f"no difference in {len(same):,} tensors")
     else:
-        rows: list[tuple[str, ...]] = [(p, "only in A", "", "", "", "") for p in only_a]
-        rows += [(p, "only in B", "", "", "", "") for p in only_b]
-        for path, found in other.items():
-            words = [" → ".join(x if w == "dtype" else spell(x) for x in found[w]) for w in found]
-            rows.append((path, ", ".join(words), "", "", "", ""))
-        for path, c in changes.items():
-            counts = f"{c.zeroed:,}", f"{c.revived:,}", f"{c.changed:,}"
-            rows.append((path, spell(before[path].shape), *counts, f"{c.largest:.6g}"))
-        rows += [(f"metadata {key}", "", "", "", "", "") for key in metadata]
-        rows.append(("total", "", *(f"{n:,}" for n in sums.values()), f"{largest:.6g}"))
-        header = ("path", "", "zeroed", "revived", "changed", "largest change")
-        rows = [(_printable(path), *rest) for path, *rest in rows]
-        print(Table(header, rows, left=(0, 1), total=True))
+        print(_diff_table({path: before[path].shape for path in same}, differences))
     return 0 if equal else 1
 
 
 def _kinds(a: Tensor, b: Tensor) -> dict[str, tuple[Any, Any]]:
     pairs = {"dtype": (a.dtype, b.dtype), "shape": (a.shape, b.shape)}
-    return {word: (x, y) for word, (x, y) in pairs.items() if x != y}
+    return {name: (x, y) for name, (x, y) in pairs.items() if x != y}
+
+
+def _diff_table(shapes: dict[str, tuple[int, ...]], differences: dict[str, Any]) -> Table:
+    def counts(zeroed: int, revived: int, changed: int, largest: float) -> tuple[str, ...]:
+        return f"{zeroed:,}", f"{revived:,}", f"{changed:,}", f"{largest:.6g}"
+
+    rows: list[tuple[str, ...]] = [(path, "only in A") for path in differences["only_in_a"]]
+    rows += [(path, "only in B") for path in differences["only_in_b"]]
+    for path, *pairs in (kind.values() for kind in differences["other"]):
+        words = [" → ".join(x if isinstance(x, str) else spell(x) for x in pair) for pair in pairs]
+        rows.append((path, ", ".join(words)))
+    for path, *numbers in (change.values() for change in differences["changes"]):
+        rows.append((path, spell(shapes[path]), *counts(*numbers)))
+    rows += [(f"metadata {key}", "") for key in differences["metadata"]]
+    rows.append(("total", "", *counts(**differences["total"])))
+    header = ("path", "", "zeroed", "revived", "changed", "largest change")
+    cells = [(_printable(path), *rest, *[""] * (5 - len(rest))) for path, *rest in rows]
+    return Table(header, cells, left=(0, 1), total=True)
 
 
 def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _print_json(**found: Any) -> None:
+def _print_json(**report: Any) -> None:
     def valid(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: valid(v) for k, v in value.items()}
@@ -340,17 +310,17 @@ def _print_json(**found: Any) -> None:
         finite = not isinstance(value, float) or math.isfinite(value)
         return value if finite else str(value)  # JSON has no NaN
 
-    print(json.dumps(valid(found)))
+    print(json.dumps(valid(report)))
 
 
 def _stop(number: int, frame: Any) -> NoReturn:
-    raise SystemExit(128 + number)  # so that what is unfinished is removed
+    raise SystemExit(128 + number)  # so that unfinished files are removed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line, and gives its exit code."""
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _stop) if main_thread else None
+    """Runs the command line, and returns its exit code."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _stop) if in_main_thread else None
     try:
         arguments = _parser().parse_args(argv)
         code = arguments.run(arguments)
@@ -358,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except FileError as error:
         message = str(error)
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
     except OSError as error:
@@ -367,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("jaxprune: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     finally:
-        if main_thread:
+        if in_main_thread:
             signal.signal(signal.SIGTERM, before)
     print("jaxprune:", _printable(" ".join(message.split())), file=sys.stderr)
     return 2

@@ -1,393 +1,217 @@
-"""Checkpoints on disk, a piece at a time: safetensors files and Orbax folders.
+"""The safetensors format: the only module that reads or writes its headers.
 
-A safetensors file is an eight-byte length, a JSON header of that length, and the tensors one after
-another. Pruning changes none of what the header says, so it is copied as it is.
+::
+
+    ┌─────────────────┬───────────────────┬──────────┬──────────┬───
+    │ length, 8 bytes │ header, as JSON   │ tensor 0 │ tensor 1 │ …
+    └─────────────────┴───────────────────┴──────────┴──────────┴───
+      little-endian     {"w": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}, …}
+
+Pruning changes nothing that the header states, so :func:`opened` saves copies with the same header.
 """
 
 import contextlib
 import io
 import json
-import logging
 import math
 import os
-import secrets
 import shutil
 import stat
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _tree
+from jaxprune._files.checkpoint import Checkpoint, Edit, FileError, Tensor, Tick, reason, saving
 
 _HEADER = 100_000_000  # bytes; the limit of the safetensors library
-_COPY = 1 << 22
-_DTYPES = {
-    "BOOL": "bool",
-    "I8": "int8",
-    "I16": "int16",
-    "I32": "int32",
-    "I64": "int64",
-    "U8": "uint8",
-    "U16": "uint16",
-    "U32": "uint32",
-    "U64": "uint64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-    "C64": "complex64",
-}
-_PACKED = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # bits; several to a byte, so read as bytes
-
-Edit = Callable[["Tensor"], "Iterable[tuple[int, np.ndarray]] | None"]
+_COPY = 1 << 22  # bytes that are copied at a time
+DTYPES = {
+    "BOOL": "bool", "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64",
+    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "C64": "complex64",
+    "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+PACKED = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # bits; several share a byte: read as bytes
+_KINDS = {name: kind for kind, name in DTYPES.items()}
 
 
-class FileError(ValueError):
-    """What is wrong with a file or a request, in one line."""
+class Entry(NamedTuple):
+    """A tensor in a header; its bytes are ``start`` to ``stop`` after the header."""
 
-
-class Tensor(NamedTuple):
-    """One tensor of a checkpoint.
-
-    Attributes:
-      path: its name.
-      dtype: the name of its dtype.
-      shape: its shape.
-      entries: the dtype of what ``read`` gives: uint8, for bool and what is packed.
-      size: how many of them there are.
-      read: gives entries ``start`` to ``stop`` of the flat tensor, as a new array.
-    """
-
-    path: str
-    dtype: str
+    name: str
+    kind: str  # a key of `DTYPES` or `PACKED`
     shape: tuple[int, ...]
-    entries: np.dtype
-    size: int
-    read: Callable[[int, int], np.ndarray]
-
-    @property
-    def bytes(self) -> int:
-        return self.size * self.entries.itemsize
-
-    @property
-    def packed(self) -> bool:
-        return self.dtype in _PACKED
-
-    @property
-    def prunable(self) -> bool:
-        """Says whether these are weights: floating, in two or more axes, of a type with a zero."""
-        floating = jnp.issubdtype(self.entries, jnp.floating) and self.dtype != "float8_e8m0fnu"
-        return floating and len(self.shape) >= 2 and self.size > 0
-
-
-class Checkpoint(NamedTuple):
-    """An open file or folder.
-
-    Attributes:
-      format: ``"safetensors"`` or ``"orbax"``.
-      tensors: in the order of the file.
-      metadata: what the file says about itself.
-      save: writes a copy; of a tensor for which ``edit`` is not `None`, what that gives.
-    """
-
-    format: str
-    tensors: list[Tensor]
-    metadata: dict[str, Any]
-    save: Callable[[Path, Edit], None]
-
-    def ordered(self) -> list[Tensor]:
-        """Lists the tensors in the order of the leaves of a tree."""
-        if self.format == "orbax":
-            return self.tensors
-        return sorted(self.tensors, key=lambda t: t.path)
+    start: int
+    stop: int
 
 
 @contextlib.contextmanager
-def opened(path: str, tick: Callable[[int], object] = lambda n: None) -> Iterator[Checkpoint]:
-    """Opens what lies at a path; ``tick`` hears of every byte read.
+def opened(path: str, tick: Tick = lambda size: None) -> Iterator[Checkpoint]:
+    """Opens a safetensors file, and calls ``tick`` with the size of every read.
 
     Raises:
-      FileError: if that is neither a safetensors file nor an Orbax checkpoint.
+      FileError: if this is not a safetensors file, or a damaged one.
     """
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
         raise FileError(
-            f"{path}: {_reason(error)}; needed a file or a checkpoint folder."
+            f"{path}: {reason(error)}. Pass a safetensors file or an Orbax checkpoint folder."
         ) from None
-    if stat.S_ISDIR(mode):
-        yield _open_orbax(path, tick)
-    elif stat.S_ISREG(mode):
-        with open(path, "rb") as file:
-            yield _open_safetensors(path, file, tick)
-    else:
-        raise FileError(f"{path}: is no regular file; needed one that can be read more than once.")
+    if not stat.S_ISREG(mode):  # a pipe can be read only once
+        raise FileError(f"{path}: is not a regular file. Copy its contents to a file first.")
+    with open(path, "rb") as file:
+        header, entries, metadata = read_header(path, file)
+        tensors = [_tensor(path, file, len(header), entry, tick) for entry in entries]
 
-
-def check_output(path: str, format: str) -> None:
-    """Raises a `FileError` where a checkpoint cannot, or should not, be written."""
-    out = Path(os.path.realpath(path))
-    if not out.parent.is_dir():
-        raise FileError(f"{path}: there is no folder {out.parent}; make it first.")
-    if format == "safetensors" and out.exists() and not out.is_file():
-        raise FileError(f"{path}: is no regular file, so it is not replaced; name another.")
-    if format == "orbax" and out.exists():
-        if not out.is_dir() or (any(out.iterdir()) and not (out / "_METADATA").exists()):
-            raise FileError(
-                f"{path}: is no Orbax checkpoint, so it is not replaced; name a new folder."
-            )
-
-
-@contextlib.contextmanager
-def replacing(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a path that takes the place of ``out`` in the end, and is gone after an error."""
-    out = Path(os.path.realpath(out))
-    beside = out.parent / f".jaxprune-{secrets.token_hex(8)}"
-    new, old = beside / "new", beside / "old"
-    try:
-        beside.mkdir()
-        yield new
-        if out.is_dir():  # a folder cannot be replaced in one step
-            os.rename(out, old)
-        os.replace(new, out)
-    finally:
-        if old.exists() and not out.exists():
-            os.rename(old, out)
-        if beside.exists():
-            shutil.rmtree(beside)
-
-
-@contextlib.contextmanager
-def saving(out: Path) -> Iterator[Path]:
-    """Like :func:`replacing`, and what the system refuses is a `FileError`."""
-    try:
-        with replacing(out) as new:
-            yield new
-    except OSError as error:
-        raise FileError(
-            f"{out}: could not be written ({_reason(error)}); nothing changed."
-        ) from None
-
-
-def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())[:300]
-
-
-def _open_safetensors(
-    path: str, file: io.BufferedReader, tick: Callable[[int], object]
-) -> Checkpoint:
-    total = os.fstat(file.fileno()).st_size
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > min(total - 8, _HEADER):
-        raise FileError(
-            f"{path}: not a safetensors file, or a truncated one: its {total:,} bytes have no "
-            f"header of at most {_HEADER:,}."
-        )
-    header = file.read(length)
-    entries, metadata = _parse(path, header, total - 8 - length)
-
-    def reader(first: int, dtype: np.dtype) -> Callable[[int, int], np.ndarray]:
-        def read(start: int, stop: int) -> np.ndarray:
-            array = np.empty((stop - start) * dtype.itemsize, np.uint8)
-            file.seek(first + start * dtype.itemsize)
-            if file.readinto(array.data) < array.size:
-                raise FileError(f"{path}: became shorter while it was read.")
-            tick(array.size)
-            return array.view(dtype)
-
-        return read
-
-    tensors = []
-    for name, kind, shape, first, stop in entries:
-        dtype = np.dtype("uint8" if kind in ("BOOL", *_PACKED) else _DTYPES[kind])
-        read = reader(8 + length + first, dtype)
-        size = (stop - first) // dtype.itemsize
-        tensors.append(Tensor(name, _DTYPES.get(kind, kind), shape, dtype, size, read))
-
-    def save(out: Path, edit: Edit) -> None:
-        with saving(out) as new:
-            with open(new, "xb") as target:
-                target.write(start + header)
-                for tensor, (*_, first, _stop) in zip(tensors, entries, strict=True):
+        def save(out: Path, edit: Edit) -> None:
+            with writing(out) as copy:
+                copy.write(header)
+                for tensor, entry in zip(tensors, entries, strict=True):
                     pieces = edit(tensor)
-                    for at, values in _whole(tensor) if pieces is None else pieces:
-                        target.seek(8 + length + first + at * tensor.entries.itemsize)
-                        target.write(values.view(np.uint8).data)
-                target.flush()
-                if os.path.exists(out):
-                    shutil.copymode(out, new)
-                os.fsync(target.fileno())
+                    for first, array in _unchanged(tensor) if pieces is None else pieces:
+                        copy.seek(len(header) + entry.start + first * array.itemsize)
+                        copy.write(array.view(np.uint8).data)
 
-    return Checkpoint("safetensors", tensors, metadata, save)
+        yield Checkpoint("safetensors", tensors, metadata, save)
 
 
-def _whole(tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
+def _tensor(path: str, file: io.BufferedReader, offset: int, entry: Entry, tick: Tick) -> Tensor:
+    dtype = np.dtype("uint8" if entry.kind in ("BOOL", *PACKED) else DTYPES[entry.kind])
+
+    def read(start: int, stop: int) -> np.ndarray:
+        array = np.empty((stop - start) * dtype.itemsize, np.uint8)
+        file.seek(offset + entry.start + start * dtype.itemsize)
+        if file.readinto(array.data) < array.size:
+            raise FileError(f"{path}: became shorter while it was read.")
+        tick(array.size)
+        return array.view(dtype)
+
+    size = (entry.stop - entry.start) // dtype.itemsize
+    name = DTYPES.get(entry.kind, entry.kind)
+    return Tensor(entry.name, name, entry.shape, dtype, size, read, entry.kind in PACKED)
+
+
+def _unchanged(tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
     step = _COPY // tensor.entries.itemsize
     for start in range(0, tensor.size, step):
         yield start, tensor.read(start, min(start + step, tensor.size))
 
 
-def _parse(
-    path: str, header: bytes, space: int
-) -> tuple[list[tuple[str, str, tuple[int, ...], int, int]], dict[str, str]]:
-    """Reads a header, and checks all that it says against the ``space`` for tensors."""
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file that replaces the one at ``path`` at the end, and keeps its permissions."""
+    with saving(path) as new, open(new, "xb") as file:
+        yield file
+        file.flush()
+        if os.path.exists(path):
+            shutil.copymode(path, new)
+        os.fsync(file.fileno())
 
+
+def write_header(
+    file: BinaryIO, metadata: dict[str, str], tensors: Iterable[tuple[str, str, tuple[int, ...]]]
+) -> None:
+    """Writes a header for tensors ``(name, dtype, shape)`` that follow without gaps."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    stop = 0
+    for name, dtype, shape in tensors:
+        start, stop = stop, stop + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": _KINDS[dtype], "shape": shape, "data_offsets": [start, stop]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # aligns the tensors
+    file.seek(0)
+    file.write(len(text).to_bytes(8, "little") + text)
+
+
+def read_header(path: str, file: BinaryIO) -> tuple[bytes, list[Entry], dict[str, str]]:
+    """Reads a header and checks it against the size of the file; returns its bytes, too."""
+    total = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > min(total - 8, _HEADER):
+        raise FileError(
+            f"{path}: is not a safetensors file, or is truncated: its {total:,} bytes do not "
+            f"contain a header of at most {_HEADER:,} bytes."
+        )
+    text = file.read(length)
+    contents = _json_object(path, text)
+    metadata = contents.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FileError(f"{path}: __metadata__ must map strings to strings.")
+    space = total - 8 - length
+    entries = [_entry(path, name, value, space) for name, value in contents.items()]
+    entries.sort(key=lambda entry: (entry.start, entry.stop))
+    end = 0
+    for entry in entries:
+        if entry.start != end:
+            word = "overlaps" if entry.start < end else "leaves a gap after"
+            raise FileError(
+                f"{path}: the tensor {entry.name!r} {word} the previous one, at byte "
+                f"{entry.start:,}."
+            )
+        end = entry.stop
+    if end != space:
+        raise FileError(
+            f"{path}: the header describes {end:,} bytes of tensors, but {space:,} bytes follow it."
+        )
+    return start + text, entries, metadata
+
+
+def _json_object(path: str, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise FileError(f"{path}: the header has the key {twice!r} twice.")
-        return found
+        if (name := repeated(name for name, _ in pairs)) is not None:
+            raise FileError(f"{path}: the header has the key {name!r} twice.")
+        return dict(pairs)
 
     try:
-        found = json.loads(header.decode(), object_pairs_hook=unique)
+        contents = json.loads(text.decode(), object_pairs_hook=unique)
     except FileError:
         raise
     except (ValueError, RecursionError) as error:
         raise FileError(
-            f"{path}: not a safetensors file: its header is no JSON object ({_reason(error)})."
+            f"{path}: is not a safetensors file: its header is not a JSON object ({reason(error)})."
         ) from None
-    if not isinstance(found, dict):
-        raise FileError(f"{path}: not a safetensors file: its header is no JSON object.")
-    metadata = found.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise FileError(f"{path}: __metadata__ must map text to text.")
-    entries = []
-    for name, entry in found.items():
-        said = f"{path}: the header entry of {name!r}"
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise FileError(f"{said} must have dtype, shape and data_offsets, and no more.")
-        kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(kind, str) or kind not in (*_DTYPES, *_PACKED):
-            raise FileError(f"{said} has the dtype {kind!r:.60}, which is unknown.")
-        for word, numbers in (("shape", shape), ("data_offsets", offsets)):
-            if not isinstance(numbers, list) or not all(type(i) is int and i >= 0 for i in numbers):
-                raise FileError(f"{said} needs whole numbers as {word}, got {numbers!r:.60}.")
-        if len(offsets) != 2 or not offsets[0] <= offsets[1] <= space:
+    if not isinstance(contents, dict):
+        raise FileError(f"{path}: is not a safetensors file: its header is not a JSON object.")
+    return contents
+
+
+def _entry(path: str, name: str, value: Any, space: int) -> Entry:
+    """Checks the header entry of one tensor; ``space`` bytes follow the header."""
+    place = f"{path}: the header entry of {name!r}"
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise FileError(f"{place} must have dtype, shape and data_offsets, and nothing else.")
+    kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(kind, str) or kind not in (*DTYPES, *PACKED):
+        raise FileError(f"{place} has the unknown dtype {kind!r:.60}. Upgrade jaxprune.")
+    for word, numbers in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(numbers, list) or not all(type(i) is int and i >= 0 for i in numbers):
             raise FileError(
-                f"{said} has data_offsets {offsets!r:.60}, but {space:,} bytes follow the header: "
-                "the file is truncated or damaged."
+                f"{place}: {word} must be a list of whole numbers, got {numbers!r:.60}."
             )
-        each = _PACKED.get(kind) or 8 * np.dtype(_DTYPES[kind]).itemsize
-        if each * math.prod(shape) != 8 * (offsets[1] - offsets[0]):
-            raise FileError(
-                f"{said} has {offsets[1] - offsets[0]:,} bytes, which is not {kind} of shape "
-                f"{shape!r:.60}."
-            )
-        entries.append((name, kind, tuple(shape), *offsets))
-    entries.sort(key=lambda entry: entry[3:])
-    end = 0
-    for name, _, _, first, stop in entries:
-        if first != end:
-            word = "overlaps the one before it" if first < end else "leaves a gap before it"
-            raise FileError(f"{path}: the tensor {name!r} {word}, at byte {first:,}.")
-        end = stop
-    if end != space:
+    if len(offsets) != 2 or not offsets[0] <= offsets[1] <= space:
         raise FileError(
-            f"{path}: the header accounts for {end:,} bytes of tensors, but {space:,} follow."
+            f"{place}: data_offsets must lie within the {space:,} bytes after the header, got "
+            f"{offsets!r:.60}. The file is truncated or damaged; copy or save it again."
         )
-    return entries, metadata
-
-
-@contextlib.contextmanager
-def _quiet(path: str) -> Iterator[None]:
-    """Makes one line of whatever Orbax has to say."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except OSError:
-        raise
-    except Exception as error:
+    bits = PACKED.get(kind) or 8 * np.dtype(DTYPES[kind]).itemsize
+    if bits * math.prod(shape) != 8 * (offsets[1] - offsets[0]):
         raise FileError(
-            f"{path}: Orbax could not use this checkpoint ({_reason(error)})."
-        ) from None
-    finally:
-        logger.setLevel(level)
-
-
-def _open_orbax(path: str, tick: Callable[[int], object]) -> Checkpoint:
-    folder = Path(path).absolute()
-    if not (folder / "_METADATA").exists():
-        inner = sorted(p.parent for n in ("*", "*/*") for p in folder.glob(f"{n}/_METADATA"))
-        fix = f"; name the one inside, {inner[-1]}." if inner else "."
-        raise FileError(f"{path}: this folder is no Orbax checkpoint of a tree{fix}")
-    import orbax.checkpoint as ocp  # slow to import, and not needed for files
-
-    with _quiet(path):
-        checkpointer = ocp.PyTreeCheckpointer()
-        found: Any = checkpointer.metadata(folder)
-        args = jax.tree.map(
-            # NumPy needs no devices like those that wrote the checkpoint; text has no storage
-            lambda leaf: ocp.RestoreArgs(np.ndarray if getattr(leaf, "storage", None) else None),
-            found.item_metadata.tree,
+            f"{place} has {offsets[1] - offsets[0]:,} bytes, which do not hold {kind} of shape "
+            f"{shape!r:.60}."
         )
-        tree = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=args))
-        names = [leaf.name for leaf in jax.tree.leaves(found.item_metadata.tree)]
-        keys = _random_keys(folder)
-
-    def reader(flat: np.ndarray) -> Callable[[int, int], np.ndarray]:
-        def read(start: int, stop: int) -> np.ndarray:
-            tick((stop - start) * flat.itemsize)
-            return flat[start:stop].copy()
-
-        return read
-
-    tensors, places = [], {}
-    for place, (name, leaf) in enumerate(_tree.named_leaves(tree)):
-        array = np.asarray(leaf)
-        if array.dtype.kind not in "OSU":  # text stays what it is
-            flat = np.ascontiguousarray(array).reshape(-1)
-            flat = flat.view(np.uint8) if array.dtype == bool else flat
-            dtype = array.dtype.name
-            tensors.append(Tensor(name, dtype, array.shape, flat.dtype, flat.size, reader(flat)))
-            places[name] = place
-
-    def save(out: Path, edit: Edit) -> None:
-        leaves, treedef = jax.tree.flatten(tree)
-        for tensor in tensors:
-            pieces = edit(tensor)
-            if pieces is not None:
-                flat = np.empty(tensor.size, tensor.entries)
-                for at, values in pieces:
-                    flat[at : at + len(values)] = values
-                leaves[places[tensor.path]] = flat.reshape(tensor.shape)
-        with saving(out) as new, _quiet(path):
-            pairs = zip(names, leaves, strict=True)
-            leaves = [
-                jax.random.wrap_key_data(w, impl=keys[n]) if n in keys else w for n, w in pairs
-            ]
-            save_args = ocp.args.PyTreeSave(
-                jax.tree.unflatten(treedef, leaves),
-                custom_metadata=found.item_metadata.custom_metadata,
-            )
-            checkpointer.save(new, save_args, custom_metadata=found.custom_metadata or None)
-
-    metadata = {**(found.custom_metadata or {}), **(found.item_metadata.custom_metadata or {})}
-    return Checkpoint("orbax", tensors, metadata, save)
+    return Entry(name, kind, tuple(shape), *offsets)
 
 
-def _random_keys(folder: Path) -> dict[str, str]:
-    """Maps the names of PRNG keys to their kind: as NumPy arrays they are their data alone."""
-    kinds = {}
-    for file in folder.glob("array_metadatas/*"):
-        for entry in json.loads(file.read_text())["array_metadatas"]:
-            about = entry["array_metadata"]
-            kinds[about["param_name"]] = (about["ext_metadata"] or {}).get("random_key_impl")
-    return {name: kind for name, kind in kinds.items() if kind}
+def repeated(names: Iterable[str]) -> str | None:
+    """Returns the first name that occurs a second time, or `None`."""
+    earlier: set[str] = set()
+    for name in names:
+        if name in earlier:
+            return name
+        earlier.add(name)
+    return None

@@ -1,9 +1,10 @@
 """Magnitude pruning and comparison of checkpoints of any size, a piece at a time.
 
-The masks are those of ``select(scores.magnitude(params), ...)``, bit for bit. The magnitudes of
-float32 order as their bits do. The threshold that keeps the right number is found 16 bits at a
-time: a pass over the tensors counts how often each value of the 16 occurs. Equal magnitudes are
-ranked by a hash of their index, in the same way; the passes end as soon as the count is right.
+The masks are those of ``select(scores.magnitude(params), ...)``, bit for bit. Magnitudes of
+float32 order as their bits do, so the smallest magnitude that is kept is found as an integer, 16
+bits at a time: a pass over the tensors counts how often each value of the 16 bits occurs. Weights
+of equal magnitude are ranked by a hash of their index, which is searched in the same way. The
+passes end as soon as the count is right.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _select, _threshold
-from jaxprune._files.safetensors import Tensor
+from jaxprune._files.checkpoint import Tensor
 
-_PIECE = 1 << 20  # entries in memory at once
-_INFINITY = 0x7F800000  # the bits of +inf
-_NOTHING = 0xFFFFFFFF  # above the bits of any magnitude
+_PIECE = 1 << 20  # entries that are in memory at a time
+_INFINITY = 0xFF800000  # the key of +inf
+_NOTHING = 0xFFFFFFFF  # above the key of any weight
 
-Runs = list[tuple[int, int]]
+Runs = list[tuple[int, int]]  # of entries of a flat tensor, as (start, stop)
 
 
-class Limit(NamedTuple):
+class NOfM(NamedTuple):
     """At most ``n`` kept of every ``m`` along an axis, as in ``patterns.n_of_m``."""
 
     n: int
@@ -30,82 +31,70 @@ class Limit(NamedTuple):
     axis: int
 
 
-class Cut(NamedTuple):
-    """What of a tensor stays: magnitudes above ``key``, and those equal to it from ``rank`` up.
+class Threshold(NamedTuple):
+    """Keeps the weights with larger keys, and of those with this key the ranks from ``rank`` up."""
 
-    ``first`` is the tensor's first index among all weights that compete; ``wide`` whether those
-    need 64 bits.
-    """
-
-    first: int
     key: int
     rank: int
-    wide: bool
+    first: int  # index of the tensor's first weight among all weights to prune
+    wide: bool  # whether these indices need 64 bits
 
 
-def select(
+def thresholds(
     tensors: Sequence[Tensor],
     sparsity: float,
     scope: str,
-    limit: Limit | None = None,
-    expect: Callable[[int], object] = lambda n: None,
-) -> dict[str, Cut]:
-    """Finds which weights to keep, by tensor.
+    pattern: NOfM | None = None,
+    expect: Callable[[int], object] = lambda size: None,
+) -> dict[str, Threshold]:
+    """Finds which weights to keep, for tensors in the order of the leaves of a tree.
 
-    Args:
-      tensors: those to prune, in the order of the leaves of a tree.
-      sparsity: the fraction to remove.
-      scope: ``"global"``, ``"layer"`` or ``"erk"``.
-      limit: n:m.
-      expect: hears, before a pass, how many bytes it will read.
+    Before a pass over tensors, ``expect`` is called with the number of bytes that it will read.
 
     Raises:
-      ValueError: for weights that are not finite.
+      ValueError: if weights are not finite.
     """
-    share = 1.0 if limit is None else limit.n / limit.m
+    share = 1.0 if pattern is None else pattern.n / pattern.m
     paths, sizes = [t.path for t in tensors], [t.size for t in tensors]
     budget = _select.budget(scope, sparsity, paths, sizes, [t.shape for t in tensors], share)
     firsts = np.cumsum([0, *sizes]).tolist()
-    group = [0] * len(tensors) if scope == "global" else range(len(tensors))
-    cuts: dict[str, Cut] = {}
-    for g, keep in enumerate(budget.tolist()):
-        members = [
-            (t, first) for t, first, at in zip(tensors, firsts, group, strict=False) if at == g
-        ]
-        key, rank = _cut(members, keep, limit, firsts[-1] >= 2**32, expect)
-        cuts |= {t.path: Cut(first, key, rank, firsts[-1] >= 2**32) for t, first in members}
-    return cuts
+    wide = firsts[-1] >= _threshold.UINT32_END
+    members = list(zip(tensors, firsts[:-1], strict=True))
+    pools = [members] if scope == "global" else [[member] for member in members]
+    found: dict[str, Threshold] = {}
+    for pool, keep in zip(pools, budget.tolist(), strict=True):
+        key, rank = _key_and_rank(pool, keep, pattern, wide, expect)
+        found |= {t.path: Threshold(key, rank, first, wide) for t, first in pool}
+    return found
 
 
-def _cut(
-    members: list[tuple[Tensor, int]],
+def _key_and_rank(
+    pool: Sequence[tuple[Tensor, int]],
     keep: int,
-    limit: Limit | None,
+    pattern: NOfM | None,
     wide: bool,
     expect: Callable[[int], object],
 ) -> tuple[int, int]:
     def keys() -> Iterator[np.ndarray]:
-        expect(sum(t.bytes for t, _ in members))
-        for tensor, _ in members:
-            for _, _, key, allowed in _pieces(tensor, limit):
-                yield key.reshape(-1) if allowed is None else key[allowed]
+        expect(sum(t.bytes for t, _ in pool))
+        for tensor, _ in pool:
+            for _, _, key in _pieces(tensor, pattern):
+                yield key.reshape(-1)
 
-    def ranks() -> Iterator[np.ndarray]:
-        expect(sum(t.bytes for t, _ in members))
-        for tensor, first in members:
-            for runs, _, key, allowed in _pieces(tensor, limit):
-                tie = key == threshold if allowed is None else (key == threshold) & allowed
-                yield _hash(runs, first, wide)[tie.reshape(-1)]
+    def ranks_of_ties() -> Iterator[np.ndarray]:
+        expect(sum(t.bytes for t, _ in pool))
+        for tensor, first in pool:
+            for runs, _, key in _pieces(tensor, pattern):
+                yield _ranks(runs, first, wide)[(key == threshold).reshape(-1)]
 
-    sizes = [t.size if limit is None else t.size // limit.m * limit.n for t, _ in members]
+    sizes = [t.size if pattern is None else t.size // pattern.m * pattern.n for t, _ in pool]
     keep = min(keep, sum(sizes))
-    # What float32 holds of bfloat16 and shorter types has only zeros in the lower half.
-    short = all(jnp.finfo(t.entries).nmant <= 7 for t, _ in members)
-    threshold, count, above = _search(keys, (16,) if short else (16, 0), keep)
-    if count == keep:
+    # As float32, bfloat16 and shorter types have zeros in the lower half of their bits.
+    short = all(jnp.finfo(t.entries).nmant <= 7 for t, _ in pool)
+    threshold, reaching, above = _search(keys, (16,) if short else (16, 0), keep)
+    if reaching == keep:
         return threshold if keep else _NOTHING, 0
-    shifts = (48, 32, 16, 0) if wide else (16, 0)
-    return threshold, _search(ranks, shifts, keep - above)[0]
+    return threshold, _search(ranks_of_ties, (48, 32, 16, 0) if wide else (16, 0), keep - above)[0]
 
 
 def _search(
@@ -114,116 +103,121 @@ def _search(
     """Finds the largest threshold that at least ``keep`` values reach.
 
     Returns:
-      The threshold, how many reach it, and how many pass it.
+      The threshold, the number of values that reach it, and the number of those above it.
     """
     threshold, above = 0, 0
     for shift in shifts:
         counts = np.zeros(1 << 16, np.int64)
         for values in read():
-            if shift != shifts[0]:
+            if shift != shifts[0]:  # only those that agree in the bits found so far
                 values = values[values >> (shift + 16) == threshold >> (shift + 16)]
             digits = (values >> shift) & 0xFFFF
             counts += np.bincount(digits.astype(np.intp), minlength=1 << 16)
-        reach = np.append(above + np.cumsum(counts[::-1])[::-1], above)
-        digit = int(np.flatnonzero(reach[:-1] >= keep)[-1])
+        reaching = np.append(above + np.cumsum(counts[::-1])[::-1], above)  # by digit
+        digit = int(np.flatnonzero(reaching[:-1] >= keep)[-1])
         threshold |= digit << shift
-        count, above = int(reach[digit]), int(reach[digit + 1])
+        count, above = int(reaching[digit]), int(reaching[digit + 1])
         if count == keep:
             break
     return threshold, count, above
 
 
-def prune(
-    tensor: Tensor, cut: Cut, limit: Limit | None, kept: dict[str, int]
+def pruned(
+    tensor: Tensor, threshold: Threshold, pattern: NOfM | None, kept: dict[str, int]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Gives the tensor, zeros for what goes, as ``(start, entries)``; counts what is kept."""
+    """Yields the pruned tensor as ``(start, entries)``, and adds the number of kept weights."""
     kept[tensor.path] = 0
-    for runs, values, key, allowed in _pieces(tensor, limit):
-        stays, tie = key > cut.key, key == cut.key
-        if cut.rank and tie.any():
-            tie &= (_hash(runs, cut.first, cut.wide) >= cut.rank).reshape(key.shape)
-        stays |= tie
-        if allowed is not None:
-            stays &= allowed
-        kept[tensor.path] += int(np.count_nonzero(stays))
-        bits = values.view(f"u{values.itemsize}")
-        bits *= stays.reshape(-1)
+    for runs, entries, key in _pieces(tensor, pattern):
+        mask, tie = key > threshold.key, key == threshold.key
+        if threshold.rank and tie.any():
+            ranks = _ranks(runs, threshold.first, threshold.wide)
+            tie &= (ranks >= threshold.rank).reshape(key.shape)
+        mask |= tie
+        kept[tensor.path] += int(np.count_nonzero(mask))
+        bits = entries.view(f"u{entries.itemsize}")  # times a bit: -1.0 becomes 0.0, not -0.0
+        bits *= mask.reshape(-1)
         for start, stop in runs:
-            yield start, values[: stop - start]
-            values = values[stop - start :]
+            yield start, entries[: stop - start]
+            entries = entries[stop - start :]
 
 
-def _pieces(
-    tensor: Tensor, limit: Limit | None
-) -> Iterator[tuple[Runs, np.ndarray, np.ndarray, np.ndarray | None]]:
-    """Reads a tensor in pieces of whole groups: where, entries, magnitudes, and which compete.
+def _pieces(tensor: Tensor, pattern: NOfM | None) -> Iterator[tuple[Runs, np.ndarray, np.ndarray]]:
+    """Yields where a piece is, its entries, and their keys, of shape (chunks, m, width).
 
-    The magnitudes, as bits of float32, have axes ``(groups, m, width)``.
+    The key is the magnitude as bits of float32, and one more bit. It is 0 for weights that the
+    pattern removes, so that they do not compete.
     """
     m, width = 1, 1
-    if limit is not None:
-        m, axis = limit.m, limit.axis % len(tensor.shape)
+    if pattern is not None:
+        m, axis = pattern.m, pattern.axis % len(tensor.shape)
         width = int(np.prod(tensor.shape[axis + 1 :], dtype=np.int64))
     for runs in _runs(tensor.size, m, width):
         parts = [tensor.read(start, stop) for start, stop in runs]
-        values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        entries = parts[0] if len(parts) == 1 else np.concatenate(parts)
         with np.errstate(all="ignore"):
-            key = values.astype(np.float32).view(np.uint32)
-        key &= 0x7FFFFFFF
+            key = entries.astype(np.float32).view(np.uint32)
+        key |= 0x80000000
         if key.max() >= _INFINITY:
             raise ValueError(
-                f"{tensor.path}: holds weights that are NaN or infinite in float32, and they have "
-                "no magnitude to prune by. Repair them, or leave the tensor out with --exclude."
+                f"{tensor.path}: weights must be finite in float32, got NaN or infinity. Repair "
+                "them, or leave out this tensor with --exclude."
             )
         key = key.reshape(-1, m, width if len(runs) == 1 else len(parts[0]))
-        allowed = None
-        if limit is not None:
-            tie = _hash(runs, 0, tensor.size >= 2**32).reshape(key.shape)
-            allowed = _best(limit.n, key, tie)
-        yield runs, values, key, allowed
+        if pattern is not None:
+            ranks = _ranks(runs, 0, tensor.size >= _threshold.UINT32_END)
+            key *= _largest(pattern.n, key, ranks.reshape(key.shape))
+        yield runs, entries, key
 
 
 def _runs(size: int, m: int = 1, width: int = 1) -> Iterator[Runs]:
-    """Cuts a flat tensor into pieces of m rows of one width, or of many such groups."""
-    group = m * width
-    if group <= _PIECE:
-        step = _PIECE // group * group
+    """Cuts a flat tensor into pieces that hold entire chunks.
+
+    Along the axis of a pattern, neighbours are ``width`` entries apart, so ``m * width`` entries
+    hold ``width`` chunks. Where these fit, a piece is one run. Where they do not, it is ``m`` short
+    runs, here for m = 2::
+
+        row 0  ░░░░▓▓▓▓░░░░░░░░   the piece ▓ is [(4, 8), (20, 24)]
+        row 1  ░░░░▓▓▓▓░░░░░░░░
+    """
+    rows = m * width
+    if rows <= _PIECE:
+        step = _PIECE // rows * rows
         for start in range(0, size, step):
             yield [(start, min(start + step, size))]
         return
     step = max(_PIECE // m, 1)
-    for top in range(0, size, group):
+    for top in range(0, size, rows):
         for left in range(0, width, step):
             right = min(left + step, width)
-            yield [(row + left, row + right) for row in range(top, top + group, width)]
+            yield [(row + left, row + right) for row in range(top, top + rows, width)]
 
 
-def _best(n: int, key: np.ndarray, tie: np.ndarray) -> np.ndarray:
-    """Marks the n largest of every m along the middle axis."""
-    rank = np.zeros(key.shape, np.int32)
+def _largest(n: int, key: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """Marks the n largest of every m along the middle axis; equal keys are ordered by rank."""
+    larger = np.zeros(key.shape, np.int32)
     for step in range(1, key.shape[1]):
-        other, other_tie = np.roll(key, step, 1), np.roll(tie, step, 1)
-        rank += (other > key) | ((other == key) & (other_tie > tie))
-    return rank < n
+        other, other_rank = np.roll(key, step, 1), np.roll(ranks, step, 1)
+        larger += (other > key) | ((other == key) & (other_rank > ranks))
+    return larger < n
 
 
-def _hash(runs: Runs, first: int, wide: bool) -> np.ndarray:
+def _ranks(runs: Runs, first: int, wide: bool) -> np.ndarray:
+    """Returns the ranks of entries among equal ones: hashes of their indices, from ``first`` on."""
     dtype = np.uint64 if wide else np.uint32
-    index = [np.arange(first + start, first + stop, dtype=dtype) for start, stop in runs]
-    # With no axes to walk it takes the indices themselves, and NumPy arrays as well as JAX's.
-    return _threshold.hashed((), np.concatenate(index))  # type: ignore[arg-type, return-value]
+    indices = [np.arange(first + start, first + stop, dtype=dtype) for start, stop in runs]
+    return _threshold.mix(np.concatenate(indices))
 
 
 def zeros(tensor: Tensor) -> int | None:
-    """Counts zeros; `None` where entries are packed."""
+    """Counts the zeros; `None` for packed entries."""
     if tensor.packed:
         return None
     pieces = (tensor.read(*run) for (run,) in _runs(tensor.size))
     return sum(int(np.count_nonzero(piece == 0)) for piece in pieces)
 
 
-class Change(NamedTuple):
-    """How two tensors differ: each entry counts once; ``largest`` is the largest change."""
+class Changes(NamedTuple):
+    """The number of entries that differ, each counted once, and their largest difference."""
 
     zeroed: int
     revived: int
@@ -231,8 +225,8 @@ class Change(NamedTuple):
     largest: float
 
 
-def compare(a: Tensor, b: Tensor) -> Change:
-    """Counts what became zero, what no longer is, and what else has other bits."""
+def changes(a: Tensor, b: Tensor) -> Changes:
+    """Counts the entries that became zero, were zero, or have other bits."""
     zeroed = revived = changed = 0
     largest: float = 0
     for ((start, stop),) in _runs(a.size):
@@ -242,14 +236,14 @@ def compare(a: Tensor, b: Tensor) -> Change:
         if not differ.any():
             continue
         before, after = before[differ], after[differ]
-        gone, back = (before != 0) & (after == 0), (before == 0) & (after != 0)
-        zeroed += int(np.count_nonzero(gone))
-        revived += int(np.count_nonzero(back))
-        changed += int(np.count_nonzero(~(gone | back)))
+        to_zero, from_zero = (before != 0) & (after == 0), (before == 0) & (after != 0)
+        zeroed += int(np.count_nonzero(to_zero))
+        revived += int(np.count_nonzero(from_zero))
+        changed += int(np.count_nonzero(~(to_zero | from_zero)))
         largest = np.maximum(largest, _distance(before, after)).item()  # NaN stays
     if a.packed:
-        return Change(0, 0, zeroed + revived + changed, float("nan"))
-    return Change(zeroed, revived, changed, largest)
+        return Changes(0, 0, zeroed + revived + changed, float("nan"))
+    return Changes(zeroed, revived, changed, largest)
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> Any:

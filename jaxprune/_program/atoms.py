@@ -1,8 +1,8 @@
-"""Atoms: which indices of which axes must leave together.
+"""Atoms: which indices of which axes must be removed together.
 
 Every index along every axis of a program has an atom, an integer. Walking the program unites the
-atoms of indices that stand and fall together; what is connected in the end is a unit. Low numbers
-are reasons: an atom that is united with one of them is pinned, and the number says why.
+atoms of indices that can only be removed together; what is connected in the end is a unit. Negative
+atoms are reasons: an atom that is united with one of them is pinned, and the reason says why.
 """
 
 import dataclasses
@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 Axis = np.ndarray  # one atom per index, dtype=int32
-_REASONS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
+class Merge:
     """An axis that a reshape merged from factors, or split into them, first factor slowest.
 
     Attributes:
@@ -30,46 +29,62 @@ class Product:
 
 
 class Atoms:
-    """A union-find forest over integers, every operation over whole axes at once.
+    """A union-find forest over integers, every operation over entire axes.
 
-    The root of a tree is its lowest atom, so a pinned atom's root is the first reason it met.
+    The root of a tree is its lowest atom, so that a pinned atom has the first reason it met as its
+    root. A reason is never united with another. Atom n is at place n of a table, and reason -n at
+    place -n, counted from the end, so that plain indexing finds both, however many there are::
+
+        place    0   1    2   ...        ...   -3        -2        -1
+        table  [ -   atom 1, atom 2, ...  reason -3, reason -2, reason -1 ]
+
+    Place 0 is of no atom, so that 0 may stand for none.
     """
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
         self.cut: list[Axis] = []  # the factors along which merged axes were decided to be cut
-        self._parent = np.arange(1 << 16, dtype=np.int32)
-        self._count = _REASONS
+        self._parent = _own_parents(1 << 16, 1 << 10)
+        self._limits = 1 << 16, 1 << 10  # how many atoms, and how many reasons, there is place for
+        self._count = 1
         self._numbers: dict[str, int] = {}
         self._pinned: dict[tuple[int, int], Axis] = {}
 
     def fresh(self, size: int) -> Axis:
         """Makes new atoms, united with nothing."""
         start, self._count = self._count, self._count + size
-        while self._count > len(self._parent):
-            more = np.arange(len(self._parent), 2 * len(self._parent), dtype=np.int32)
-            self._parent = np.concatenate([self._parent, more])
+        self._reserve()
         return np.arange(start, self._count, dtype=np.int32)
 
     def pinned(self, size: int, reason: str) -> Axis:
-        """Makes an axis that nothing can leave; the same array for the same size and reason."""
+        """Makes an axis of which nothing can be removed; one array for a size and a reason."""
         if reason not in self._numbers:
-            if len(self.reasons) == _REASONS:
-                reason = self.reasons[-1]
-            else:
-                self._numbers[reason] = len(self.reasons)
-                self.reasons.append(reason)
+            self.reasons.append(reason)
+            self._numbers[reason] = -len(self.reasons)
+            self._reserve()
         key = size, self._numbers[reason]
         if key not in self._pinned:
             self._pinned[key] = np.full(*key, np.int32)
         return self._pinned[key]
 
+    def _reserve(self) -> None:
+        """Makes place for all atoms and reasons, by doubling."""
+        atoms, reasons = self._limits
+        while atoms < self._count:
+            atoms *= 2
+        while reasons < len(self.reasons):
+            reasons *= 2
+        if (atoms, reasons) != self._limits:
+            parent = _own_parents(atoms, reasons)
+            parent[: self._limits[0]] = self._parent[: self._limits[0]]
+            self._parent, self._limits = parent, (atoms, reasons)
+
     def pin(self, axis: Axis, reason: str) -> None:
-        """Keeps all indices of an axis from leaving."""
+        """Keeps all indices of an axis from being removed."""
         self.unite(axis, self.pinned(len(axis), reason))
 
     def find(self, axis: Axis) -> Axis:
-        """Gives the root of every atom."""
+        """Returns the root of every atom."""
         root = self._parent[axis]
         while True:
             above = self._parent[root]
@@ -80,25 +95,25 @@ class Atoms:
         return root
 
     def all_roots(self) -> np.ndarray:
-        """Gives the root of every atom there is."""
-        return self.find(np.arange(self._count, dtype=np.int32))
+        """Returns a table with the root of every atom and reason."""
+        return self.find(_own_parents(self._count, len(self.reasons)))
 
     def free(self, axis: Axis) -> np.ndarray:
-        """Says which indices are not pinned."""
-        return self.find(axis) >= _REASONS
+        """Returns which indices are not pinned."""
+        return self.find(axis) >= 0
 
     def reason(self, axis: Axis) -> list[str]:
         """Lists why indices of an axis are pinned, the most frequent reason first."""
         roots = self.find(axis)
-        numbers, counts = np.unique(roots[roots < _REASONS], return_counts=True)
+        numbers, counts = np.unique(-1 - roots[roots < 0], return_counts=True)
         return [self.reasons[n] for n in numbers[np.argsort(-counts, kind="stable")]]
 
     def unite(self, a: Axis, b: Axis) -> None:
-        """Makes index i of one axis leave with index i of the other."""
+        """Makes index i of one axis and index i of the other be removed together."""
         if a is b:
             return
         a, b = self.find(a), self.find(b)
-        while (differ := (a != b) & (np.maximum(a, b) >= _REASONS)).any():
+        while (differ := (a != b) & (np.maximum(a, b) >= 0)).any():
             a, b = a[differ], b[differ]
             low, high = np.minimum(a, b), np.maximum(a, b)
             np.minimum.at(self._parent, high, low)
@@ -106,77 +121,106 @@ class Atoms:
 
     def solve(
         self,
-        products: Sequence[Product],
-        choose: Callable[[list[Product], list[list[int]]], tuple[int, int]],
+        merges: Sequence[Merge],
+        choose: Callable[[list[Merge], list[list[int]]], tuple[int, int]],
     ) -> None:
         """Decides along which factor every merged axis is cut, and pins the other factors.
 
-        Where at most one factor can leave, there is nothing to choose. When only products with
-        several are left, ``choose(products, units)`` says which one to decide, and its factor,
-        knowing how many units would leave with each factor of each.
+        Where at most one factor can be cut, there is nothing to choose. When only merges with
+        several are left, ``choose(merges, units)`` returns which one to decide, and its factor,
+        from the number of units that could be removed along each factor of each.
         """
-        for together in self._clusters(products):
-            waiting = [products[i] for i in together]
+        for cluster in self._clusters(merges):
+            waiting = [merges[i] for i in cluster]
             while waiting:
-                counts = [[self._units(p, i) for i in range(len(p.factors))] for p in waiting]
-                several = [sum(map(bool, units)) > 1 for units in counts]
-                if all(several):
+                counts = [[self._units(m, i) for i in range(len(m.factors))] for m in waiting]
+                ambiguous = [sum(map(bool, units)) > 1 for units in counts]
+                if all(ambiguous):
                     which, factor = choose(waiting, counts)
                     self._settle(waiting.pop(which), factor)
                     continue
-                for product, units, ambiguous in zip(waiting, counts, several, strict=True):
-                    if not ambiguous:
-                        self._settle(product, int(np.argmax(units)))
-                waiting = [p for p, ambiguous in zip(waiting, several, strict=True) if ambiguous]
+                for merge, units, several in zip(waiting, counts, ambiguous, strict=True):
+                    if not several:
+                        self._settle(merge, int(np.argmax(units)))
+                waiting = [m for m, several in zip(waiting, ambiguous, strict=True) if several]
 
-    def _clusters(self, products: Sequence[Product]) -> list[np.ndarray]:
-        """Groups products that share atoms: what is decided in one changes nothing in another."""
-        roots = [self.find(np.concatenate([p.merged, *p.factors])) for p in products]
-        own = [np.unique(r[r >= _REASONS]) for r in roots]
-        if not own:
+    def _clusters(self, merges: Sequence[Merge]) -> list[np.ndarray]:
+        """Groups merges that share atoms: a decision in one changes nothing in another.
+
+        The merges are nodes of a second forest. All their roots are sorted, each with the merge
+        that it is of; where two neighbours are equal, their merges are united::
+
+            roots    7  7  9  12  12  12
+            merge    0  3  1   1   3   4      unites 0-3, 1-3, 3-4: one cluster
+        """
+        roots = [self.find(np.concatenate([m.merged, *m.factors])) for m in merges]
+        roots = [np.unique(r[r >= 0]) for r in roots]
+        if not roots:
             return []
-        owner = np.repeat(np.arange(len(own)), [len(r) for r in own])
-        order = np.argsort(every := np.concatenate(own), kind="stable")
-        every, owner = every[order], owner[order]
+        number = np.repeat(np.arange(len(roots)), [len(r) for r in roots])
+        every = np.concatenate(roots)
+        order = np.argsort(every, kind="stable")
+        every, number = every[order], number[order]
         shared = every[1:] == every[:-1]
         forest = Atoms()
-        nodes = forest.fresh(len(own))
-        forest.unite(nodes[owner[:-1][shared]], nodes[owner[1:][shared]])
+        nodes = forest.fresh(len(roots))
+        forest.unite(nodes[number[:-1][shared]], nodes[number[1:][shared]])
         clusters = forest.find(nodes)
         return [np.flatnonzero(clusters == c) for c in np.unique(clusters)]
 
-    def _rows(self, product: Product, chosen: int) -> np.ndarray:
-        sizes = [len(factor) for factor in product.factors]
-        return np.moveaxis(product.merged.reshape(sizes), chosen, 0).reshape(sizes[chosen], -1)
+    def _rows(self, merge: Merge, chosen: int) -> np.ndarray:
+        """Returns the merged axis as one row per index of a factor: what is removed with it."""
+        sizes = [len(factor) for factor in merge.factors]
+        return np.moveaxis(merge.merged.reshape(sizes), chosen, 0).reshape(sizes[chosen], -1)
 
-    def _units(self, product: Product, chosen: int) -> int:
-        """Counts what could leave along one factor; all at once is nothing, it leaves no axis."""
-        factor = product.factors[chosen]
+    def _units(self, merge: Merge, chosen: int) -> int:
+        """Counts the units that could be removed along one factor.
+
+        Index i of the factor can be removed if all of row i can. Rows that share a root are one
+        unit; each root has a label, and every row lowers those of its roots to their minimum::
+
+            rows (roots)   labels at first   after one round
+            a b            0 1               0 0
+            b c            1 2               0 0    (1 is now 0, by the row above)
+            d e            3 4               3 3    two units: {a b c}, {d e}
+
+        If a single unit were everything, its removal would empty the axis: then there is none.
+        """
+        factor = merge.factors[chosen]
         free = self.free(factor)
         if not free.any():
             return 0
-        rows = self._rows(product, chosen)
+        rows = self._rows(merge, chosen)
         free &= self.free(rows.reshape(-1)).reshape(rows.shape).all(1)
         if not free.any():
             return 0
-        met = np.concatenate([self.find(factor)[:, None], self.find(rows)], 1)[free]
-        roots, met = np.unique(met, return_inverse=True)
-        met = met.reshape(int(free.sum()), -1)
-        labels = np.arange(len(roots))
-        while True:  # the lowest label of all that a row unites, until nothing changes
-            lowest = labels[met].min(1)
+        roots = np.concatenate([self.find(factor)[:, None], self.find(rows)], 1)[free]
+        distinct, roots = np.unique(roots, return_inverse=True)
+        roots = roots.reshape(int(free.sum()), -1)
+        labels = np.arange(len(distinct))
+        while True:
             before = labels.copy()
-            np.minimum.at(labels, met, lowest[:, None])
+            np.minimum.at(labels, roots, labels[roots].min(1)[:, None])
             if np.array_equal(labels, before):
                 break
         units = len(np.unique(labels))
         return 0 if units == 1 and free.all() else units
 
-    def _settle(self, product: Product, chosen: int) -> None:
-        reason = f"the other factor of {product.where} is cut"
-        for i, factor in enumerate(product.factors):
+    def _settle(self, merge: Merge, chosen: int) -> None:
+        """Cuts a merged axis along one factor: with index i go all entries of row i.
+
+        For 2 heads of 3 dims, cut along the heads, the merged axis has the atoms ``[h h h i i i]``.
+        No head can then lose a single dim, so that the other factor, the dims, is pinned.
+        """
+        reason = f"the other factor of {merge.where} is cut"
+        for i, factor in enumerate(merge.factors):
             if i != chosen:
                 self.pin(factor, reason)
-        self.cut.append(product.factors[chosen])
-        rows = self._rows(product, chosen)
-        self.unite(rows.reshape(-1), np.repeat(product.factors[chosen], rows.shape[1]))
+        self.cut.append(merge.factors[chosen])
+        rows = self._rows(merge, chosen)
+        self.unite(rows.reshape(-1), np.repeat(merge.factors[chosen], rows.shape[1]))
+
+
+def _own_parents(atoms: int, reasons: int) -> np.ndarray:
+    """Makes the table in which everything is its own root."""
+    return np.concatenate([np.arange(atoms), np.arange(-reasons, 0)]).astype(np.int32)

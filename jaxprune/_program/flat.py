@@ -1,14 +1,14 @@
-"""A walked program that ran, with its calls opened: every value has a number."""
+"""Evaluates a program with its calls inlined, and keeps every intermediate value."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxprune._program import jaxpr as _jaxpr
-from jaxprune._program.walk import Program, Value
+from jaxprune._program.values import Program, Value
 
 
-class Step(NamedTuple):
-    """An equation that is no call, and the numbers of its operands and results."""
+class Evaluated(NamedTuple):
+    """An equation that is not a call, and the numbers of its operands and results."""
 
     eqn: Any
     ins: list[int]
@@ -16,18 +16,18 @@ class Step(NamedTuple):
 
 
 class Flat:
-    """Runs a program, and keeps all of it.
+    """The evaluation of a program, in which every value has a number.
 
     Attributes:
       values: what is known of every value.
-      arrays: what every value was.
-      steps: the equations, in the order in which they ran.
+      arrays: the array of every value.
+      steps: the equations, in the order of evaluation.
     """
 
     def __init__(self) -> None:
         self.values: list[Value] = []
         self.arrays: list[Any] = []
-        self.steps: list[Step] = []
+        self.steps: list[Evaluated] = []
 
     def add(self, value: Value, array: Any) -> int:
         """Numbers a value."""
@@ -36,7 +36,7 @@ class Flat:
         return len(self.values) - 1
 
     def run(self, program: Program, ins: Sequence[int]) -> list[int]:
-        """Runs a program on values that have numbers, and gives those of its results."""
+        """Evaluates a program on values that have numbers, and returns those of its results."""
         consts = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
         env = dict(zip(program.jaxpr.invars, ins, strict=True))
 
@@ -47,13 +47,13 @@ class Flat:
 
         for step in program.steps:
             ins = [number(atom, v) for atom, v in zip(step.eqn.invars, step.ins, strict=True)]
-            called = step.programs and _jaxpr.inner(step.eqn)[0].call
-            if called and step.eqn.primitive.name != "shard_map":
+            calls = step.programs and _jaxpr.inner(step.eqn)[0].call
+            if calls and step.eqn.primitive.name != "shard_map":
                 outs = self.run(step.programs[0], ins)
             else:
-                found = _jaxpr.bind(step.eqn, *(self.arrays[i] for i in ins))
-                outs = [self.add(v, x) for v, x in zip(step.outs, found, strict=True)]
-                self.steps.append(Step(step.eqn, ins, outs))
+                results = _jaxpr.bind(step.eqn, *(self.arrays[i] for i in ins))
+                outs = [self.add(v, x) for v, x in zip(step.outs, results, strict=True)]
+                self.steps.append(Evaluated(step.eqn, ins, outs))
             env.update(zip(step.eqn.outvars, outs, strict=True))
         pairs = zip(program.jaxpr.outvars, program.outs, strict=True)
         return [number(atom, v) for atom, v in pairs]

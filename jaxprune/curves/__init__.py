@@ -1,13 +1,13 @@
-r"""Efficiency–quality curves: methods × sparsities × seeds, as a tidy table.
+r"""Efficiency–quality curves: methods × sparsities × seeds, in one table.
 
-A pruning method is not one network but a family. Here it is a function::
+A pruning method yields a family of networks, one for each sparsity. It is a function::
 
     (params, sparsity, key, train) -> (params, masks)
 
-of the initial params of a seed. Inside it, ``train(params)`` gives the dense network, trained once
-per seed for all methods, and ``train(params, masks)`` trains a pruned one, whichever it is. So one
-shot, iterative, gradual and rewound pruning and training sparse from scratch are points of one
-family, whether weights leave one by one or in groups:
+of the initial params of a seed. Inside the method, ``train(params)`` returns the trained dense
+network, which all methods of a seed share, and ``train(params, masks)`` trains a pruned one.
+One-shot, iterative, gradual and rewound pruning and sparse training from scratch can all be written
+in this form, for single weights as well as for units:
 
 >>> import jaxprune as jp
 >>> def iterative(params, sparsity, key, train, rounds=3):
@@ -18,70 +18,57 @@ family, whether weights leave one by one or in groups:
 ...         masks = jp.select(scores, 1 - (1 - sparsity) ** (i / rounds), within=masks)
 ...     return trained, masks
 
+:data:`DENSE` is the name of the rows that hold the unpruned control, and :data:`MEASURES` lists the
+columns that hold numbers.
+
 References:
   Blalock et al, `What is the State of Neural Network Pruning?
   <https://arxiv.org/abs/2003.03033>`_, 2020
 """
 
-import csv
 import functools
-import io
-import itertools
-import json
 import os
-import pathlib
 import sys
-import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from tqdm import tqdm
 
-from jaxprune import _files, _loss, _progress, _select, _timing, _tree, metrics, scores
-from jaxprune._shrink import shrink
-from jaxprune._table import Table
+from jaxprune import _loss, _progress, _select, _tree, scores
+from jaxprune._tree import Masks, Params, Score, Select
+from jaxprune.curves import _table
+from jaxprune.curves._point import Method, Train, runner
+from jaxprune.curves._table import DENSE, MEASURES, Curves, load, over_seeds, save, summary
 from jaxprune.masks import apply_masks
 from jaxprune.optimizer import enforce
 
-Method = Callable[..., tuple[Any, Any]]
-Curves = Mapping[str, np.ndarray]
-
-DENSE = "dense"
-_KEY = {"method": str, "sparsity": float, "seed": int}
-MEASURES = {
-    "before": float,
-    "after": float,
-    "compression": float,
-    "theoretical_speedup": float,
-    "measured_speedup": float,
-    "stored_bytes": float,
-    "params": float,
-    "flops": float,
-    "trainings": float,
-    "seconds": float,
-}
-_COLUMNS = _KEY | MEASURES | {"error": str}
+__all__ = [
+    "DENSE",
+    "MEASURES",
+    "load",
+    "method",
+    "over_seeds",
+    "save",
+    "summary",
+    "sweep",
+    "trainer",
+]
 
 
 def method(
-    score: Callable[..., Any],
-    *batch: Any,
-    select: Callable[..., Any] = _select.select,
-    trained: bool = True,
+    score: Score, *batch: Any, select: Select = _select.select, trained: bool = True
 ) -> Method:
-    """Makes a method of a score: ``select(score(params, *batch), sparsity)``, once.
+    """Makes a method from a score: ``select(score(params, *batch), sparsity)``, in one shot.
 
     Args:
       score: maps ``(params, *batch)`` to scores.
       *batch: passed to ``score``.
       select: maps ``(scores, sparsity)`` to masks: ``jp.select``, ``groups.select``, or one of them
         with ``functools.partial``.
-      trained: whether the trained network is pruned; else the initial one is, and then trained.
+      trained: if true, the trained network is pruned; else the initial network is pruned and then
+        trained.
 
     Examples:
       >>> prune = method(scores.magnitude, trained=False)
@@ -92,7 +79,9 @@ def method(
        [ True False]]
     """
 
-    def prune(params: Any, sparsity: float, key: jax.Array, train: Any) -> tuple[Any, Any]:
+    def prune(
+        params: Params, sparsity: float, key: jax.Array, train: Callable[..., Params]
+    ) -> tuple[Params, Masks]:
         params = train(params) if trained else params
         masks = select(score(params, *batch), sparsity)
         return (params if trained else train(apply_masks(params, masks), masks)), masks
@@ -100,7 +89,9 @@ def method(
     return prune
 
 
-def _random(params: Any, sparsity: float, key: jax.Array, train: Any) -> tuple[Any, Any]:
+def _random(
+    params: Params, sparsity: float, key: jax.Array, train: Callable[..., Params]
+) -> tuple[Params, Masks]:
     return train(params), _select.select(scores.random(params, key), sparsity)
 
 
@@ -113,17 +104,17 @@ def trainer(
     *data: Any,
     steps: int,
     batch_size: int = 64,
-) -> Callable[[Any, Any, jax.Array], Any]:
-    """Makes a train function for :func:`sweep`: some steps on random batches, under ``enforce``.
+) -> Train:
+    """Makes a train function for :func:`sweep`: steps on random batches, under ``enforce``.
 
-    Batch statistics stay as they are: a network that has some needs a train function of its own.
+    Batch statistics are not updated: write your own train function for a network that has them.
 
     Args:
       loss: maps ``(params, *batch)`` to a scalar.
-      optimizer: any optimizer; its state starts anew.
-      *data: arrays whose first axis is that of the examples.
-      steps: how many.
-      batch_size: examples in a batch, drawn with replacement.
+      optimizer: any optimizer; its state is initialised in every call of the train function.
+      *data: arrays whose first axis counts the examples.
+      steps: the number of steps.
+      batch_size: the number of examples in a batch, drawn with replacement.
 
     Raises:
       ValueError: for data of different lengths.
@@ -138,7 +129,7 @@ def trainer(
     """
     sizes = {len(array) for array in data}
     if len(sizes) != 1:
-        raise ValueError(f"trainer needs data of one length, got {[len(array) for array in data]}.")
+        raise ValueError(f"trainer: arrays of data must have one length, got {sorted(sizes)}.")
     (size,) = sizes
 
     @jax.jit
@@ -150,11 +141,11 @@ def trainer(
         updates, state = enforce(optimizer, masks).update(grads, state, floats)
         return optax.apply_updates(floats, updates), state
 
-    def train(params: Any, masks: Any, key: jax.Array) -> Any:
-        floats = _tree.floating(params)  # counts and random keys are not trained
+    def train(params: Params, masks: Masks, key: jax.Array) -> Params:
+        floats = _tree.floating(params)  # not counters and random keys
         state = enforce(optimizer, masks).init(floats)
         arrays = jax.tree.map(jnp.asarray, data)
-        for step_key in jax.random.split(key, steps):  # XLA on CPU convolves slowly in a scan
+        for step_key in jax.random.split(key, steps):  # XLA on CPU convolves slowly inside a scan
             floats, state = step(floats, state, params, masks, step_key, arrays)
         return _tree.merge(floats, params)
 
@@ -165,53 +156,55 @@ def sweep(
     methods: Mapping[str, Method],
     sparsities: Sequence[float],
     seeds: Sequence[int],
-    train: Callable[[Any, Any, jax.Array], Any],
-    evaluate: Callable[[Any], float],
+    train: Train,
+    evaluate: Callable[[Params], float],
     *,
-    init: Callable[[jax.Array], Any],
+    init: Callable[[jax.Array], Params],
     apply_fn: Callable[..., Any],
     inputs: Sequence[Any],
     store: str | os.PathLike[str] | None = None,
 ) -> Curves:
-    """Prunes with every method, to every sparsity, for every seed, and measures what came of it.
+    """Prunes with every method, to every sparsity, for every seed, and measures the results.
 
-    What a method returns is masked and evaluated (``before``), trained once more, and evaluated
-    again (``after``). Random and magnitude pruning of the trained network are always among the
-    methods. Rows named ``dense`` are the control: trained twice, never pruned. A point that
-    fails is reported, and the others go on.
+    The result of a method is masked and evaluated (``before``), trained once more, and evaluated
+    again (``after``). Random and magnitude pruning of the trained network are always added to the
+    methods. Rows named ``dense`` are the control, which is trained twice and never pruned. If a
+    point fails, its error is reported and the sweep continues.
 
-    A unit that the masks remove whole leaves before time is taken, as :func:`jaxprune.shrink` does
-    it. Where none does, the time is that of the dense program with zeros in it.
+    Units that are masked entirely are removed by :func:`jaxprune.shrink` before timing. If there
+    are none, or if they cannot be removed, the masked dense network is timed.
 
     Args:
-      methods: for every name a function ``(params, sparsity, key, train) -> (params, masks)``.
-      sparsities: fractions removed, in [0, 1): 1 - 1 / c for a compression of about c.
+      methods: a function ``(params, sparsity, key, train) -> (params, masks)`` for every name.
+      sparsities: fractions of weights to prune, in [0, 1): 1 - 1 / c compresses about c times.
       seeds: integers.
-      train: maps ``(params, masks, key)`` to trained params whose masked weights are zero, such as
-        :func:`trainer` makes.
+      train: maps ``(params, masks, key)`` to trained params, in which masked weights must be zero;
+        :func:`trainer` makes such a function.
       evaluate: maps params to their quality, a number; higher is better.
-      init: maps a key to the params to begin with: random ones, or those of a checkpoint.
+      init: maps a PRNG key to the initial params: random ones, or those of a checkpoint.
       apply_fn: the network, ``apply_fn(params, *inputs)``, whose FLOPs and time are measured.
-      inputs: its inputs; time is measured at this batch size.
-      store: a ``.csv`` or ``.json`` file that keeps finished points; those are not run again.
+      inputs: the list of its inputs; time is measured at this batch size.
+      store: a ``.csv`` or ``.json`` file in which finished points are stored; they are not computed
+        again.
 
     Returns:
-      A dict of arrays, one entry for each point:
+      A dict of arrays with one entry for each point:
 
       - ``method``, ``sparsity``, ``seed``
       - ``before``, ``after``: quality before and after the last training
-      - ``compression``: all params over those kept; ``params``: those kept
-      - ``theoretical_speedup``: dense FLOPs over those of kept weights; ``flops``: the latter
-      - ``measured_speedup``: time of the dense network over that of the pruned one, which runs
-        right before or after it: the median of 30 such pairs
+      - ``compression``: number of params divided by the number kept; ``params``: the number kept
+      - ``theoretical_speedup``: dense FLOPs divided by those of kept weights; ``flops``: the latter
+      - ``measured_speedup``: time of the dense network divided by that of the pruned one; both run
+        in turn, and this is the median of 30 such pairs
       - ``stored_bytes``: see :func:`jaxprune.metrics.stored_bytes`
-      - ``trainings``: how often ``train`` was called for it, the dense network's included
-      - ``seconds``: what the point took, training of the dense network excluded
-      - ``error``: why it failed, with NaN for the numbers; or nothing
+      - ``trainings``: number of calls of ``train``, including that of the dense network
+      - ``seconds``: time of the point, excluding the training of the dense network
+      - ``error``: the error of a failed point, whose numbers are NaN, or an empty string
 
     Raises:
-      ValueError: for a sparsity outside [0, 1), no or repeated seeds, a method named "dense", a
-        store that holds something else, or one of another network.
+      ValueError: for a sparsity outside [0, 1), no or repeated seeds, a method named "dense", or a
+        store that is not a table of curves or holds points of another network.
+      TypeError: for a method that is not callable.
 
     Examples:
       >>> x = jax.random.normal(jax.random.key(0), (64, 4))
@@ -229,20 +222,16 @@ def sweep(
       >>> mean = over_seeds(table)
       >>> list(zip(mean["method"].tolist(), mean["compression"].tolist()))[-2:]
       [('SNIP', 2.0), ('SNIP', 4.0)]
-
-    References:
-      Blalock et al, `What is the State of Neural Network Pruning?
-      <https://arxiv.org/abs/2003.03033>`_, 2020
     """
     methods = {"random": _random, "magnitude": _magnitude} | dict(methods)
     _check(methods, sparsities, seeds)
-    rows = _done(store)
+    rows = _table.finished(store)
     points = [(DENSE, 0.0)] + [(name, float(s)) for name in methods for s in sparsities]
     wanted = [(name, s, seed) for seed in seeds for name, s in points]
     network = jax.jit(apply_fn)
-    bar = tqdm([key for key in wanted if key not in rows], disable=not _progress.seen())
-    run = functools.lru_cache(maxsize=1)(
-        lambda seed: _runner(seed, init, train, evaluate, network, tuple(inputs))
+    bar = _progress.bar([key for key in wanted if key not in rows])
+    run = functools.lru_cache(maxsize=1)(  # seeds follow each other: only one dense network is held
+        lambda seed: runner(seed, init, train, evaluate, network, tuple(inputs))
     )
     for name, sparsity, seed in bar:
         bar.set_description(f"{name} {sparsity:.4g}, seed {seed}")
@@ -251,262 +240,25 @@ def sweep(
         else:
             try:
                 row = run(seed)(methods[name], sparsity)
-            except Exception as error:  # whatever a method raises: the other points go on
+            except Exception as error:  # a method may raise anything; the sweep continues
                 row = {"error": f"{type(error).__name__}: {error}"}
                 bar.write(f"{name} at sparsity {sparsity}, seed {seed}: {error}", file=sys.stderr)
         rows[name, sparsity, seed] = {"method": name, "sparsity": sparsity, "seed": seed} | row
         if store is not None:
-            _check_one_network(rows.values(), store)
-            save(_table(rows.values()), store)
-    return _table([rows[key] for key in wanted])
-
-
-def _runner(
-    seed: int, init: Any, train: Any, evaluate: Any, network: Any, inputs: Any
-) -> Callable[[Method, float], dict[str, Any]]:
-    """Gives a function that measures one point of a seed; its points share the dense network."""
-    init_key, dense_key, method_key, tune_key = jax.random.split(jax.random.key(seed), 4)
-    initial = init(init_key)
-    full = _select.whole_masks(initial, _select.select)
-    dense = functools.cache(lambda: train(initial, full, dense_key))
-    dense_flops = functools.cache(lambda: metrics.flops(network, initial, *inputs))
-
-    def point(prune: Method, sparsity: float) -> dict[str, Any]:
-        calls = itertools.count(1)
-
-        def counted(params: Any, masks: Any = None, key: Any = None) -> Any:
-            nth = next(calls)
-            if params is initial and masks is None and key is None:
-                return dense()
-            key = jax.random.fold_in(tune_key, nth) if key is None else key
-            return train(params, full if masks is None else masks, key)
-
-        dense()
-        start = time.perf_counter()
-        params, masks = prune(initial, sparsity, method_key, counted)
-        params = apply_masks(params, masks)
-        before = float(evaluate(params))
-        params = counted(params, masks)
-        _tree.check_pruned(params, masks)
-        after = float(evaluate(params))
-        return {
-            "before": before,
-            "after": after,
-            **_efficiency(network, initial, dense_flops(), params, masks, inputs),
-            "trainings": next(calls) - 1,
-            "seconds": time.perf_counter() - start,
-            "error": "",
-        }
-
-    return point
-
-
-def _efficiency(
-    network: Any, dense: Any, dense_flops: float, params: Any, masks: Any, inputs: Any
-) -> dict[str, float]:
-    """Measures the pruned network beside the dense one."""
-    small, small_params, small_masks = _smaller(network, params, masks, inputs)
-    functions = {"dense": (network, dense), "pruned": (small, small_params)}
-    times = _timing.interleave(functions, inputs, rounds=30)
-    flops = metrics.flops(network, dense, *inputs, masks=masks)
-    table = metrics.summary(params, masks)
-    return {
-        "compression": table.size / max(table.kept, 1),
-        "theoretical_speedup": dense_flops / max(flops, 1),
-        "measured_speedup": np.median(np.divide(times["dense"], times["pruned"])),
-        "stored_bytes": metrics.stored_bytes(small_params, small_masks),
-        "params": table.kept,
-        "flops": flops,
-    }
-
-
-def _smaller(network: Any, params: Any, masks: Any, inputs: Any) -> tuple[Any, Any, Any]:
-    """Shrinks as far as the masks allow; gives the function, its params and their masks."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "shrink: the masks remove no whole slice")
-        try:
-            small, small_params, plan = shrink(network, params, masks, *inputs, verify=False)
-        except ValueError:  # slices that cannot leave, or a whole layer: the network stays as it is
-            return network, params, masks
-    if not plan.kept:
-        return network, params, masks
-    return small, small_params, plan.take(masks)
+            _table.check_one_network(rows.values(), store)
+            save(_table.tabulate(rows.values()), store)
+    return _table.tabulate(rows[key] for key in wanted)
 
 
 def _check(
     methods: Mapping[str, Method], sparsities: Sequence[float], seeds: Sequence[int]
 ) -> None:
     if DENSE in methods:
-        raise ValueError(f"a method cannot be named {DENSE!r}: that is the unpruned control.")
+        raise ValueError(f"sweep: methods must not be named {DENSE!r}, the name of the control.")
     for name, prune in methods.items():
         if not callable(prune):
-            raise TypeError(f"method {name!r} must be callable, got {type(prune).__name__}.")
+            raise TypeError(f"sweep: method {name!r} must be callable, got {type(prune).__name__}.")
     for s in sparsities:
         _select.check_sparsity(s)
     if not len(seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"sweep needs seeds, each once, got {list(seeds)}.")
-
-
-def _check_one_network(rows: Iterable[Mapping[str, Any]], store: Any) -> None:
-    sizes = {round(row["params"] * row["compression"]) for row in rows if not row["error"]}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"{store}: its points are of another network: sizes are {sorted(sizes)} params. Use "
-            "another file."
-        )
-
-
-def _done(store: Any) -> dict[tuple[str, float, int], dict[str, Any]]:
-    """Reads the points that are finished, by method, sparsity and seed."""
-    if store is None:
-        return {}
-    path = _path(store)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        return {}
-    table = load(path)
-    rows = [dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
-    return {(r["method"], r["sparsity"], r["seed"]): r for r in rows if not r["error"]}
-
-
-def _table(rows: Iterable[Mapping[str, Any]]) -> Curves:
-    return {
-        name: np.array([row.get(name, np.nan) for row in rows], kind)
-        for name, kind in _COLUMNS.items()
-    }
-
-
-def save(table: Curves, path: str | os.PathLike[str]) -> None:
-    """Writes a table to a ``.csv`` or ``.json`` file, whole or not at all.
-
-    Examples:
-      >>> import tempfile
-      >>> table = {name: np.zeros(2).astype(kind) for name, kind in _COLUMNS.items()}
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     save(table, folder + "/points.csv")
-      ...     load(folder + "/points.csv")["seed"].tolist()
-      [0, 0]
-    """
-    path = _path(path)
-    columns = {name: table[name].tolist() for name in _COLUMNS}
-    text = io.StringIO()
-    if path.suffix == ".csv":
-        writer = csv.writer(text)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
-    else:
-        finite = {k: [None if x != x else x for x in cells] for k, cells in columns.items()}
-        json.dump({"jaxprune": "curves", "columns": finite}, text, indent=1)
-    with _files.replacing(path) as new:
-        new.write_text(text.getvalue(), encoding="utf-8", newline="")
-
-
-def load(path: str | os.PathLike[str]) -> Curves:
-    """Reads a table that :func:`save` or :func:`sweep` wrote.
-
-    Examples:
-      >>> import tempfile
-      >>> table = {name: np.zeros(2).astype(kind) for name, kind in _COLUMNS.items()}
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     save(table, folder + "/points.json")
-      ...     sorted(load(folder + "/points.json")) == sorted(table)
-      True
-
-    Raises:
-      ValueError: for a file that is cut short or holds something else.
-    """
-    path = _path(path)
-    try:
-        text = path.read_bytes().decode()
-        if path.suffix == ".csv":
-            header, *lines = csv.reader(io.StringIO(text, newline=""))
-            columns = dict(zip(header, zip(*lines, strict=True), strict=True))
-        else:
-            columns = json.loads(text)["columns"]
-        sizes = {len(columns[name]) for name in _COLUMNS}
-        if len(sizes) != 1:
-            raise ValueError(f"columns of {sorted(sizes)} entries")
-        return {
-            name: np.array([np.nan if cell is None else kind(cell) for cell in columns[name]], kind)
-            for name, kind in _COLUMNS.items()
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: not a table of curves, or cut short ({error}). Needed are the columns "
-            f"{', '.join(_COLUMNS)}, as `jp.curves.save` writes them."
-        ) from error
-
-
-def _path(path: str | os.PathLike[str]) -> pathlib.Path:
-    path = pathlib.Path(path)
-    if path.suffix not in (".csv", ".json"):
-        raise ValueError(f"{path}: tables of curves are .csv or .json files, got {path.suffix!r}.")
-    return path
-
-
-def over_seeds(table: Curves) -> Curves:
-    """Averages over seeds: for every method and sparsity the mean and standard deviation.
-
-    Returns:
-      A dict of arrays: ``method``, ``sparsity``, ``seeds`` (how many finished), and for every
-      measure its mean, and with the suffix ``_std`` the standard deviation of the sample (0 for
-      one seed). ``change`` is ``after`` less that of the dense network of the same seed.
-
-    Examples:
-      >>> table = {name: np.zeros(2).astype(kind) for name, kind in _COLUMNS.items()}
-      >>> table |= {"error": np.array(["", ""]), "after": np.array([0.7, 0.9])}
-      >>> over_seeds(table)["after"].round(3).tolist(), over_seeds(table)["seeds"].tolist()
-      ([0.8], [2])
-    """
-    ok = table["error"] == ""
-    dense = {
-        seed: after
-        for name, seed, after in zip(table["method"], table["seed"], table["after"], strict=True)
-        if name == DENSE
-    }
-    change = table["after"] - np.array([dense.get(seed, np.nan) for seed in table["seed"]])
-    measures = {name: table[name] for name in MEASURES} | {"change": change}
-    keys = list(
-        dict.fromkeys(zip(table["method"].tolist(), table["sparsity"].tolist(), strict=True))
-    )
-    found: dict[str, list[Any]] = {"method": [], "sparsity": [], "seeds": []}
-    for name, sparsity in keys:
-        rows = ok & (table["method"] == name) & (table["sparsity"] == sparsity)
-        found["method"].append(name)
-        found["sparsity"].append(sparsity)
-        found["seeds"].append(int(rows.sum()))
-        for measure, values in measures.items():
-            some = values[rows]
-            found.setdefault(measure, []).append(some.mean() if len(some) else np.nan)
-            spread = some.std(ddof=1) if len(some) > 1 else 0.0 if len(some) else np.nan
-            found.setdefault(f"{measure}_std", []).append(spread)
-    return {name: np.array(values) for name, values in found.items()}
-
-
-def summary(table: Curves) -> Table:
-    """Tabulates curves: quality, mean ± standard deviation over seeds, beside the savings.
-
-    Examples:
-      >>> table = {name: np.ones(2).astype(kind) for name, kind in _COLUMNS.items()}
-      >>> table |= {"method": np.array(["dense", "SNIP"]), "error": np.array(["", ""])}
-      >>> [row[0] for row in summary(table).rows]
-      ['dense', 'SNIP']
-    """
-    mean = over_seeds(table)
-    rows = []
-    for i, (name, seeds) in enumerate(zip(mean["method"], mean["seeds"], strict=True)):
-        point = str(name), f"{mean['sparsity'][i]:.4g}", str(seeds)
-        if not seeds:
-            rows.append((*point, *[""] * 6, "failed"))
-            continue
-        quality = [
-            f"{mean[q][i]:.4g} ± {mean[q + '_std'][i]:.2g}" if seeds > 1 else f"{mean[q][i]:.4g}"
-            for q in ("before", "after")
-        ]
-        ratios = [
-            f"{mean[r][i]:.2f}×" for r in ("compression", "theoretical_speedup", "measured_speedup")
-        ]
-        stored = f"{mean['stored_bytes'][i]:,.0f}"
-        rows.append((*point, *quality, f"{mean['change'][i]:+.2g}", *ratios, stored))
-    header = ("method", "sparsity", "seeds", "before", "after", "change", "compression")
-    return Table((*header, "FLOPs", "time", "bytes"), rows)
+        raise ValueError(f"sweep: seeds must be distinct and at least one, got {list(seeds)}.")

@@ -1,141 +1,228 @@
 """The loss without each unit, computed again only from where the units of a group meet.
 
-Up to there a value is sliced: along one axis, what it is at the indices of a unit does not depend
-on other units of the group. So without a unit it is as without the whole group at these indices,
-and as in the dense network elsewhere, and both are computed once for all units of the group.
+Up to there a value is sliced along one axis: its entries at the indices of a unit do not depend on
+the other units of the group. So removing the entire group gives, at these indices, the same entries
+as removing the unit alone, and all other entries are dense. Both are computed once per group.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _loss, _program, _progress, _tree
-from jaxprune._program import Flat
-from jaxprune.groups import Groups
+from jaxprune import _loss, _program, _progress, _ranks, _tree
+from jaxprune._tree import Params
+
+if TYPE_CHECKING:
+    from jaxprune.groups import Groups
 
 _KNOWN, _SLICED, _MIXED = range(3)  # does not depend on the group, is sliced, or neither
 
-Units = tuple[np.ndarray, ...]  # the units of every axis of a value, 0 for none
-_Without = Callable[[jax.Array], jax.Array]
+_Without = Callable[[jax.Array], jax.Array]  # the masked unit -> the loss
 
 
-def losses_without(
-    groups: Groups,
+def oracle(
+    groups: "Groups",
+    loss: Callable[..., jax.Array],
+    *,
+    absolute: bool = False,
+    memory: float = 0,
+) -> Callable[..., jax.Array]:
+    r"""Scores a unit by how much the loss rises without it, measured.
+
+    .. math:: s_u = L(w \odot m_u) - L(w)
+
+    where :math:`m_u` are the masks that remove unit u alone. :func:`jaxprune.units.taylor`
+    estimates this score. The traced loss is evaluated again for each unit, from the first equation
+    in which the units of its group meet. Earlier values are computed once, so late layers are
+    cheap. Inside a loop, and along a residual stream, nearly everything is computed again. The
+    evaluations form one compiled program, which moves a progress bar in a terminal or a notebook.
+
+    Args:
+      groups: from ``find_groups``.
+      loss: maps ``(params, *batch)`` to a scalar.
+      absolute: whether to score :math:`|s_u|`, so that units whose removal improves the loss are
+        kept as well; Molchanov et al found that better.
+      memory: memory budget in bytes for evaluating units in parallel, for all values that are
+        computed again. 0 evaluates one unit at a time, which is fastest on a CPU. More may use an
+        accelerator better.
+
+    Returns:
+      A function of ``(params, *batch)`` that returns a float32 array of shape ``(len(groups),)``.
+
+    Raises:
+      ValueError: for params other than those of the groups, or a negative ``memory``.
+      TypeError: for a loss that is not scalar.
+
+    Examples:
+      >>> import jaxprune as jp
+      >>> params = {"in": jnp.eye(2), "out": jnp.array([[1.0], [-3.0]])}
+      >>> apply_fn = lambda p, x: x @ p["in"] @ p["out"]
+      >>> groups = jp.find_groups(apply_fn, params, jnp.ones((5, 2)))
+      >>> print(oracle(groups, lambda p, x: jnp.mean(apply_fn(p, x)))(params, jnp.ones((5, 2))))
+      [-1.  3.]
+
+    References:
+      Molchanov et al, `Pruning Convolutional Neural Networks for Resource Efficient Inference
+      <https://arxiv.org/abs/1611.06440>`_, 2016
+    """
+    if not memory >= 0:
+        raise ValueError(f"memory must be a number of bytes, 0 or more, got {memory!r}.")
+    measure = functools.partial(_scores, loss, groups, absolute, float(memory))
+
+    def score(params: Params, *batch: Any) -> jax.Array:
+        _ranks.check_params(groups, params)
+        if not _progress.seen() or _tree.is_traced((params, batch)):
+            return measure(None, params, *batch)
+        with _progress.compiled(len(groups), desc="oracle", unit="unit") as bar:
+            return jax.block_until_ready(measure(bar, params, *batch))
+
+    return score
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "groups", "absolute", "memory"))
+def _scores(
+    loss: Callable[..., jax.Array],
+    groups: "Groups",
+    absolute: bool,
+    memory: float,
+    bar: jax.Array | None,
+    params: Params,
+    *batch: Any,
+) -> jax.Array:
+    dense, losses = _losses(groups, loss, memory, bar, params, *batch)
+    return jnp.abs(losses - dense) if absolute else losses - dense
+
+
+def _losses(
+    groups: "Groups",
     loss: Callable[..., jax.Array],
     memory: float,
     bar: jax.Array | None,
-    params: Any,
+    params: Params,
     *batch: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Gives the loss, and the loss without each unit, in float32.
+    """Returns the loss, and the loss without each unit, in float32."""
 
-    As many units are evaluated at once as fit into ``memory``, and each moves the bar.
-
-    Raises:
-      TypeError: for a loss that is not scalar.
-    """
-
-    def scalar(params: Any, *batch: Any) -> jax.Array:
+    def scalar(params: Params, *batch: Any) -> jax.Array:
         checked, floats = _loss.of_floats("search.oracle", loss, params, *batch)
         return checked(floats)
 
     options: dict[str, Any] = {key: groups.options[key] for key in ("exact", "split")}
-    found = _program.analyse(scalar, params, batch, **options)
-    flat = Flat()
+    structure = _program.analyse(scalar, params, batch, **options)
+    flat = _program.Flat()
     args = jax.tree.leaves((params, batch))
-    ins = [flat.add(v, x) for v, x in zip(found.program.ins, args, strict=True)]
-    (out,) = flat.run(found.program, ins)
-    units, apart = _units(groups, found, flat, [path for path, _ in _tree.named_leaves(params)])
+    ins = [flat.add(v, x) for v, x in zip(structure.program.ins, args, strict=True)]
+    (out,) = flat.run(structure.program, ins)
+    leaves = [groups.unit[path] for path, _ in _tree.named_leaves(params)]
+    unit = structure.spread(leaves)
+    others = [tuple(unit[axis] for axis in v.axes) for v in flat.values[len(leaves) :]]
+    separate = _separate(structure, leaves, unit, len(groups))
     losses = jnp.zeros(len(groups), jnp.float32)
     for group in groups.groups:
-        sliced = bool(apart[group.units].all())
-        without, size = _without(flat, out, units, group.units, len(found.leaves), sliced)
+        values = _seen(flat, leaves + others, group.units, len(leaves))
+        sliced = bool(separate[group.units].all())
+        without, size = _without(flat, out, values, group.units, sliced)
 
         def measure(unit: jax.Array, without: _Without = without) -> jax.Array:
             if bar is not None:
                 _progress.advance(bar, unit)
             return without(unit)
 
-        at_once = max(int(memory / max(size, 1)), 1)
-        measured = jax.lax.map(measure, jnp.asarray(group.units), batch_size=at_once)
+        batch_size = max(int(memory / max(size, 1)), 1)
+        measured = jax.lax.map(measure, jnp.asarray(group.units), batch_size=batch_size)
         losses = losses.at[group.units - 1].set(measured)
     return flat.arrays[out].astype(jnp.float32), losses
 
 
-def _units(
-    groups: Groups, found: _program.Structure, flat: Flat, paths: list[str]
-) -> tuple[list[Units], np.ndarray]:
-    """Gives the units of every value, and of every unit whether the loss has it as it was found."""
-    leaves = [groups.unit[path] for path in paths]
-    roots = found.walk.atoms.all_roots()
-    unit = np.zeros(len(roots), np.int32)
-    pairs = [
-        (axis, own)
-        for leaf, units in zip(found.leaves, leaves, strict=True)
-        for axis, own in zip(leaf.axes, units, strict=True)
-    ]
-    for axis, own in pairs:
-        unit[roots[axis[own > 0]]] = own[own > 0]
-    unit = unit[roots]
-    apart = np.ones(len(groups) + 1, bool)
-    for axis, own in pairs:
-        differ = unit[axis] != own
-        apart[unit[axis[differ]]] = apart[own[differ]] = False
-    others = [tuple(unit[axis] for axis in v.axes) for v in flat.values[len(leaves) :]]
-    return leaves + others, apart
+def _separate(
+    structure: _program.Structure,
+    leaves: list[tuple[np.ndarray, ...]],
+    unit: np.ndarray,
+    count: int,
+) -> np.ndarray:
+    """Returns for each unit whether the loss keeps it separate from other units, as its groups."""
+    separate = np.ones(count + 1, bool)
+    for leaf, axes in zip(structure.leaves, leaves, strict=True):
+        for axis, numbers in zip(leaf.axes, axes, strict=True):
+            differ = unit[axis] != numbers
+            separate[unit[axis[differ]]] = separate[numbers[differ]] = False
+    return separate
+
+
+class _Seen(NamedTuple):
+    """A value of the evaluated loss, as one group sees it."""
+
+    kind: int  # _KNOWN, _SLICED or _MIXED
+    units: tuple[np.ndarray, ...]  # for each axis, the unit of each index, 0 for none
+    axes: tuple[int, ...]  # the axes that have units of the group
+    dense: jax.Array
+    bare: jax.Array  # without the entire group; as dense unless the kind is _SLICED
+
+    def without(self, unit: Any) -> jax.Array:
+        """Returns a sliced value without a unit, or without several."""
+        # Unit 2 of a value with units 1 to 3:   dense  d₁ d₂ d₃
+        #                                        bare   b₁ b₂ b₃   ->   d₁ b₂ d₃
+        where = jnp.zeros((1,) * len(self.units), bool)
+        for axis in self.axes:
+            others = _tree.other_axes(len(self.units), axis)
+            where |= jnp.expand_dims(jnp.isin(self.units[axis], unit), others)
+        return jnp.where(where, self.bare, self.dense)
+
+
+def _seen(
+    flat: Any, units: list[tuple[np.ndarray, ...]], group: np.ndarray, leaves: int
+) -> list[_Seen]:
+    """Lists the values of the evaluated loss, in which the leaves alone are sliced so far."""
+    values = []
+    for i, (own, dense) in enumerate(zip(units, flat.arrays, strict=True)):
+        axes = tuple(axis for axis, unit in enumerate(own) if np.isin(unit, group).any())
+        value = _Seen(_KNOWN, own, axes, dense, dense)
+        if i < leaves and axes:  # a masked leaf is zero
+            value = value._replace(kind=_SLICED, bare=jnp.zeros((), dense.dtype))
+            value = value._replace(bare=value.without(group))
+        values.append(value)
+    return values
 
 
 def _without(
-    flat: Flat, out: int, units: list[Units], group: np.ndarray, leaves: int, sliced: bool
+    flat: Any, out: int, values: list[_Seen], group: np.ndarray, sliced: bool
 ) -> tuple[_Without, int]:
-    """Gives the loss as a function of the unit, one of a group, that is masked, and its bytes.
+    """Returns a function from the masked unit to the loss, and its memory use in bytes.
 
-    A result is sliced if it and all operands have their units on one axis: what is contracted is an
-    axis of both operands, so that the units of the result would be on a second. Never of a loop,
-    which may mix what it carries, nor of a group whose units the loss unites (not ``sliced``).
+    A result is sliced if it and its operands have the units of the group on one axis each: a
+    contracted axis is one of both operands, so that a result would have its units on a second axis.
+    The result of a loop, which may mix its carry, is never sliced, and neither is a group whose
+    units the loss unites (not ``sliced``).
     """
-    axes = [[i for i, u in enumerate(each) if np.isin(u, group).any()] for each in units]
-
-    def gone(i: int, unit: Any) -> jax.Array:
-        where = jnp.zeros((1,) * len(units[i]), bool)
-        for axis in axes[i]:
-            others = [n for n in range(len(units[i])) if n != axis]
-            where |= jnp.expand_dims(jnp.isin(units[i][axis], unit), others)
-        return where
-
-    kinds = [_SLICED if i < leaves and axes[i] else _KNOWN for i in range(len(units))]
-    bare = list(flat.arrays)  # without the whole group
-    for i in range(leaves):
-        if axes[i]:
-            bare[i] = jnp.where(gone(i, group), 0, flat.arrays[i])
     for eqn, ins, outs in flat.steps:
-        kind = max((kinds[i] for i in ins), default=_KNOWN)
+        kind = max((values[i].kind for i in ins), default=_KNOWN)
+        results = [values[i].bare for i in outs]
         if kind == _SLICED:
-            single = all(len(axes[i]) <= 1 for i in ins) and all(len(axes[i]) == 1 for i in outs)
+            single = all(len(values[i].axes) <= 1 for i in ins)
+            single &= all(len(values[i].axes) == 1 for i in outs)
             if sliced and single and not _program.inner(eqn):
-                results = _program.bind(eqn, *(bare[i] for i in ins))
-                for i, x in zip(outs, results, strict=True):
-                    bare[i] = x
+                results = _program.bind(eqn, *(values[i].bare for i in ins))
             else:
                 kind = _MIXED
-        for i in outs:
-            kinds[i] = kind
-    mixed = [step for step in flat.steps if any(kinds[i] == _MIXED for i in step.outs)]
+        for i, bare in zip(outs, results, strict=True):
+            values[i] = values[i]._replace(kind=kind, bare=bare)
+    mixed = [step for step in flat.steps if any(values[i].kind == _MIXED for i in step.outs)]
     read = {i for step in mixed for i in step.ins} | {out}
-    masked = sorted(i for i in read if kinds[i] == _SLICED)
+    masked = sorted(i for i in read if values[i].kind == _SLICED)
 
     def without(unit: jax.Array) -> jax.Array:
         arrays = list(flat.arrays)
         for i in masked:
-            arrays[i] = jnp.where(gone(i, unit), bare[i], flat.arrays[i])
+            arrays[i] = values[i].without(unit)
         for eqn, ins, outs in mixed:
             results = _program.bind(eqn, *(arrays[i] for i in ins))
             for i, x in zip(outs, results, strict=True):
                 arrays[i] = x
         return arrays[out].astype(jnp.float32)
 
-    made = [flat.arrays[i] for i in [*masked, *(i for step in mixed for i in step.outs)]]
-    return without, sum(x.size * x.dtype.itemsize for x in made)
+    computed = [flat.arrays[i] for i in [*masked, *(i for step in mixed for i in step.outs)]]
+    return without, sum(x.size * x.dtype.itemsize for x in computed)

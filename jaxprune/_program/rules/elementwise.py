@@ -1,0 +1,132 @@
+"""Rules of primitives that work entry by entry, change nothing, or draw random numbers."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxprune._program import jaxpr as _jaxpr
+from jaxprune._program.cut import Cut
+from jaxprune._program.values import Rule, Run, Value, combine
+from jaxprune._program.walk import Walk
+
+# Operands have the shape of the result, or are scalars, or broadcast sizes of one.
+ELEMENTWISE = (
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e "
+    "bitcast_convert_type cbrt ceil clamp clz complex conj convert_element_type cos cosh digamma "
+    "div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag "
+    "integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul mulhi ne "
+    "neg nextafter not one_minus_square or polygamma population_count pow random_gamma_grad real "
+    "regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic "
+    "shift_right_logical sign sin sinh sqrt square sub tan tanh xor zeta zeros_like"
+).split()
+_UNCHANGED = (
+    "copy from_edtype layout_constraint name optimization_barrier pbroadcast pmax pmin ppermute "
+    "psum psum_invariant pvary reduce_precision reduced_vary_cast relayout reshard "
+    "sharding_constraint stop_gradient tie to_edtype"
+).split()
+_WITHOUT_RESULT = "debug_callback debug_print dce_sink".split()
+_KEYS = (
+    "random_seed random_wrap random_unwrap random_fold_in random_split random_clone"  # are not cut
+).split()
+_LINEAR = frozenset("add add_any convert_element_type neg sub".split())
+
+
+def _elementwise(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
+    shape = eqn.outvars[0].aval.shape
+    known = None
+    if all(v.known is not None for v in ins):
+        known = _evaluate(walk, eqn, ins)
+    axes, zeros = [], []
+    for i, size in enumerate(shape):
+        sized = [v.axes[i] for v in ins if v.shape and len(v.axes[i]) == size]
+        axes.append(sized[0] if sized else walk.fresh((size,)).axes[0])
+        for other in sized[1:]:
+            walk.atoms.unite(axes[i], other)
+        zeros.append(_zero(walk, eqn, ins, i, size))
+    return [Value(tuple(axes), tuple(zeros), known)]
+
+
+def _zero(walk: Walk, eqn: Any, ins: Sequence[Value], i: int, size: int) -> np.ndarray:
+    """Returns which slices along an axis of an elementwise result are zero once masked."""
+    name = eqn.primitive.name
+    flags = [_flag(walk, v, i, size) for v in ins]
+    if name in ("mul", "and"):
+        return combine(np.logical_or, flags)
+    if name in ("div", "rem"):
+        return flags[0] if not flags[1].any() else flags[0] & ~flags[1]
+    if name == "select_n":
+        return combine(np.logical_and, flags[1:])
+    unknown = [f for v, f in zip(ins, flags, strict=True) if v.known is None]
+    if not unknown:
+        return walk.flags(size, _evaluate(walk, eqn, ins) == 0)
+    # Where all unknown operands are zero, the result is what the primitive makes of zeros: zero
+    # for a ReLU, not for an exponential.
+    zero = combine(np.logical_and, unknown)
+    if not zero.any() or (len(unknown) == len(ins) and name in _LINEAR):
+        return zero
+    return zero if _evaluate(walk, eqn, ins) == 0 else walk.flags(size, False)
+
+
+def _flag(walk: Walk, value: Value, i: int, size: int) -> np.ndarray:
+    if value.known is not None:
+        return walk.flags(size, value.known == 0)
+    if value.shape and len(value.axes[i]) == size:
+        return value.zeros[i]
+    return walk.flags(size, False)
+
+
+def _evaluate(walk: Walk, eqn: Any, ins: Sequence[Value]) -> float | None:
+    """Applies a primitive to zeros, and to the numbers that are known."""
+    numbers = tuple(0.0 if v.known is None else v.known for v in ins)
+    dtypes = tuple(str(atom.aval.dtype) for atom in eqn.invars)
+    if any("key" in name for name in dtypes):
+        return None
+    params = {key: p for key, p in eqn.params.items() if key != "sharding"}
+    key = (eqn.primitive.name, numbers, dtypes, str(params))
+    if key not in walk.at_zero:
+        with jax.ensure_compile_time_eval():
+            operands = [
+                np.asarray(x).astype(atom.aval.dtype)
+                for x, atom in zip(numbers, eqn.invars, strict=True)
+            ]
+            (result,) = _jaxpr.bind(eqn, *operands)
+            walk.at_zero[key] = float(np.asarray(result).real)
+    return None if math.isnan(walk.at_zero[key]) else walk.at_zero[key]
+
+
+def _unchanged(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
+    """Gives every result the axes of its operand: they are of one shape."""
+    return [Value(v.axes, v.zeros, v.known) for v in ins[-len(eqn.outvars) :]]
+
+
+def _without_result(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
+    return []
+
+
+def _random_key(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
+    return [walk.pinned(v.aval.shape, "a random key") for v in eqn.outvars]
+
+
+def _random_bits(walk: Walk, eqn: Any, key: Value) -> tuple[list[Value], Run]:
+    """Draws as many numbers as are kept: they are other numbers, which is recorded."""
+    out = walk.fresh(eqn.outvars[0].aval.shape)
+    for axis in out.axes:
+        walk.redraws.append((axis, f"another random draw by {_jaxpr.where(eqn)}"))
+    keys = len(key.axes)
+
+    def run(cut: Cut, eqn: Any, key: Any) -> list[Any]:
+        return _jaxpr.bind(eqn, key, shape=cut.shape(out, eqn.outvars[0])[keys:])
+
+    return [out], run
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    **dict.fromkeys(_UNCHANGED, _unchanged),
+    **dict.fromkeys(_WITHOUT_RESULT, _without_result),
+    **dict.fromkeys(_KEYS, _random_key),
+    "random_bits": _random_bits,
+}

@@ -1,0 +1,117 @@
+"""Rules of primitives that read and write at indices."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxprune._program import jaxpr as _jaxpr
+from jaxprune._program.atoms import Axis
+from jaxprune._program.cut import Cut
+from jaxprune._program.values import Rule, Run, Value
+from jaxprune._program.walk import Walk
+
+
+def _dynamic_slice(walk: Walk, eqn: Any, x: Value, *starts: Value) -> tuple[list[Value], Run]:
+    out = _read(walk, eqn, x, eqn.params["slice_sizes"])
+
+    def run(cut: Cut, eqn: Any, *args: Any) -> list[Any]:
+        return _jaxpr.bind(eqn, *args, slice_sizes=cut.shape(out, eqn.outvars[0]))
+
+    return [out], run
+
+
+def _dynamic_update(walk: Walk, eqn: Any, x: Value, new: Value, *starts: Value) -> list[Value]:
+    _read(walk, eqn, x, new.shape)
+    zeros = []
+    for i, (a, b) in enumerate(zip(x.axes, new.axes, strict=True)):
+        if len(a) == len(b):
+            walk.atoms.unite(a, b)
+            zeros.append(x.zeros[i] & new.zeros[i])
+        else:
+            walk.atoms.pin(b, f"a position of {_jaxpr.where(eqn)}")
+            zeros.append(walk.flags(len(a), False))
+    return [Value(x.axes, tuple(zeros))]
+
+
+def _read(walk: Walk, eqn: Any, x: Value, sizes: Sequence[int]) -> Value:
+    """Reads a slice of some sizes: axes that are read entirely are carried, others are pinned."""
+    axes, zeros = [], []
+    for axis, zero, size in zip(x.axes, x.zeros, sizes, strict=True):
+        if size == len(axis):
+            axes.append(axis)
+            zeros.append(zero)
+        else:
+            reason = f"a position of {_jaxpr.where(eqn)}"
+            walk.atoms.pin(axis, reason)
+            axes.append(walk.atoms.pinned(size, reason))
+            zeros.append(walk.flags(size, False))
+    return Value(tuple(axes), tuple(zeros))
+
+
+def _gather(walk: Walk, eqn: Any, x: Value, at: Value) -> tuple[list[Value], Run]:
+    """Reads a slice of x at every index.
+
+    ::
+
+        x (vocabulary, features), at (batch, time, 1)  ->  (batch, time, features)
+
+        features     an offset axis: read entirely, it is that of x
+        vocabulary   collapsed: read at one place, it is pinned, and is no axis of the result
+        batch, time  the axes of the indices, whose last axis counts the indexed axes of x
+
+    A batching axis (of a gather under `vmap`) is one of x and of the indices: they are united.
+    """
+    d, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    batch = [i for i in range(len(x.axes)) if i in d.operand_batching_dims]
+    offset = [i for i in range(len(x.axes)) if i not in (*d.collapsed_slice_dims, *batch)]
+    read = _read(walk, eqn, x, [len(x.axes[i]) if i in batch else n for i, n in enumerate(sizes)])
+    for i, j in zip(d.operand_batching_dims, d.start_indices_batching_dims, strict=True):
+        walk.atoms.unite(x.axes[i], at.axes[j])
+    outer = [i for i in range(len(eqn.outvars[0].aval.shape)) if i not in d.offset_dims]
+    axes: dict[int, Axis] = dict(zip(outer, at.axes[:-1], strict=True))
+    axes |= {o: read.axes[i] for o, i in zip(d.offset_dims, offset, strict=True)}
+    zeros = {o: walk.flags(len(axes[o]), False) for o in outer}
+    zeros |= {o: read.zeros[i] for o, i in zip(d.offset_dims, offset, strict=True)}
+    walk.atoms.pin(at.axes[-1], f"an index of {_jaxpr.where(eqn)}")
+    out = Value(tuple(axes[i] for i in sorted(axes)), tuple(zeros[i] for i in sorted(axes)))
+
+    def run(cut: Cut, eqn: Any, x: Any, at: Any) -> list[Any]:
+        sizes = list(eqn.params["slice_sizes"])
+        for i in offset:
+            sizes[i] = cut.size(read.axes[i], sizes[i])
+        return _jaxpr.bind(eqn, x, at, slice_sizes=tuple(sizes))
+
+    return [out], run
+
+
+def _scatter(walk: Walk, eqn: Any, x: Value, at: Value, new: Value) -> list[Value]:
+    """Writes at every index: a gather with source and result exchanged."""
+    d = eqn.params["dimension_numbers"]
+    batch = [i for i in range(len(x.axes)) if i in d.operand_batching_dims]
+    window = [i for i in range(len(x.axes)) if i not in (*d.inserted_window_dims, *batch)]
+    sizes = [1] * len(x.axes)
+    for i, j in zip(window, d.update_window_dims, strict=True):
+        sizes[i] = len(new.axes[j])
+    for i in batch:
+        sizes[i] = len(x.axes[i])
+    read = _read(walk, eqn, x, sizes)
+    outer = [j for j in range(len(new.axes)) if j not in d.update_window_dims]
+    for j, axis in zip(outer, at.axes[:-1], strict=True):
+        walk.atoms.unite(new.axes[j], axis)
+    for i, j in zip(d.operand_batching_dims, d.scatter_indices_batching_dims, strict=True):
+        walk.atoms.unite(x.axes[i], at.axes[j])
+    zeros = [walk.flags(len(axis), False) for axis in x.axes]
+    for i, j in zip(window, d.update_window_dims, strict=True):
+        walk.atoms.unite(read.axes[i], new.axes[j])
+        if len(new.axes[j]) == len(x.axes[i]):
+            zeros[i] = x.zeros[i] & new.zeros[j]
+    walk.atoms.pin(at.axes[-1], f"an index of {_jaxpr.where(eqn)}")
+    return [Value(x.axes, tuple(zeros))]
+
+
+_SCATTERS = "scatter scatter-add scatter-sub scatter-mul scatter-min scatter-max".split()
+RULES: dict[str, Rule] = {
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update,
+    "gather": _gather,
+    **dict.fromkeys(_SCATTERS, _scatter),
+}

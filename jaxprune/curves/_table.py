@@ -1,0 +1,196 @@
+"""The table of a sweep: stored in a file, loaded, averaged over seeds."""
+
+import csv
+import io
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxprune import _atomic
+from jaxprune._table import Table
+
+Curves = Mapping[str, np.ndarray]  # columns of equal length, one entry for each point
+Row = dict[str, Any]
+Key = tuple[str, float, int]  # method, sparsity, seed
+
+DENSE = "dense"
+"""The method of the rows that hold the unpruned control."""
+_EFFICIENCY = "compression theoretical_speedup measured_speedup stored_bytes params flops"
+MEASURES = dict.fromkeys(f"before after {_EFFICIENCY} trainings seconds".split(), float)
+"""The columns that hold numbers, and their types."""
+COLUMNS = {"method": str, "sparsity": float, "seed": int} | MEASURES | {"error": str}
+
+
+def finished(store: str | os.PathLike[str] | None) -> dict[Key, Row]:
+    """Reads the points of a store that did not fail, by method, sparsity and seed."""
+    if store is None:
+        return {}
+    path = _path(store)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        return {}
+    table = load(path)
+    rows = [dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
+    return {(r["method"], r["sparsity"], r["seed"]): r for r in rows if not r["error"]}
+
+
+def tabulate(rows: Iterable[Row]) -> Curves:
+    """Makes columns of rows; what a row lacks is NaN."""
+    rows = list(rows)
+    return {
+        name: np.array([row.get(name, np.nan) for row in rows], kind)
+        for name, kind in COLUMNS.items()
+    }
+
+
+def check_one_network(rows: Iterable[Row], store: str | os.PathLike[str]) -> None:
+    """Raises a `ValueError` if the points of a store belong to networks of different sizes."""
+    sizes = {round(row["params"] * row["compression"]) for row in rows if not row["error"]}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{store}: points must belong to one network, got another network: sizes are "
+            f"{sorted(sizes)} params. Use another file."
+        )
+
+
+def save(table: Curves, path: str | os.PathLike[str]) -> None:
+    """Writes a table to a ``.csv`` or ``.json`` file, which is replaced only when complete.
+
+    Examples:
+      >>> import tempfile
+      >>> table = {name: np.zeros(2).astype(kind) for name, kind in COLUMNS.items()}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(table, folder + "/points.csv")
+      ...     load(folder + "/points.csv")["seed"].tolist()
+      [0, 0]
+    """
+    path = _path(path)
+    columns = {name: table[name].tolist() for name in COLUMNS}
+    text = io.StringIO()
+    if path.suffix == ".csv":
+        writer = csv.writer(text)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    else:
+        # JSON has no NaN, which marks the numbers of failed points.
+        finite = {k: [None if x != x else x for x in cells] for k, cells in columns.items()}
+        json.dump({"jaxprune": "curves", "columns": finite}, text, indent=1)
+    with _atomic.replacing(path) as new:
+        new.write_text(text.getvalue(), encoding="utf-8", newline="")
+
+
+def load(path: str | os.PathLike[str]) -> Curves:
+    """Reads a table that was written by :func:`save` or :func:`sweep`.
+
+    Examples:
+      >>> import tempfile
+      >>> table = {name: np.zeros(2).astype(kind) for name, kind in COLUMNS.items()}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(table, folder + "/points.json")
+      ...     sorted(load(folder + "/points.json")) == sorted(table)
+      True
+
+    Raises:
+      ValueError: for a truncated file, or one that is not a table of curves.
+    """
+    path = _path(path)
+    try:
+        text = path.read_bytes().decode()
+        if path.suffix == ".csv":
+            header, *lines = csv.reader(io.StringIO(text, newline=""))
+            columns = dict(zip(header, zip(*lines, strict=True), strict=True))
+        else:
+            columns = json.loads(text)["columns"]
+        sizes = {len(columns[name]) for name in COLUMNS}
+        if len(sizes) != 1:
+            raise ValueError(f"columns of {sorted(sizes)} entries")
+        return {
+            name: np.array([np.nan if cell is None else kind(cell) for cell in columns[name]], kind)
+            for name, kind in COLUMNS.items()
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: must be a table with the columns {', '.join(COLUMNS)}, as "
+            f"`jp.curves.save` writes it, got a truncated or another file ({error})."
+        ) from error
+
+
+def _path(path: str | os.PathLike[str]) -> pathlib.Path:
+    path = pathlib.Path(path)
+    if path.suffix not in (".csv", ".json"):
+        raise ValueError(f"{path}: suffix must be .csv or .json, got {path.suffix!r}.")
+    return path
+
+
+def over_seeds(table: Curves) -> Curves:
+    """Averages over seeds: the mean and standard deviation for every method and sparsity.
+
+    Returns:
+      A dict of arrays: ``method``, ``sparsity``, ``seeds`` (the number of points that did not
+      fail), and for every measure its mean under its own name and its sample standard deviation
+      under the name with suffix ``_std`` (0 for one seed). The measure ``change`` is ``after``
+      minus that of the dense network with the same seed.
+
+    Examples:
+      >>> table = {name: np.zeros(2).astype(kind) for name, kind in COLUMNS.items()}
+      >>> table |= {"error": np.array(["", ""]), "after": np.array([0.7, 0.9])}
+      >>> over_seeds(table)["after"].round(3).tolist(), over_seeds(table)["seeds"].tolist()
+      ([0.8], [2])
+    """
+    ok = table["error"] == ""
+    dense = {
+        seed: after
+        for name, seed, after in zip(table["method"], table["seed"], table["after"], strict=True)
+        if name == DENSE
+    }
+    change = table["after"] - np.array([dense.get(seed, np.nan) for seed in table["seed"]])
+    measures = {name: table[name] for name in MEASURES} | {"change": change}
+    pairs = zip(table["method"].tolist(), table["sparsity"].tolist(), strict=True)
+    columns: dict[str, list[Any]] = {"method": [], "sparsity": [], "seeds": []}
+    for name, sparsity in dict.fromkeys(pairs):  # each pair once, in the order of the table
+        rows = ok & (table["method"] == name) & (table["sparsity"] == sparsity)
+        columns["method"].append(name)
+        columns["sparsity"].append(sparsity)
+        columns["seeds"].append(int(rows.sum()))
+        for measure, values in measures.items():
+            sample = values[rows]
+            columns.setdefault(measure, []).append(sample.mean() if len(sample) else np.nan)
+            spread = sample.std(ddof=1) if len(sample) > 1 else 0.0 if len(sample) else np.nan
+            columns.setdefault(f"{measure}_std", []).append(spread)
+    return {name: np.array(values) for name, values in columns.items()}
+
+
+def summary(table: Curves) -> Table:
+    """Tabulates the quality (mean ± standard deviation over seeds) and the savings of each point.
+
+    Returns:
+      A :class:`jaxprune.metrics.Table`, with one row for each method and sparsity.
+
+    Examples:
+      >>> table = {name: np.ones(2).astype(kind) for name, kind in COLUMNS.items()}
+      >>> table |= {"method": np.array(["dense", "SNIP"]), "error": np.array(["", ""])}
+      >>> [row[0] for row in summary(table).rows]
+      ['dense', 'SNIP']
+    """
+    mean = over_seeds(table)
+    rows = []
+    for i, (name, seeds) in enumerate(zip(mean["method"], mean["seeds"], strict=True)):
+        point = str(name), f"{mean['sparsity'][i]:.4g}", str(seeds)
+        if not seeds:
+            rows.append((*point, *[""] * 6, "failed"))
+            continue
+        quality = [
+            f"{mean[q][i]:.4g} ± {mean[q + '_std'][i]:.2g}" if seeds > 1 else f"{mean[q][i]:.4g}"
+            for q in ("before", "after")
+        ]
+        ratios = [
+            f"{mean[r][i]:.2f}×" for r in ("compression", "theoretical_speedup", "measured_speedup")
+        ]
+        stored = f"{mean['stored_bytes'][i]:,.0f}"
+        rows.append((*point, *quality, f"{mean['change'][i]:+.2g}", *ratios, stored))
+    header = ("method", "sparsity", "seeds", "before", "after", "change", "compression")
+    return Table((*header, "FLOPs", "time", "bytes"), rows)

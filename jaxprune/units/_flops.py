@@ -1,0 +1,46 @@
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import _program
+
+if TYPE_CHECKING:
+    from jaxprune.groups import Groups
+
+
+def flops(groups: "Groups") -> jax.Array:
+    """Returns the FLOPs that the removal of each unit alone saves.
+
+    FLOPs are counted for the example inputs passed to ``find_groups``, as in
+    :func:`jaxprune.metrics.flops`: the most expensive branch of a `cond`, and one iteration of a
+    `while` loop, with a warning. Molchanov et al subtract them from the scores of :func:`taylor`,
+    times a small number.
+
+    Args:
+      groups: from ``find_groups``.
+
+    Returns:
+      A float32 array of shape ``(len(groups),)``.
+
+    Examples:
+      >>> import jaxprune as jp
+      >>> params = {"in": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}
+      >>> groups = jp.find_groups(lambda p, x: x @ p["in"] @ p["out"], params, jnp.ones((1, 3)))
+      >>> print(flops(groups))
+      [10. 10. 10. 10.]
+
+    References:
+      Molchanov et al, `Pruning Convolutional Neural Networks for Resource Efficient Inference
+      <https://arxiv.org/abs/1611.06440>`_, 2016
+    """
+    _program.warn_of_loops(groups.terms, stacklevel=2)
+
+    def without(unit: np.ndarray) -> np.ndarray:
+        return float(len(unit)) - np.bincount(unit, minlength=len(groups) + 1)
+
+    dense = _program.total(groups.terms, _program.Contraction.macs)
+    left = _program.total(groups.terms, lambda c: c.macs(without))
+    saved = 2 * (dense - np.broadcast_to(left, len(groups) + 1))
+    return jnp.asarray(saved[1:], jnp.float32)

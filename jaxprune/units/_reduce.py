@@ -1,0 +1,189 @@
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import _mesh, _ranks, _sums, _tree
+from jaxprune._tree import Scores, Where
+
+if TYPE_CHECKING:
+    from jaxprune.groups import Groups
+
+HOW = ("mean", "sum", "max", "first")
+NORMS = (None, "mean", "max", "sum", "l2")
+
+
+def reduce(
+    groups: "Groups",
+    scores: Scores,
+    how: str = "mean",
+    *,
+    where: Where | None = None,
+    normalize: str | None = None,
+) -> jax.Array:
+    r"""Scores a unit by the scores of its weights.
+
+    .. math:: s_u = \mathrm{how}_{m \in u} \sum_{i \in m} s_i
+
+    where the members m of unit u are its slices, one per leaf and axis that it spans. With
+    ``scores.magnitude(params)`` and ``how="first"`` this is the filter pruning of Li et al.
+    ``groups.select(scores, sparsity, reduce=how)`` does the same with the default leaves. Call
+    ``reduce`` to choose the leaves, to normalize, or to add other scores of units.
+
+    Args:
+      groups: from ``find_groups``.
+      scores: scores of the params, higher is kept; `None` for a leaf without scores. Or one score
+        per unit, an array of shape ``(len(groups),)``, which is normalized alone.
+      how: ``"mean"``, ``"sum"`` or ``"max"`` over the slices, or ``"first"``, the slice that the
+        program uses first: the filter that makes the unit.
+      where: ``where(path, score)`` returns whether a leaf counts. By default only leaves with two
+        or more axes count, if there are any.
+      normalize: divides the scores of each group by their ``"mean"``, ``"max"``, ``"sum"``, or by
+        their ``"l2"`` norm.
+
+    Returns:
+      A float32 array of shape ``(len(groups),)``. A group without a counted leaf has the score
+      +inf: ``groups.select`` keeps its units, and counts them in no budget.
+
+    Raises:
+      ValueError: for scores of other paths or shapes, NaN or infinite scores, scores that are in no
+        group, an unknown ``how`` or ``normalize``, or ``how`` or ``where`` with one score per unit.
+
+    Examples:
+      >>> import jaxprune as jp
+      >>> params = {"in": jnp.array([[3.0, -1.0]]), "out": jnp.array([[1.0], [5.0]])}
+      >>> groups = jp.find_groups(lambda p, x: x @ p["in"] @ p["out"], params, jnp.ones((5, 1)))
+      >>> scores = jp.scores.magnitude(params)
+      >>> print(reduce(groups, scores), reduce(groups, scores, "first", normalize="max"))
+      [2. 3.] [1.         0.33333334]
+
+    References:
+      Li et al, `Pruning Filters for Efficient ConvNets
+      <https://arxiv.org/abs/1608.08710>`_, 2016
+    """
+    _tree.check_word("how", how, HOW)
+    _tree.check_word("normalize", normalize, NORMS)
+    if not is_per_unit(groups, scores):
+        scores = _reduce(groups, scores, how, where)
+    elif how != "mean" or where is not None:
+        raise ValueError(
+            f"scores must be those of the params for {how!r} or where=, got one score per unit."
+        )
+    else:
+        scores = _checked(groups, scores)
+    return scores if normalize is None else normalized(groups, scores, normalize)
+
+
+def is_per_unit(groups: "Groups", scores: Any) -> bool:
+    """Returns whether scores are an array over units; params may be one array as well."""
+    if not isinstance(scores, (jax.Array, np.ndarray)):
+        return False
+    return not (hasattr(groups.like, "shape") and groups.like.shape == scores.shape)
+
+
+def _checked(groups: "Groups", scores: jax.Array) -> jax.Array:
+    """Checks one score per unit."""
+    if scores.shape != (len(groups),):
+        raise ValueError(
+            f"scores: an array must hold one score per unit, of shape ({len(groups)},), got shape "
+            f"{scores.shape}. Score the units of these groups, or pass a tree of scores."
+        )
+    if not _tree.is_traced(scores):
+        bad = ~np.isfinite(values := np.asarray(scores, np.float32))
+        for group in groups.groups:  # +inf is the score of a group without one
+            bad[group.units - 1] &= not (values[group.units - 1] == np.inf).all()
+        if bad.any():
+            raise ValueError(
+                f"scores must be finite, got NaN or infinity for {bad.sum()} of {len(groups)} "
+                f"units, first for unit {np.flatnonzero(bad)[0]}. Check the loss."
+            )
+    return jnp.asarray(scores, jnp.float32)
+
+
+def _reduce(groups: "Groups", scores: Scores, how: str, where: Where | None) -> jax.Array:
+    names = [path for path, _ in _tree.named_leaves(groups.like)]
+    aligned = zip(names, _tree.align(groups.like, scores, "scores"), strict=True)
+    leaves = {p: s for p, s in aligned if s is not None and (where is None or where(p, s))}
+    if where is None and (matrices := {p: s for p, s in leaves.items() if jnp.ndim(s) >= 2}):
+        leaves = matrices
+    members = _members(groups)
+    used = [i for i, (path, _) in enumerate(members) if path in leaves]
+    if not used:
+        raise ValueError(
+            f"scores: at least one scored leaf must be in a group, got scores of {sorted(leaves)}. "
+            "Score leaves that print(groups) lists, or choose them with "
+            "`jp.units.reduce(groups, scores, where=lambda path, s: ...)`."
+        )
+    units = [groups.unit[members[i][0]][members[i][1]] for i in used]
+    member = np.repeat(used, [len(unit) for unit in units])
+    # One key for every (unit, member), by unit first, then in the order in which members are used.
+    every = np.concatenate(units).astype(np.int64)
+    keys, slices = np.unique(every * len(members) + member, return_inverse=True)
+    owner = keys // len(members)
+    # Array by array: those of identical layers share a program, which in one program for all would
+    # be compiled for each.
+    sums = tuple(_slice_sums(leaves[path], axis) for path, axis in (members[i] for i in used))
+    result, finite = _reduced(sums, slices, owner, how=how, count=len(groups))
+    if not _tree.is_traced(finite) and not np.asarray(finite).all():
+        path, _ = members[used[int(np.argmin(finite))]]
+        raise ValueError(
+            f"{_tree.show(path)}: scores must be finite, got NaN or infinity. Check the loss and "
+            "the params, or leave this leaf out with "
+            "`jp.units.reduce(groups, scores, where=lambda path, s: ...)`."
+        )
+    scored = np.bincount(owner, minlength=len(groups) + 1)[1:] > 0
+    return jnp.where(scored, result, jnp.inf)
+
+
+def normalized(groups: "Groups", scores: jax.Array, how: str) -> jax.Array:
+    """Divides the scores of each group by one number, if that is not 0; +inf remains."""
+    group, count = _ranks.group_of(groups), len(groups.groups)
+    if how == "max":
+        scale = jax.ops.segment_max(scores, group, count)
+    elif how == "l2":
+        scale = jnp.sqrt(jax.ops.segment_sum(scores**2, group, count))
+    else:
+        scale = jax.ops.segment_sum(scores, group, count)
+    if how == "mean":
+        scale = scale / np.bincount(group, minlength=count)
+    return scores / jnp.where((scale == 0) | (scale == jnp.inf), 1, scale)[group]
+
+
+def _members(groups: "Groups") -> list[tuple[str, int]]:
+    """Lists the leaves and axes that have units, in the order in which the program uses them."""
+    used = {(path, axis) for group in groups.groups for path, axis, _ in group.members}
+    order = {path: i for i, path in enumerate(groups.unit)}
+    return sorted(used, key=lambda member: (order[member[0]], member[1]))
+
+
+def _slice_sums(scores: jax.Array, axis: int) -> jax.Array:
+    others = _tree.other_axes(jnp.ndim(scores), axis)
+    return _mesh.replicated(_sums.exact_sum(scores, others))
+
+
+@functools.partial(jax.jit, static_argnames=("how", "count"))
+def _reduced(
+    sums: tuple[jax.Array, ...], slices: jax.Array, owner: jax.Array, how: str, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns one score per unit, and whether the scores of each array are finite.
+
+    Args:
+      sums: for every array, the sums of its slices.
+      slices: for all of these, one array after the other, the number of the total they belong to.
+      owner: the unit of every total, or 0; ascending.
+      how: how the totals of a unit become one score.
+      count: how many units there are.
+    """
+    totals = jax.ops.segment_sum(jnp.concatenate(sums), slices, len(owner))
+    if how == "first":
+        first = jnp.searchsorted(owner, jnp.arange(1, count + 1))
+        score = totals[jnp.minimum(first, len(owner) - 1)]
+    elif how == "max":
+        score = jax.ops.segment_max(totals, owner, count + 1)[1:]
+    else:
+        score = jax.ops.segment_sum(totals, owner, count + 1)[1:]
+    if how == "mean":
+        score /= jnp.maximum(jnp.bincount(owner, length=count + 1)[1:], 1)
+    return score, jnp.stack([jnp.all(jnp.isfinite(s)) for s in sums])

@@ -1,0 +1,9 @@
+"""Small networks of every shape that structured pruning must handle, with what may leave them.
+
+Each row names leaves that must have removable units and leaves that must have none; nothing here
+knows `jaxprune`. Parameters are drawn from a fixed key, running statistics, scales and biases too,
+so that a mistake in any of them shows in the output.
+"""
+
+from . import attention, channels, conv, dense, language, rare, recurrent, transformed  # noqa: F401
+from ._build import NETWORKS, Net  # noqa: F401
