@@ -27,12 +27,14 @@ def _markdown(text, owner):
         return f"{indent}$$\n{indent}{body}\n{indent}$$\n"
 
     text = re.sub(
-        r"(?m)^(?P<indent> *)\.\. math::[ ]*(?:(?P<line>\S.*)\n?|\n\n?(?P<body>(?:\1 +.*\n?)+))",
+        r"(?m)^(?P<indent> *)\.\. math::[ ]*"
+        r"(?:(?P<line>\S.*(?:\n\1 +\S.*)*)\n?|\n\n?(?P<body>(?:\1 +.*\n?)+))",
         equation,
         text,
     )
     text = re.sub(r":math:`([^`]*)`", r"$\1$", text)
-    text = re.sub(r":(?:func|class|mod|meth):`([^`]*)`", lambda m: _reference(m[1], owner), text)
+    roles = r":(?:func|class|mod|meth|data):`([^`]*)`"
+    text = re.sub(roles, lambda m: _reference(m[1], owner), text)
     text = re.sub(r"`([^`<]+?)\s+<(https?://[^>]+)>`_", lambda m: f"[{m[1]}]({m[2]})", text)
     text = re.sub(r"``([^`]+)``", r"`\1`", text)
     text = re.sub(r"(?m)(?<=[^:]):: *$", ":", text)
