@@ -112,6 +112,7 @@ def test_site_needs_no_network(site):
         assert not RESOURCE.search(page.read_text()), page
         text = re.sub("<pre.*?</pre>", "", page.read_text(), flags=re.DOTALL)
         assert "\\(" not in text and "$$" not in text, page  # every equation is MathML
+        assert "][jaxprune" not in text, page  # every reference is a link
     for sheet in site.rglob("*.css"):
         assert not IMPORT.search(sheet.read_text()), sheet
     assert (site / "search" / "search_index.js").exists()

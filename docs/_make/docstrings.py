@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+import types
 
 import griffe
 
@@ -11,6 +12,8 @@ import jaxprune
 def _reference(name, owner):
     """Links a name to its entry in the API: a public function, or a member of its owner."""
     name = name.removeprefix("jaxprune.")
+    if isinstance(getattr(jaxprune, name, None), types.ModuleType):  # the head of a page
+        return f"`jaxprune.{name}`"
     if name.split(".")[0] in jaxprune.__all__:
         return f"[`{name}`][jaxprune.{name}]"
     while owner is not None:
