@@ -172,15 +172,19 @@ def of_units(net, filters):
         )
         return params, filters(result.scores, sparsity)
 
-    def activation(statistic):
-        score = jp.units.activation(net.groups, net.apply_fn, statistic)
-        return method(score, net.x[:512], select=select(normalize="mean"))
+    def by_relative_score(scores, sparsity):
+        """Compares units of all layers by their score over the mean of their group."""
+        return filters(jp.units.reduce(net.groups, scores, normalize="mean"), sparsity)
 
     return {
         "FPGM, filters": method(jp.scores.fpgm, select=select(scope="layer", reduce="first")),
         "isomorphic, filters": method(jp.scores.magnitude, select=select(scope="isomorphic")),
         **{f"{name}, filters": method(s, *sample, select=filters) for name, s in score.items()},
-        "mean activation, filters": activation("mean"),
+        "mean activation, filters": method(
+            jp.units.activation(net.groups, net.apply_fn, "mean"),
+            net.x[:512],
+            select=by_relative_score,
+        ),
         "particle filter, filters": particles,
     }
 

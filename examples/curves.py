@@ -47,6 +47,11 @@ def nine_methods(net):
     by_layer = functools.partial(jp.select, scope="layer")
     # Kernels are written for round widths: 11 and 22 filters run slower here than 16 and 32.
     filters = functools.partial(net.groups.select, cost="params", round_to=4)
+
+    def by_relative_score(scores, sparsity):
+        """Compares filters of all layers by their score over the mean of their layer."""
+        return filters(jp.units.reduce(net.groups, scores, normalize="mean"), sparsity)
+
     return {
         "magnitude": method(scores.magnitude),
         "magnitude by layer": method(scores.magnitude, select=by_layer),
@@ -57,9 +62,7 @@ def nine_methods(net):
         "L1 filters": method(
             scores.magnitude, select=functools.partial(filters, scope="layer", reduce="first")
         ),
-        "Taylor filters": method(
-            scores.taylor(net.loss), *sample, select=functools.partial(filters, normalize="mean")
-        ),
+        "Taylor filters": method(scores.taylor(net.loss), *sample, select=by_relative_score),
     }
 
 

@@ -119,8 +119,13 @@ def selectors(groups, find_error, held, args):
     def random(variables, ratio, key):
         return groups.select(jax.random.uniform(key, (len(groups),)), ratio, scope="layer")
 
-    def norm(variables, ratio, key, **options):
-        return groups.select(jp.scores.magnitude(variables), ratio, reduce="first", **options)
+    def independent(variables, ratio, key):
+        scores = jp.scores.magnitude(variables)
+        return groups.select(scores, ratio, reduce="first", scope="layer")
+
+    def all_layers(variables, ratio, key):
+        scores = jp.scores.magnitude(variables)
+        return groups.select(jp.units.reduce(groups, scores, "first", normalize="mean"), ratio)
 
     def search(variables, ratio, key):
         # One network at a time: on CPUs, XLA is slow at batches of convolutions.
@@ -130,9 +135,9 @@ def selectors(groups, find_error, held, args):
 
     return {
         "random": random,
-        "L1, independent": functools.partial(norm, scope="layer"),
+        "L1, independent": independent,
         "L1, greedy": lambda variables, ratio, key: greedy(groups, variables, ratio),
-        "L1, all layers": functools.partial(norm, normalize="mean"),
+        "L1, all layers": all_layers,
         "particle filter, all layers": search,
     }
 

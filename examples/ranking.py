@@ -53,7 +53,7 @@ def images(x):
 
 
 def by_layer(score):
-    """Divides the scores of each layer by their norm, as `normalize="l2"` does."""
+    """Divides the scores of each layer by their ℓ2 norm."""
     norms = np.array([np.linalg.norm(score[i == LAYER]) for i in range(len(WIDTHS))])
     return score / np.where(norms, norms, 1)[LAYER]
 
@@ -112,11 +112,11 @@ def compare(args):
         select = {
             "oracle": lambda s: groups.select(abs(scores["oracle"]), s),
             "oracle, signed": lambda s: groups.select(scores["oracle"], s),
-            "Taylor, ℓ2 by layer": lambda s: groups.select(summed, s, normalize="l2"),
+            "Taylor, ℓ2 by layer": lambda s: groups.select(by_layer(summed), s),
             AVERAGED: lambda s: groups.select(scores[AVERAGED], s),
             "L1": lambda s: groups.select(magnitude, s, reduce="first"),
             "L1, mean by layer": lambda s: groups.select(
-                magnitude, s, reduce="first", normalize="mean"
+                jp.units.reduce(groups, magnitude, "first", normalize="mean"), s
             ),
         }
         pruned = []

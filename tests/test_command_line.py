@@ -33,7 +33,7 @@ a         b
     )
 
 
-def test_prune_reports_what_is_kept(tmp_path, capsys):
+def test_prune_reports_kept_weights(tmp_path, capsys):
     file = write(tmp_path / "in", weights())
     argv = "prune", file, tmp_path / "out", "--sparsity", 0.5, "--exclude", "z/*", "b*"
     code, out, err = run(capsys, *argv, "--json")
@@ -45,7 +45,7 @@ def test_prune_reports_what_is_kept(tmp_path, capsys):
     assert "conv      3×3×8×4  144 of 288    50.00%" in out
 
 
-def test_the_command_line_knows_these_files(tmp_path, capsys):
+def test_inspect_lists_the_leaves_of_a_sparse_model(tmp_path, capsys):
     path = str(tmp_path / "file")
     jp.masks.save(path, *sparse_model())
     assert main(["inspect", path, "--json"]) == 0
@@ -57,7 +57,7 @@ def test_the_command_line_knows_these_files(tmp_path, capsys):
     assert found["metadata"].keys() == {"format", "version", "checksum"}
     assert main(["inspect", path]) == 0 and "24×10" in capsys.readouterr().out
     assert main(["prune", path, path, "--sparsity", "0.5"]) == 2
-    assert "stores kept weights alone" in capsys.readouterr().err
+    assert "stores only the kept weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, capsys, monkeypatch,
     assert capsys.readouterr().err.count("\n") == (code != 143)
 
 
-def test_sigterm_removes_what_is_unfinished(tmp_path, monkeypatch):
+def test_sigterm_removes_unfinished_files(tmp_path, monkeypatch):
     file = write(tmp_path / "in", weights())
     monkeypatch.setattr(stream, "pruned", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)

@@ -29,7 +29,7 @@ def test_fuzzing(tmp_path, cases):
 
 
 @pytest.mark.parametrize("abstract", [False, True])
-def test_what_is_saved_is_loaded(tmp_path, model, abstract):
+def test_a_round_trip_keeps_every_bit(tmp_path, model, abstract):
     path = tmp_path / "model"
     jp.masks.save(path, *model)
     like = jax.eval_shape(lambda: model[0]) if abstract else model[0]
@@ -37,7 +37,7 @@ def test_what_is_saved_is_loaded(tmp_path, model, abstract):
     assert not jax.tree.leaves(jp.masks.load(path, like)[0])[0].committed
 
 
-def test_leaves_of_numpy_and_python_stay_what_they_are(tmp_path):
+def test_leaves_of_numpy_and_python_keep_their_types(tmp_path):
     params = {
         "wide": np.array([[np.nan, 0.0, -0.0, 1e300]]),
         "big": np.arange(3, dtype=">f4"),
@@ -135,7 +135,7 @@ def test_a_mesh_that_cannot_hold_a_leaf_is_named(tmp_path):
 ONE, HALF = jnp.array([True]), jnp.array([True, False])
 
 
-SAVES = {  # what cannot be saved, and what is said
+SAVES = {  # params and masks that cannot be saved, and the error
     "other paths": ({"a": 1}, {"b": None}, "a: masks have no entry"),
     "floats": ({"w": HALF}, {"w": jnp.ones(2)}, "w: masks must be bool"),
     "not zero": (
@@ -167,7 +167,7 @@ SAVES = {  # what cannot be saved, and what is said
 
 
 @pytest.mark.parametrize("name", SAVES)
-def test_what_cannot_be_saved_leaves_the_old_file(tmp_path, name):
+def test_a_refused_save_leaves_the_old_file(tmp_path, name):
     params, masks, words = SAVES[name]
     path = tmp_path / "file"
     path.write_bytes(b"old")
@@ -215,7 +215,7 @@ def flipped(data):
     return fuzz_files.joined(header, body)
 
 
-LOADS = {  # what became of a file, and what is said
+LOADS = {  # a change of a file, and the error
     "cut short": (lambda data: data[:-1], "truncated or damaged"),
     "empty": (lambda data: b"", "not a safetensors file"),
     "pickle": (lambda data: b"cos\nsystem\n(S'exit'\ntR.", "not a safetensors file"),
@@ -284,7 +284,7 @@ def test_another_structure_is_refused(tmp_path, model, change, words):
         jp.masks.load(tmp_path / "file", change(model[0]))
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_a_missing_file_or_a_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="missing: No such file"):
         jp.masks.load(tmp_path / "missing", jnp.ones(1))
     with pytest.raises(ValueError, match="must be a file, got a folder. .* Orbax"):

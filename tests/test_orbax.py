@@ -70,7 +70,7 @@ def test_other_folders_are_not_replaced(tmp_path, capsys, checkpoint):
         assert code == 2 and "not an Orbax checkpoint" in err
         assert (home / "thesis").read_text() == "precious"
     code, _, err = run(capsys, "inspect", tmp_path)
-    assert code == 2 and f"Give the one inside, {path}" in err
+    assert code == 2 and f"Pass the one inside, {path}" in err
 
 
 def test_a_folder_that_cannot_be_replaced_stays(capsys, monkeypatch, checkpoint):

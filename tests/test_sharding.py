@@ -97,7 +97,7 @@ OPERATIONS = {  # a new one adds one entry here: params to masks, or to what has
     ),  # fmt: skip
     "units": lambda p: groups().select(jp.scores.magnitude(p), 0.5, reduce="first"),
     "units by layer": lambda p: groups().select(
-        jp.scores.magnitude(p), 0.5, scope="layer", round_to=8, normalize="max"
+        jp.scores.magnitude(p), 0.5, scope="layer", round_to=8
     ),
     "units within": lambda p: groups().select(
         jp.scores.magnitude(p), scope={"up": 0.75}, within=groups().masks(np.arange(32) % 4 > 0)

@@ -18,7 +18,7 @@ from jaxprune._files.command_line import main
 @pytest.mark.parametrize("levels", [None, 1], ids=["distinct", "ties"])
 @pytest.mark.parametrize("scope", ["global", "layer", "erk"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_prunes_the_weights_that_select_does(tmp_path, dtype, scope, levels, monkeypatch):
+def test_prunes_the_same_weights_as_select(tmp_path, dtype, scope, levels, monkeypatch):
     tensors = weights(dtype, levels)
     file, out = write(tmp_path / "in", tensors), str(tmp_path / "out")
     for sparsity in (0.0, 0.37, 0.9, 0.999):

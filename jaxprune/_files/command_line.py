@@ -149,7 +149,7 @@ def _prune(arguments: argparse.Namespace) -> int:
     with _bar(arguments) as bar, opened(arguments.file, bar.update) as source:
         if compact.is_compact(source):
             raise FileError(
-                f"{arguments.file}: stores kept weights alone. Prune it further with "
+                f"{arguments.file}: stores only the kept weights. Prune it further with "
                 "`jp.masks.load`, `jp.select(..., within=masks)` and `jp.masks.save`."
             )
         check_output(arguments.out, source.format)

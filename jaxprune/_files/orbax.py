@@ -25,7 +25,7 @@ def opened(path: str, tick: Tick = lambda size: None) -> Iterator[Checkpoint]:
     folder = Path(path).absolute()
     if not (folder / "_METADATA").exists():
         inner = sorted(p.parent for n in ("*", "*/*") for p in folder.glob(f"{n}/_METADATA"))
-        fix = f" Give the one inside, {inner[-1]}." if inner else ""
+        fix = f" Pass the one inside, {inner[-1]}." if inner else ""
         raise FileError(f"{path}: this folder is not an Orbax checkpoint of a tree.{fix}")
     try:
         import orbax.checkpoint as ocp  # slow to import, and not needed for files

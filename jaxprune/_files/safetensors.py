@@ -59,7 +59,7 @@ def opened(path: str, tick: Tick = lambda size: None) -> Iterator[Checkpoint]:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
         raise FileError(
-            f"{path}: {reason(error)}. Give a safetensors file or an Orbax checkpoint folder."
+            f"{path}: {reason(error)}. Pass a safetensors file or an Orbax checkpoint folder."
         ) from None
     if not stat.S_ISREG(mode):  # a pipe can be read only once
         raise FileError(f"{path}: is not a regular file. Copy its contents to a file first.")
@@ -103,7 +103,7 @@ def _unchanged(tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file that replaces the one at ``path`` in the end, and keeps its permissions."""
+    """Opens a file that replaces the one at ``path`` at the end, and keeps its permissions."""
     with saving(path) as new, open(new, "xb") as file:
         yield file
         file.flush()

@@ -143,8 +143,8 @@ def _solve(walk: Walk, leaves: Mapping[str, Value], split: Split) -> list[Choice
     for path in split:
         if path not in leaves:
             raise ValueError(
-                f"{_tree.show(path)}: split must name leaves of the params, got no leaf. Use one of "
-                f"{sorted(leaves)}."
+                f"{_tree.show(path)}: split must name leaves of the params, got another path. Use "
+                f"one of {sorted(leaves)}."
             )
 
     def roots(axes: Sequence[np.ndarray]) -> np.ndarray:
@@ -160,8 +160,8 @@ def _solve(walk: Walk, leaves: Mapping[str, Value], split: Split) -> list[Choice
                     unused.pop(path, None)
                     if not units[factor]:
                         raise ValueError(
-                            f"{_tree.show(path)}: split must name a factor with units, got {factor} for "
-                            f"{merge.where}. Its factors have {units} units."
+                            f"{_tree.show(path)}: split must name a factor with units, got "
+                            f"{factor} of {merge.where}, whose factors have {units} units."
                         )
                     choices.append((merge, factor % len(units), units))
                     return which, factor % len(units)

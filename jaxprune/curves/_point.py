@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune import _select, _timing, _tree, metrics
+from jaxprune import _select, _tree, metrics
 from jaxprune._shrink import CannotShrink, shrink
 from jaxprune._tree import Masks, Params
 from jaxprune.curves._table import Row
@@ -75,7 +75,7 @@ def _savings(
     """Measures the pruned network and compares it with the dense one."""
     small, small_params, small_masks = _shrunk(network, params, masks, inputs)
     functions = {"dense": (network, dense), "pruned": (small, small_params)}
-    times = _timing.interleave(functions, inputs, rounds=30)
+    times = metrics._interleave(functions, inputs, rounds=30)
     flops = metrics.flops(network, dense, *inputs, masks=masks)
     table = metrics.summary(params, masks)
     return {
