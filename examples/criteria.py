@@ -174,11 +174,7 @@ def of_units(net, filters):
 
     def by_relative_score(scores, sparsity):
         """Compares units of all layers by their score over the mean of their group."""
-        for group in net.groups.groups:
-            units = group.units - 1
-            mean = scores[units].mean()
-            scores = scores.at[units].divide(jnp.where(mean == 0, 1, mean))
-        return filters(scores, sparsity)
+        return filters(jp.units.reduce(net.groups, scores, normalize="mean"), sparsity)
 
     return {
         "FPGM, filters": method(jp.scores.fpgm, select=select(scope="layer", reduce="first")),

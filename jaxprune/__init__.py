@@ -37,8 +37,9 @@ if TYPE_CHECKING:
         search,
         units,
     )
+    from jaxprune._plan import Plan
     from jaxprune._report import report
-    from jaxprune._shrink import CannotShrink, Plan, shrink
+    from jaxprune._shrink import CannotShrink, shrink
     from jaxprune.groups import find_groups
     from jaxprune.metrics import summary
 
@@ -77,14 +78,8 @@ __all__ = [
 
 # What reads programs, draws or trains is imported on first use: it takes two thirds of the time
 # that importing all of the package takes, and flax.nnx as long again.
-_HOMES = {
-    "CannotShrink": "_shrink",
-    "Plan": "_shrink",
-    "find_groups": "groups",
-    "report": "_report",
-    "shrink": "_shrink",
-    "summary": "metrics",
-}
+_HOMES = {"CannotShrink": "_shrink", "Plan": "_plan", "shrink": "_shrink"}
+_HOMES |= {"find_groups": "groups", "report": "_report", "summary": "metrics"}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,6 @@ the roots that axes of params have are the units: numbered from 1, and 0 for wha
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -79,17 +78,19 @@ def choices(
       groups: the units and members of each group.
     """
     lines = []
-    for product, factor, counts in structure.choices:
-        cut = np.unique(spread[product.factors[factor]])
+    for merge, factor, counts in structure.choices:
+        cut = np.unique(spread[merge.factors[factor]])
         members = [m for units, members in groups if np.isin(units, cut).any() for m in members]
         paths = list(dict.fromkeys(path for path, *_ in members))
-        lines.append(_describe(product, factor, counts, paths))
+        lines.append(_describe(merge, factor, counts, paths))
     return tuple(lines)
 
 
-def _describe(product: Any, factor: int, counts: Sequence[int], paths: Sequence[str]) -> str:
-    sizes = "×".join(str(len(f)) for f in product.factors)
-    cut = f"{product.where} ({sizes}) is cut along factor {factor}"
+def _describe(
+    merge: _program.Merge, factor: int, counts: Sequence[int], paths: Sequence[str]
+) -> str:
+    sizes = "×".join(str(len(f)) for f in merge.factors)
+    cut = f"{merge.where} ({sizes}) is cut along factor {factor}"
     if not paths:
         return f"{cut}."
     other = next(i for i, n in enumerate(counts) if n and i != factor)

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxprune import _atomic, _tree, plot
 from jaxprune import curves as _curves
-from jaxprune._shrink import Plan
+from jaxprune._plan import Plan
 from jaxprune._table import Shown, Table, spell
 from jaxprune.groups import Groups
 from jaxprune.metrics import Layers, Summary

@@ -128,7 +128,7 @@ def _cells(pattern: patterns.Pattern, entry: _Entry) -> tuple[int, ...]:
         return jax.eval_shape(pattern.pool, like).shape
     except ValueError as error:
         raise ValueError(
-            f"{_tree.show(entry.path)}: {error} Or exclude this leaf with "
+            f"{_tree.show(entry.path)}: {error} Exclude this leaf with "
             "`where=lambda path, score: ...`."
         ) from error
 

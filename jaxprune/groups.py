@@ -163,11 +163,7 @@ class Groups(Shown):
             raise ValueError(f"round_to must be a positive integer, got {round_to!r}.")
         if not self.groups:
             raise ValueError(f"groups: no unit can be removed; the table says why.\n{self}")
-        per_unit = self._is_per_unit(scores)
-        if per_unit:
-            score = self._check_scores(scores, reduce)
-        else:
-            score = _reduce.reduce(self, scores, reduce)
+        score = _reduce.reduce(self, scores, reduce)
         present = None if within is None else self._kept(within)
         pools, fractions = self._pools(scope, sparsity)
         order = _ranks.order(self, score, pools, present, round_to)
@@ -184,32 +180,8 @@ class Groups(Shown):
         kept = kept if present is None else kept & present
         if not _tree.is_traced(kept):
             self._warn(np.asarray(kept), order, fractions, sparsity, round_to)
-        return _ranks.masks_like(self, kept, within if per_unit else scores)
-
-    def _is_per_unit(self, scores: Any) -> bool:
-        if not isinstance(scores, (jax.Array, np.ndarray)):
-            return False
-        return not (hasattr(self.like, "shape") and self.like.shape == scores.shape)
-
-    def _check_scores(self, scores: jax.Array, reduce: str) -> jax.Array:
-        """Checks one score per unit."""
-        if scores.shape != (len(self),):
-            raise ValueError(
-                f"scores: an array must hold one score per unit, of shape ({len(self)},), got "
-                f"shape {scores.shape}. Score the units of these groups, or pass a tree of scores."
-            )
-        if reduce != "mean":
-            raise ValueError(f"reduce={reduce!r} needs scores of params, got one score per unit.")
-        if not _tree.is_traced(scores):
-            bad = ~np.isfinite(values := np.asarray(scores, np.float32))
-            for group in self.groups:  # +inf is the score of a group without one
-                bad[group.units - 1] &= not (values[group.units - 1] == np.inf).all()
-            if bad.any():
-                raise ValueError(
-                    f"scores must be finite, got NaN or infinity for {bad.sum()} of {len(self)} "
-                    f"units, first for unit {np.flatnonzero(bad)[0]}. Check the loss."
-                )
-        return jnp.asarray(scores, jnp.float32)
+        like = within if _reduce.is_per_unit(self, scores) else scores
+        return _ranks.masks_like(self, kept, like)
 
     def _kept(self, masks: Masks) -> jax.Array:
         """Returns which units have any entry that masks keep."""

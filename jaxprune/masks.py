@@ -1,4 +1,4 @@
-"""Masks: pytrees of bools beside the params, ``True`` for kept, ``None`` for never pruned.
+"""Masks: pytrees of bools next to the params, ``True`` for kept, ``None`` for never pruned.
 
 >>> import jax.numpy as jnp
 >>> params = {"w": jnp.array([1.0, jnp.nan]), "b": jnp.ones(1)}
@@ -16,18 +16,20 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jaxprune import _files, _mesh, _tree
+from jaxprune._tree import Masks, Params, Tree
 
-Masks = Any
 
+def apply_masks(params: Params, masks: Masks) -> Params:
+    r"""Sets pruned weights to exactly zero.
 
-def apply_masks(params: Any, masks: Masks) -> Any:
-    r"""Sets pruned weights to exactly zero: :math:`w_i \leftarrow w_i` if kept, else 0.
+    .. math:: w_i \leftarrow w_i \text{ if } m_i \text{ else } 0
 
-    A pruned NaN or infinity becomes 0 too. Arguments are ordered as in ``optax.apply_updates``.
+    A pruned NaN or infinity becomes 0 too. The arguments have the order of
+    ``optax.apply_updates``.
 
     Args:
       params: any pytree of arrays.
-      masks: a pytree with the same paths and shapes; `None` leaves a leaf as it is.
+      masks: a pytree with the same paths and shapes; a leaf with `None` is returned unchanged.
 
     Returns:
       The masked params, with their structure, dtypes and shardings.
@@ -43,12 +45,19 @@ def apply_masks(params: Any, masks: Masks) -> Any:
     return _tree.map_masks(lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), params, masks)
 
 
-def straight_through(params: Any, masks: Masks) -> Any:
-    r"""Masks the params in the forward pass, and passes gradients to all of them.
+def straight_through(params: Params, masks: Masks) -> Params:
+    r"""Masks the params in the forward pass, but passes gradients to all of them.
 
     .. math:: \tilde w = m \odot w, \qquad \partial \tilde w / \partial w := 1
 
-    so that pruned weights go on learning and may come back when the masks are made anew.
+    Pruned weights continue to learn, and new masks may keep them again.
+
+    Args:
+      params: any pytree of arrays.
+      masks: a pytree with the same paths and shapes; a leaf with `None` is returned unchanged.
+
+    Returns:
+      The masked params.
 
     Raises:
       ValueError: if paths or shapes differ.
@@ -73,14 +82,19 @@ def _straight_through(weights: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 @_straight_through.defjvp
-def _straight_through_jvp(primals, tangents):
+def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return _straight_through(*primals), tangents[0]
 
 
 def combine(masks: Masks, *more: Masks) -> Masks:
-    r"""Keeps what every tree of masks keeps: :math:`m_i = \bigwedge_j m_i^{(j)}`.
+    r"""Keeps the weights that all masks keep: :math:`m_i = \bigwedge_j m_i^{(j)}`.
 
-    Where one tree has `None`, the others decide.
+    Args:
+      masks: the first masks, whose structure is returned.
+      *more: masks with the same paths and shapes. If one tree has `None`, the others decide.
+
+    Returns:
+      Masks.
 
     Raises:
       ValueError: if paths or shapes differ.
@@ -90,33 +104,27 @@ def combine(masks: Masks, *more: Masks) -> Masks:
       [True, False]
     """
     for other in more:
-        leaves, treedef = jax.tree.flatten(masks, is_leaf=lambda m: m is None)
-        names, others = _tree.named_entries(masks), _tree.named_entries(other)
-        if names.keys() != others.keys():
-            raise ValueError(
-                f"masks to combine must have the same paths; {names.keys() ^ others.keys()} are "
-                "in one tree only."
-            )
-        for path, m in names.items():
-            if m is not None and others[path] is not None and m.shape != others[path].shape:
-                raise ValueError(
-                    f"{_tree.show(path)}: masks to combine have shapes {m.shape} and "
-                    f"{others[path].shape}, needed the same."
-                )
-        pairs = zip(leaves, (others[path] for path in names), strict=True)
+        treedef = jax.tree.structure(masks, is_leaf=lambda m: m is None)
+        pairs = _tree.match(masks, other, "the other masks")
         masks = jax.tree.unflatten(
-            treedef, [b if a is None else a if b is None else a & b for a, b in pairs]
+            treedef, [b if a is None else a if b is None else a & b for _, a, b in pairs]
         )
     return masks
 
 
-def pack(masks: Masks) -> Any:
+def pack(masks: Tree) -> Tree:
     r"""Packs masks to bits: a leaf of n weights becomes :math:`\lceil n / 8 \rceil` bytes.
 
-    Eight masks become a byte along the last axis that 8 divides, so that a mask spread over a mesh
-    is packed where it is; where there is no such axis the bytes are one row. Leaves that are not
-    bool stay: an optimizer state, or all of a training, can be packed for a checkpoint with the
-    masks in it. Abstract leaves are packed too, for what restores by them.
+    Eight bits become a byte along the last axis that is divisible by 8, so that a mask on a mesh is
+    packed where it lies. Without such an axis, the bytes form one row. Leaves that are not bool are
+    returned unchanged, so an optimizer state, or a complete training state, can be packed for a
+    checkpoint. Abstract leaves are packed too, for use as a restore target.
+
+    Args:
+      masks: masks, or any pytree that holds them.
+
+    Returns:
+      The tree with uint8 leaves in place of the bool leaves.
 
     Raises:
       ValueError: for an abstract leaf that its mesh does not divide.
@@ -131,7 +139,7 @@ def pack(masks: Masks) -> Any:
 
 
 def _byte_axis(shape: tuple[int, ...]) -> int | None:
-    """Gives the last axis that 8 divides, along which bits are packed."""
+    """Returns the last axis that is divisible by 8, along which bits are packed."""
     return max((i for i, size in enumerate(shape) if size and size % 8 == 0), default=None)
 
 
@@ -145,17 +153,20 @@ def _bits(mask: Any) -> Any:
     return packed.update(sharding=mask.sharding)
 
 
-def unpack(packed: Any, params: Any) -> Masks:
-    """Unpacks what :func:`pack` packed, to the shapes of the params.
+def unpack(packed: Tree, params: Tree) -> Tree:
+    """Unpacks the masks in a tree that :func:`pack` returned.
 
     Args:
-      packed: what was packed.
-      params: arrays or ``jax.ShapeDtypeStruct`` of the shapes of the masks, or all that was packed.
-        A mask is placed as its leaf is here.
+      packed: the packed tree.
+      params: arrays or ``jax.ShapeDtypeStruct`` with the shapes and shardings of the masks, such as
+        the params, or the tree before packing.
+
+    Returns:
+      The tree with bool leaves in place of the packed ones, sharded like the leaves of ``params``.
 
     Raises:
-      ValueError: if a leaf has no entry, an entry no leaf, for the wrong number of bytes, or for a
-        mesh that does not divide a leaf.
+      ValueError: if a leaf has no entry, an entry has no leaf or the wrong number of bytes, or a
+        mesh does not divide a leaf.
 
     Examples:
       >>> unpack(pack(jnp.array([True, False, True])), jnp.zeros(3)).tolist()
@@ -164,36 +175,24 @@ def unpack(packed: Any, params: Any) -> Masks:
       >>> unpack(pack(state), state)["count"].tolist()
       5
     """
-    entries = _tree.named_entries(packed)
-    masks = []
-    for path, leaf in _tree.named_leaves(params):
-        if path not in entries:
-            raise ValueError(
-                f"{_tree.show(path)}: packed masks have no entry for this leaf; they have "
-                f"{sorted(entries)[:10]}. Unpack with the params they are for."
-            )
-        masks.append(_unpacked(path, entries.pop(path), leaf))
-    if lone := [path for path, entry in entries.items() if entry is not None]:
-        raise ValueError(
-            f"{_tree.show(lone[0])}: packed masks have an entry here, the params have none. Unpack "
-            "with the params they are for."
-        )
-    return _tree.rebuild(params, masks)
+    matched = _tree.match(params, packed, "packed masks", shapes=False)
+    return _tree.rebuild(params, [_unpacked(*m) for m in matched if m[1] is not None])
 
 
-def _unpacked(path: str, entry: Any, leaf: Any) -> Any:
+def _unpacked(path: str, leaf: Any, entry: Any) -> Any:
     shape = jnp.shape(leaf)
     if entry is None:
         return None
-    is_bits = _tree.dtype(entry) == jnp.uint8 != _tree.dtype(leaf)
-    if not is_bits and jnp.shape(entry) == shape:  # was not bool, so was not packed
+    # Bytes may also be a uint8 array that `pack` left unchanged: the leaf is then uint8 itself.
+    may_be_bits = _tree.dtype(entry) == jnp.uint8 and _tree.dtype(leaf) != jnp.uint8
+    if not may_be_bits and jnp.shape(entry) == shape:
         return entry
-    needed = _bits(jax.ShapeDtypeStruct(shape, jnp.bool_)).shape
-    if _tree.dtype(entry) != jnp.uint8 or jnp.shape(entry) != needed:
+    packed_shape = _bits(jax.ShapeDtypeStruct(shape, jnp.bool_)).shape
+    if _tree.dtype(entry) != jnp.uint8 or jnp.shape(entry) != packed_shape:
         raise ValueError(
-            f"{_tree.show(path)}: packed masks hold {_tree.dtype(entry)} of shape "
-            f"{jnp.shape(entry)}, needed uint8 of shape {needed} for a mask of shape {shape}. "
-            "Unpack with the params they are for."
+            f"{_tree.show(path)}: packed masks must be uint8 of shape {packed_shape} for a mask of "
+            f"shape {shape}, got {_tree.dtype(entry)} of shape {jnp.shape(entry)}. Unpack with the "
+            "params they were made for."
         )
     _mesh.check_held(_tree.show(path), leaf)
     axis = _byte_axis(shape)
@@ -207,25 +206,26 @@ def _unpacked(path: str, entry: Any, leaf: Any) -> Any:
 
 
 def save(path: str | os.PathLike[str], params: Any, masks: Masks) -> None:
-    r"""Saves a sparse model in little space: the weights that are kept, and a bit for each.
+    r"""Saves a sparse model compactly: the kept weights, and one bit per weight for the masks.
 
-    A leaf of n weights of b bytes, k of them kept, takes :math:`k b + n / 8` bytes. The file is a
-    safetensors file: ``path/values`` (k,) and ``path/bitmap`` (uint8) for a leaf with a mask, and
-    ``path`` for any other, whatever its dtype. It is written whole or not at all, leaf by leaf; a
-    file that was there stays until then.
+    A leaf of n weights of b bytes each, k of them kept, takes :math:`k b + n / 8` bytes.
 
-    Kept weights are stored bit by bit, with NaN and -0. Pruned ones come back as 0, so they must
-    be zero. Of PRNG keys the data and the kind are stored.
+    The file is a safetensors file. A leaf with a mask is stored as ``path/values`` of shape (k,)
+    and ``path/bitmap`` of dtype uint8. Any other leaf is stored as ``path``, with its dtype. The
+    file is written leaf by leaf, and replaces an existing file only when it is complete.
+
+    Kept weights are stored bit by bit, including NaN and -0. Pruned weights must be zero, because
+    they are loaded as 0. PRNG keys are stored as key data plus implementation name.
 
     Args:
-      path: of the file, such as ``"model.safetensors"``.
-      params: a pytree of arrays that this process holds.
+      path: the file to write, such as ``"model.safetensors"``.
+      params: a pytree of arrays that this process holds entirely.
       masks: their masks.
 
     Raises:
       ValueError: if paths or shapes differ, masked weights are not zero, or the file cannot be
         written.
-      TypeError: for a leaf that safetensors has no type for, or a mask that is not bool.
+      TypeError: if safetensors does not support the dtype of a leaf, or a mask is not bool.
 
     Examples:
       >>> import tempfile
@@ -239,23 +239,24 @@ def save(path: str | os.PathLike[str], params: Any, masks: Masks) -> None:
 
 
 def load(path: str | os.PathLike[str], like: Any) -> tuple[Any, Masks]:
-    """Loads params and masks from a file of :func:`save`.
+    """Loads the params and masks that :func:`save` wrote.
 
-    A checksum covers all that is loaded. Nothing is executed: the file holds JSON and numbers.
+    A checksum covers everything that is loaded. Nothing is executed, because the file holds only
+    JSON and numbers.
 
     Args:
-      path: of the file.
-      like: arrays or ``jax.ShapeDtypeStruct`` in the structure of the params that were saved, such
-        as ``jax.eval_shape(init, key)``. A leaf is placed as it is sharded here; NumPy arrays are
-        given for NumPy arrays.
+      path: the file to read.
+      like: arrays or ``jax.ShapeDtypeStruct`` with the structure of the saved params, such as
+        ``jax.eval_shape(init, key)``. Every leaf is placed with the sharding that it has here.
+        NumPy arrays are returned for NumPy arrays.
 
     Returns:
-      The params, and their masks, `None` for a leaf without one.
+      The params, and their masks, with `None` for a leaf without one.
 
     Raises:
-      ValueError: for a file that is missing, cut short, damaged, or of a newer version, and for
-        other paths, shapes or dtypes than those of ``like``, or a mesh that does not divide a leaf.
-        The message names file and leaf.
+      ValueError: if the file is missing, truncated, damaged or of a newer version, if paths, shapes
+        or dtypes differ from those of ``like``, or if a mesh does not divide a leaf. The message
+        names the file and the leaf.
 
     Examples:
       >>> import tempfile

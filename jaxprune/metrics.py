@@ -1,7 +1,8 @@
-"""What pruning saved: weights, bytes, FLOPs, time."""
+"""Numbers and tables: sparsity, bytes, FLOPs, time and memory."""
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,12 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _program, _timing, _tree
+from jaxprune import _program, _tree
 from jaxprune._table import Shown, Table, spell
+from jaxprune._tree import Masks, Params
 
 
-def sparsity(masks: Any) -> float:
-    """Gives the fraction of prunable weights that are removed; leaves without a mask do not count.
+def sparsity(masks: Masks) -> float | jax.Array:
+    """Returns the fraction of prunable weights that are pruned.
+
+    Leaves without a mask do not count. Traced masks give a float32 scalar.
 
     Raises:
       ValueError: if there is no mask.
@@ -26,14 +30,16 @@ def sparsity(masks: Any) -> float:
     leaves = jax.tree.leaves(masks)
     total = sum(math.prod(m.shape) for m in leaves)
     if not total:
-        raise ValueError("sparsity needs at least one mask, got none.")
+        raise ValueError("masks: must hold at least one mask, got none.")
     if _tree.is_traced(masks):
         return 1 - sum(jnp.sum(m, dtype=jnp.float32) for m in leaves) / total
     return 1 - sum(int(jnp.count_nonzero(m)) for m in leaves) / total
 
 
-def compression(params: Any, masks: Any) -> float:
-    """Gives all params over those kept; leaves without a mask (biases, norms) count as kept.
+def compression(params: Params, masks: Masks) -> float:
+    """Returns the number of params divided by the number kept.
+
+    Leaves without a mask (biases, norms) count as kept.
 
     Examples:
       >>> compression({"w": jnp.ones(6), "b": jnp.ones(2)}, {"w": jnp.arange(6) < 2, "b": None})
@@ -43,11 +49,11 @@ def compression(params: Any, masks: Any) -> float:
     return table.size / max(table.kept, 1)
 
 
-def stored_bytes(params: Any, masks: Any) -> int:
+def stored_bytes(params: Params, masks: Masks) -> int:
     r"""Counts the bytes that a file of the kept weights needs.
 
-    A leaf with a mask takes its kept weights and one bit for each weight,
-    :math:`b k + \lceil n / 8 \rceil`, where that is less than the :math:`b n` of the whole leaf.
+    A leaf of n weights of b bytes with a mask takes its k kept weights and one bit for each weight,
+    :math:`b k + \lceil n / 8 \rceil`, where that is less than the :math:`b n` of the dense leaf.
 
     Raises:
       ValueError: for masks of other paths or shapes.
@@ -71,17 +77,13 @@ class Row:
     """One leaf of a :class:`Summary`.
 
     Attributes:
-      path: where it is.
+      path: the path of the leaf.
       shape: its shape.
-      size: its weights.
-      kept: those that are kept.
+      size: its number of weights.
+      kept: the number of weights that are kept.
       masked: whether it has a mask.
-      bytes: those of the array, zeros included.
-      note: what looks odd.
-
-    Examples:
-      >>> summary({"w": jnp.ones(2)}, {"w": jnp.array([True, False])}).rows[0].kept
-      1
+      bytes: the bytes of the array, zeros included.
+      note: a hint, if the mask looks wrong.
     """
 
     path: str
@@ -95,24 +97,18 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Summary(Shown):
-    """What :func:`summary` found; shows as a table.
-
-    Examples:
-      >>> found = summary({"w": jnp.ones(2)}, {"w": jnp.array([True, False])})
-      >>> found.size, found.kept, len(found.rows)
-      (2, 1, 1)
-    """
+    """The result of :func:`summary`; prints as a table."""
 
     rows: tuple[Row, ...]
 
     @property
     def size(self) -> int:
-        """All weights."""
+        """The number of weights."""
         return sum(row.size for row in self.rows)
 
     @property
     def kept(self) -> int:
-        """All weights that are kept."""
+        """The number of weights that are kept."""
         return sum(row.kept for row in self.rows)
 
     def _show(self) -> list[Table]:
@@ -127,12 +123,12 @@ class Summary(Shown):
         return [Table(header, rows, left=(0, 1, 5), total=True)]
 
 
-def summary(params: Any, masks: Any = None) -> Summary:
+def summary(params: Params, masks: Masks | None = None) -> Summary:
     """Tabulates shape, kept weights, sparsity and bytes of every leaf, with totals.
 
-    Bytes are those of the arrays as they are, zeros included: masks alone save none. A 2-D leaf
-    that is named bias or scale and masked is flagged: it looks like a stack of layers, and
-    ``select`` wants to know with ``stacked=``. Masks also show alone: ``summary(masks)``.
+    Bytes are those of the dense arrays, zeros included: masks alone save none. A masked 2-D leaf
+    named bias or scale is flagged, because it looks like a stack of layers: pass ``stacked=`` to
+    ``select``. ``summary(masks)`` also works without params.
 
     Raises:
       ValueError: for masks of other paths or shapes.
@@ -151,34 +147,28 @@ def summary(params: Any, masks: Any = None) -> Summary:
     rows = []
     aligned = zip(_tree.named_leaves(params), _tree.align_masks(params, masks), strict=True)
     for (path, leaf), mask in aligned:
-        size = math.prod(jnp.shape(leaf))
-        kept = size if mask is None else int(jnp.count_nonzero(mask))
-        last = path.split("/")[-1]
-        odd = mask is not None and jnp.ndim(leaf) == 2 and last in ("bias", "scale")
+        shape, masked = jnp.shape(leaf), mask is not None
+        size = math.prod(shape)
+        kept = int(jnp.count_nonzero(mask)) if masked else size
+        odd = masked and len(shape) == 2 and path.split("/")[-1] in ("bias", "scale")
         note = "a stack of layers? see select(stacked=)" if odd else ""
-        rows.append(
-            Row(
-                path,
-                jnp.shape(leaf),
-                size,
-                kept,
-                mask is not None,
-                size * _tree.dtype(leaf).itemsize,
-                note,
-            )
-        )
+        rows.append(Row(path, shape, size, kept, masked, size * _tree.dtype(leaf).itemsize, note))
     return Summary(tuple(rows))
 
 
-def flops(fn: Callable[..., Any], params: Any, *inputs: Any, masks: Any = None) -> float:
-    r"""Counts the floating-point operations of ``fn(params, *inputs)``: two per multiply-add.
+def flops(
+    apply_fn: Callable[..., Any], params: Params, *inputs: Any, masks: Masks | None = None
+) -> float:
+    r"""Counts the floating-point operations of ``apply_fn(params, *inputs)``, two per multiply-add.
 
-    Matmuls and convolutions are counted, wherever they are (einsum, attention, inside `scan`, once
-    per step). With masks those of nonzero weights alone: a weight of a convolution counts once per
-    output position. Of a `cond` the dearest branch counts, a `while` loop counts as one round.
+    Matmuls and convolutions are counted, also those of an einsum, of attention, and of a `scan`,
+    once per step. With masks, only the multiply-adds of kept weights are counted; a weight of a
+    convolution counts once per output position. For `cond` the most expensive branch is counted; a
+    `while` loop counts as one iteration, with a warning. ``groups.costs``, ``units.flops`` and
+    ``groups.select(cost="flops")`` count in the same way.
 
     Args:
-      fn: the function to trace; nothing is computed.
+      apply_fn: the function to trace; nothing is computed.
       params: arrays or shapes.
       *inputs: arrays or shapes.
       masks: masks of the params.
@@ -194,7 +184,7 @@ def flops(fn: Callable[..., Any], params: Any, *inputs: Any, masks: Any = None) 
       >>> flops(f, jnp.ones((3, 2)), jnp.ones((5, 3)), masks=jnp.array([[True, False]] * 3))
       30.0
     """
-    costs = _program.contractions(fn, params, *inputs, masks=masks)
+    costs = _program.contractions(apply_fn, params, *inputs, masks=masks)
     _program.warn_of_loops(costs, stacklevel=2)
     return 2.0 * _program.total(costs, _kept_macs)
 
@@ -205,11 +195,14 @@ def _kept_macs(contraction: _program.Contraction) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """What one leaf of the params costs, of a :class:`Layers`; the path is `None` for the others.
+    """The cost of one leaf of the params, in a :class:`Layers`.
 
-    Examples:
-      >>> layers(lambda w, x: x @ w, jnp.ones((3, 2)), jnp.ones((5, 3))).rows[0].flops
-      60
+    Attributes:
+      path: the path of the leaf, or `None` for products of activations.
+      shape: its shape.
+      params: the number of weights that are kept.
+      flops: the FLOPs of the products that it is a factor of.
+      activations: the entries of their results.
     """
 
     path: str | None
@@ -221,16 +214,15 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Layers(Shown):
-    """What :func:`layers` found; shows as a table.
+    """The result of :func:`layers`; prints as a table.
 
-    Examples:
-      >>> found = layers(lambda w, x: x @ w, jnp.ones((3, 2)), jnp.ones((5, 3)))
-      >>> sum(row.params for row in found.rows)
-      6
+    Attributes:
+      rows: one for each leaf.
+      loops: the `while` loops that are counted as one iteration.
     """
 
     rows: tuple[Layer, ...]
-    loops: tuple[str, ...] = ()  # counted once
+    loops: tuple[str, ...] = ()
 
     def _show(self) -> list[Table | str]:
         params = sum(r.params for r in self.rows)
@@ -238,37 +230,37 @@ class Layers(Shown):
         activations = sum(r.activations for r in self.rows)
         rows = []
         for r in self.rows:
-            rows.append(
-                (
-                    "(no params)" if r.path is None else _tree.show(r.path),
-                    "" if r.path is None else spell(r.shape),
-                    f"{r.params:,}",
-                    f"{r.params / max(params, 1):.1%}",
-                    f"{r.flops:,.0f}",
-                    f"{r.flops / max(flops, 1):.1%}",
-                    f"{r.activations:,}",
-                )
-            )
+            name = ("(no params)", "") if r.path is None else (_tree.show(r.path), spell(r.shape))
+            shares = f"{r.params / max(params, 1):.1%}", f"{r.flops / max(flops, 1):.1%}"
+            counts = f"{r.params:,}", shares[0], f"{r.flops:,.0f}", shares[1], f"{r.activations:,}"
+            rows.append((*name, *counts))
         rows.append(("total", "", f"{params:,}", "", f"{flops:,.0f}", "", f"{activations:,}"))
         header = ("path", "shape", "params", "", "FLOPs", "", "activations")
-        table = Table(header, rows, left=(0, 1), total=True)
-        notes = [f"{loop} is counted once: its trip count is unknown." for loop in self.loops]
-        return [table, *notes]
+        notes = [
+            f"{loop} is counted once, because its trip count is unknown." for loop in self.loops
+        ]
+        return [Table(header, rows, left=(0, 1), total=True), *notes]
 
 
-def layers(fn: Callable[..., Any], params: Any, *inputs: Any, masks: Any = None) -> Layers:
+def layers(
+    apply_fn: Callable[..., Any], params: Params, *inputs: Any, masks: Masks | None = None
+) -> Layers:
     """Tabulates params, FLOPs and activations of every weight that a matmul or convolution reads.
 
-    Activations are the entries of the results. What the weights of a network cost to store and what
-    they cost to run are two things: of VGG-16 the dense layers hold 89 % of the weights and do less
-    than 1 % of the multiply-adds, so that pruning them saves storage and no time. Where two params
-    meet in one product, the first is charged; products of activations stand in a row of their own.
+    Storage and compute differ: in VGG-16 the dense layers hold 89 % of the weights but do less than
+    1 % of the multiply-adds, so that pruning them saves storage and no time. A product of two
+    params is charged to the first; products of activations have a row of their own. FLOPs are
+    counted as by :func:`flops`; activations are the entries of the results.
 
     Args:
-      fn: the function to trace; nothing is computed.
+      apply_fn: the function to trace; nothing is computed.
       params: arrays or shapes.
       *inputs: arrays or shapes.
-      masks: masks of the params, to count kept weights alone.
+      masks: masks of the params, to count only kept weights.
+
+    Raises:
+      ValueError: for masks of other paths or shapes.
+      TypeError: for masks that are not bool.
 
     Examples:
       >>> print(layers(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, jnp.ones((5, 3))))
@@ -279,20 +271,19 @@ def layers(fn: Callable[..., Any], params: Any, *inputs: Any, masks: Any = None)
       total              6             60                   10
     """
     leaves = dict(_tree.named_leaves(params))
-    kept = dict.fromkeys(leaves)
-    if masks is not None:
-        kept = dict(zip(leaves, _tree.align_masks(params, masks), strict=True))
-    costs = _program.contractions(fn, params, *inputs, masks=masks)
+    aligned = [None] * len(leaves) if masks is None else _tree.align_masks(params, masks)
+    mask_of = dict(zip(leaves, aligned, strict=True))
+    costs = _program.contractions(apply_fn, params, *inputs, masks=masks)
     _program.warn_of_loops(costs, stacklevel=2)
     charged: dict[str | None, list[_program.Contraction]] = {}
-    for c in _program.dearest(costs, _kept_macs):
+    for c in _program.most_expensive(costs, _kept_macs):
         charged.setdefault(c.paths[0] if c.paths else None, []).append(c)
     rows = []
     for path, contractions in charged.items():
         shape: tuple[int, ...] = ()
         size = 0
         if path is not None:
-            shape, mask = jnp.shape(leaves[path]), kept[path]
+            shape, mask = jnp.shape(leaves[path]), mask_of[path]
             size = math.prod(shape) if mask is None else int(jnp.count_nonzero(mask))
         flops = 2 * sum(map(_kept_macs, contractions))
         rows.append(Layer(path, shape, size, flops, sum(c.outputs for c in contractions)))
@@ -301,13 +292,7 @@ def layers(fn: Callable[..., Any], params: Any, *inputs: Any, masks: Any = None)
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """How long one function takes at one batch size, of a :class:`Latency`, in seconds.
-
-    Examples:
-      >>> found = latency({"dense": (lambda w, x: x @ w, jnp.ones((4, 4)))}, jnp.ones((8, 4)))
-      >>> 0 < found.rows[0].median < 1
-      True
-    """
+    """The time of one function at one batch size, in a :class:`Latency`, in seconds."""
 
     name: str
     batch: int
@@ -317,18 +302,18 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Latency(Shown):
-    """What :func:`latency` measured; shows as a table.
+    """The result of :func:`latency`; prints as a table.
 
     Examples:
-      >>> found = latency({"dense": (lambda w, x: x @ w, jnp.ones((4, 4)))}, jnp.ones((8, 4)))
-      >>> found.speedup("dense", batch=8)
+      >>> times = latency({"dense": (lambda w, x: x @ w, jnp.ones((4, 4)))}, jnp.ones((8, 4)))
+      >>> times.speedup("dense", batch=8)
       1.0
     """
 
     rows: tuple[Timing, ...]
 
     def speedup(self, name: str, batch: int) -> float:
-        """Gives the median time of the first function over that of another."""
+        """Returns the median time of the first function divided by that of another."""
         times = {(row.name, row.batch): row.median for row in self.rows}
         return times[self.rows[0].name, batch] / times[name, batch]
 
@@ -350,64 +335,78 @@ class Latency(Shown):
 
 
 def latency(
-    functions: Mapping[str, tuple[Callable[..., Any], Any]], *inputs: Any, rounds: int = 30
+    functions: Mapping[str, tuple[Callable[..., Any], Params]], *inputs: Any, rounds: int = 30
 ) -> Latency:
-    """Measures functions side by side, compilation excluded, at batch 1 and at the given batch.
+    """Measures the times of several functions, at batch 1 and at the given batch.
 
-    Every round calls each function once, so that what else the machine does falls on all alike.
+    Compilation is excluded. Every round calls each function once, so that background load affects
+    all functions equally.
 
     Args:
-      functions: for every name ``(fn, params)``; the first is what others are compared with.
+      functions: for every name ``(apply_fn, params)``; the others are compared with the first.
       *inputs: arrays whose first axis is the batch.
-      rounds: how often to call each.
+      rounds: the number of calls of each function.
 
     Raises:
       ValueError: without inputs that have a first axis.
 
     Examples:
-      >>> small = latency({"dense": (lambda w, x: x @ w, jnp.ones((4, 4)))}, jnp.ones((8, 4)))
-      >>> [(row.name, row.batch) for row in small.rows]
+      >>> times = latency({"dense": (lambda w, x: x @ w, jnp.ones((4, 4)))}, jnp.ones((8, 4)))
+      >>> [(row.name, row.batch) for row in times.rows]
       [('dense', 1), ('dense', 8)]
     """
     sizes = [jnp.shape(x)[0] for x in jax.tree.leaves(inputs) if jnp.ndim(x)]
     if not sizes:
-        raise ValueError("latency needs inputs whose first axis is the batch, got none.")
+        raise ValueError("inputs: must have a first axis, the batch, got none that has.")
     batch = sizes[0]
     first = jax.tree.map(lambda x: x[:1] if jnp.ndim(x) and len(x) == batch else x, inputs)
-    jitted = {name: (jax.jit(fn), params) for name, (fn, params) in functions.items()}
+    jitted = {name: (jax.jit(apply_fn), params) for name, (apply_fn, params) in functions.items()}
     rows = []
     for size, args in {1: first, batch: inputs}.items():
-        for name, times in _timing.interleave(jitted, args, rounds).items():
+        for name, times in _interleave(jitted, args, rounds).items():
             low, median, high = np.quantile(times, (0.25, 0.5, 0.75)).tolist()
             rows.append(Timing(name, size, median, (low, high)))
     return Latency(tuple(rows))
 
 
+def _interleave(
+    functions: Mapping[str, tuple[Callable[..., Any], Params]], args: Any, rounds: int
+) -> dict[str, list[float]]:
+    """Calls each function once a round, after a first one; returns the seconds by name.
+
+    Every other round goes backwards: later functions find a warmer machine.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    order = list(functions.items())
+    for i in range(rounds + 1):
+        for name, (apply_fn, params) in order if i % 2 else order[::-1]:
+            start = time.perf_counter()
+            jax.block_until_ready(apply_fn(params, *args))
+            if i:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What a function needs, in bytes.
+    """The memory that a function needs, in bytes.
 
     Attributes:
-      params: the params.
-      peak: what running it takes at once: params, inputs, outputs and intermediate values.
-
-    Examples:
-      >>> found = memory(lambda w, x: x @ w, jnp.ones((3, 2)), jnp.ones((5, 3)))
-      >>> found.params < found.peak
-      True
+      params: the bytes of the params.
+      peak: the most bytes in use at one time: params, inputs, outputs and intermediate values.
     """
 
     params: int
     peak: int
 
 
-def memory(fn: Callable[..., Any], params: Any, *inputs: Any) -> Memory:
-    """Gives the bytes of the params, and those that the compiled function needs at once.
+def memory(apply_fn: Callable[..., Any], params: Params, *inputs: Any) -> Memory:
+    """Returns the bytes of the params, and the peak memory of the compiled function.
 
-    The peak is the compiler's: arguments, results, and the temporary buffers at their fullest.
+    The peak is the compiler's estimate: arguments, results, and the largest temporary buffers.
 
     Args:
-      fn: the function to compile; nothing is computed.
+      apply_fn: the function to compile; nothing is computed.
       params: arrays or shapes.
       *inputs: arrays or shapes.
 
@@ -417,6 +416,6 @@ def memory(fn: Callable[..., Any], params: Any, *inputs: Any) -> Memory:
     """
     leaves = jax.tree.leaves(params)
     stored = sum(math.prod(jnp.shape(w)) * _tree.dtype(w).itemsize for w in leaves)
-    found: Any = jax.jit(fn).lower(params, *inputs).compile().memory_analysis()
-    peak = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    return Memory(stored, peak - found.alias_size_in_bytes)
+    used: Any = jax.jit(apply_fn).lower(params, *inputs).compile().memory_analysis()
+    peak = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
+    return Memory(stored, peak - used.alias_size_in_bytes)

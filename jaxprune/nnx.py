@@ -6,9 +6,9 @@
 ...     nnx.Linear(3, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(1))
 ... )
 >>> x = jnp.ones((5, 3))
->>> fn, state = jp.nnx.split(model)
->>> masks = jp.find_groups(fn, state, x).select(jp.scores.magnitude(state), 0.5)
->>> small_fn, small_state, plan = jp.shrink(fn, state, masks, x)
+>>> apply_fn, state = jp.nnx.split(model)
+>>> masks = jp.find_groups(apply_fn, state, x).select(jp.scores.magnitude(state), 0.5)
+>>> small_fn, small_state, plan = jp.shrink(apply_fn, state, masks, x)
 >>> small_model = jp.nnx.merge(model, small_fn, small_state, x)
 >>> small_model.layers[0].kernel.shape
 (3, 4)
@@ -26,57 +26,59 @@ from jaxprune._shrink import differences
 def split(
     model: nnx.Module, *, method: str = "__call__", has_aux: bool = False
 ) -> tuple[Callable[..., Any], nnx.State]:
-    """Gives a module as ``(fn, state)``, where ``fn(state, *inputs)`` calls it.
+    """Splits a module into ``(apply_fn, state)``, where ``apply_fn(state, *inputs)`` calls it.
 
-    Call ``model.eval()`` or ``model.train()`` before: the function keeps the mode.
+    Call ``model.eval()`` or ``model.train()`` first: the function keeps the mode.
 
     Args:
-      model: the module; it is not changed, nor does ``fn`` change it.
-      method: what to call.
-      has_aux: whether ``fn`` returns ``(output, new state)``, with new batch statistics and random
-        counts, to shrink a training step with ``has_aux=True``.
+      model: the module. Neither ``split`` nor ``apply_fn`` changes it, or the state.
+      method: the name of the method to call.
+      has_aux: whether ``apply_fn`` returns ``(output, new state)``, with new batch statistics and
+        random counts, to shrink a training step with ``has_aux=True``.
 
     Examples:
-      >>> fn, state = split(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
-      >>> fn(state, jax.numpy.ones((5, 3))).shape
+      >>> import jax.numpy as jnp
+      >>> apply_fn, state = split(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+      >>> apply_fn(state, jnp.ones((5, 3))).shape
       (5, 2)
     """
     graph, state = nnx.split(model)
 
-    def fn(state: nnx.State, *inputs: Any) -> Any:
-        module = nnx.merge(graph, state)
+    def apply_fn(state: nnx.State, *inputs: Any) -> Any:
+        module = nnx.merge(graph, _copy(state))
         output = getattr(module, method)(*inputs)
         return (output, nnx.state(module)) if has_aux else output
 
-    return fn, state
+    return apply_fn, _copy(state)
 
 
 def merge(
     model: nnx.Module, small_fn: Callable[..., Any], small_state: nnx.State, *inputs: Any
 ) -> nnx.Module:
-    """Gives a module of the same code with smaller arrays, if its code then does the same.
+    """Returns the module with the shrunk arrays, after checking that it computes the same function.
 
-    A module may hold sizes of its own, and divide by the size that it sees: the result is compared
-    with ``small_fn`` on the inputs. Attributes such as ``out_features`` stay as they were.
+    A module may store sizes, or divide by the size of an array. So its result is compared with that
+    of ``small_fn`` on the inputs. Attributes such as ``out_features`` keep their dense values.
 
     Args:
-      model: the module that was shrunk, in the mode that was shrunk.
+      model: the module that was shrunk, in the same mode.
       small_fn: the shrunk function.
       small_state: the shrunk state.
-      *inputs: examples.
+      *inputs: example inputs.
 
     Raises:
-      ValueError: if the module cannot run with these arrays, or gives another result.
+      ValueError: if the module cannot run with these arrays, or returns another result.
 
     Examples:
-      >>> model, x = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jax.numpy.ones((5, 3))
-      >>> fn, state = split(model)  # then `shrink`, which gives a smaller function and state
-      >>> merge(model, fn, state, x).kernel.shape
+      >>> import jax.numpy as jnp
+      >>> model, x = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jnp.ones((5, 3))
+      >>> apply_fn, state = split(model)  # then `shrink` makes both smaller
+      >>> merge(model, apply_fn, state, x).kernel.shape
       (3, 2)
     """
-    small = nnx.merge(nnx.graphdef(model), small_state)
+    small = nnx.merge(nnx.graphdef(model), _copy(small_state))
     expected = small_fn(small_state, *inputs)
-    advice = "Its own code needs the dense sizes: use the shrunk function."
+    advice = "Its code needs the dense sizes: use the shrunk function."
     try:
         result = nnx.clone(small)(*inputs)
     except Exception as error:  # whatever the module's code raises
@@ -86,7 +88,12 @@ def merge(
     shapes = [[x.shape for x in jax.tree.leaves(tree)] for tree in (result, expected)]
     if shapes[0] != shapes[1] or differences(jax.tree.leaves(expected), result):
         raise ValueError(
-            f"{type(model).__name__} runs with the shrunk state, but gives another result than "
-            f"the shrunk function. {advice}"
+            f"{type(model).__name__} must return the result of the shrunk function, got another "
+            f"one. {advice}"
         )
     return small
+
+
+def _copy(state: nnx.State) -> nnx.State:
+    """Copies the variables, not their arrays: a module updates the variables that it is made of."""
+    return jax.tree.map(lambda w: w, state)

@@ -215,8 +215,7 @@ def check_given(params: Params | None, link: str) -> None:
     """Raises a `ValueError` if ``update`` of a link was called without params."""
     if params is None:
         raise ValueError(
-            f"{link}: params must be given to `update`, got None. Call "
-            "`update(grads, state, params)`."
+            f"{link}: params must be given, got None. Call `update(grads, state, params)`."
         )
 
 

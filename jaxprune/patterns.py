@@ -1,7 +1,8 @@
-"""What a mask may look like inside one leaf.
+"""Patterns: which cells of a leaf are kept or pruned together.
 
-A pattern pools the scores of a leaf to those of its units, among which :func:`jaxprune.select`
-chooses, and spreads the kept units back over the leaf.
+A pattern pools the scores of a leaf to one score per cell, :func:`jaxprune.select` chooses among
+the cells, and the pattern spreads the kept cells over the leaf. Equal arguments give the same
+pattern object, so that `select` compiles once.
 
 >>> import jax, jax.numpy as jnp
 >>> import jaxprune as jp
@@ -25,18 +26,20 @@ from jaxprune import _sums, _threshold
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """Units inside a leaf, each of which stays or leaves as a whole.
+    """Describes the cells of a leaf; all weights of a cell are kept or pruned together.
 
-    A sparsity counts units: of n units, ``select`` removes ``round(sparsity * n)``.
+    A sparsity counts cells: ``select`` prunes ``round(sparsity * n)`` of n cells. All functions are
+    traced, and the pattern is a static argument: make it once, not in every call.
 
     Attributes:
-      pool: maps the scores of a leaf to one score per unit; a `ValueError` says that they do not
-        fit, and `select` adds the path.
-      spread: maps the kept units, and the leaf's shape, to the leaf's mask.
-      limit: maps the scores of the units, which of them compete (`None` for all), and the fraction
-        to keep, to those that may be kept at all; `None` if that is any of them.
-      share: the fraction of the units that ``limit`` lets through, if it is always the same: then
-        ``select`` needs no sparsity.
+      pool: ``pool(scores) -> array`` returns one score per cell. It raises a `ValueError` if the
+        leaf does not fit; `select` adds the path.
+      spread: ``spread(kept, shape) -> mask`` returns the mask of a leaf of this shape.
+      limit: ``limit(scores, within, fraction) -> bool array`` returns which cells may be kept at
+        all, given the scores of the cells, which of them compete (`None` for all), and the fraction
+        to keep. With `None`, all may.
+      share: the fraction of cells that ``limit`` lets through, if it is constant; ``select`` then
+        needs no sparsity.
 
     Examples:
       >>> import jaxprune as jp
@@ -61,21 +64,24 @@ def _same_mask(kept: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return kept
 
 
-#: Every weight is a unit of its own.
+#: Every weight is a cell of its own.
 unstructured = Pattern(_same, _same_mask)
 
 
 def block(shape: Sequence[int]) -> Pattern:
-    """Keeps or removes whole blocks, tiles of the last axes of a leaf.
+    """Keeps or prunes entire blocks: tiles of the last axes of a leaf.
 
-    A block scores the mean of its weights. Where the shape of a leaf is no multiple of the block,
-    the last ones are smaller, and count as much: the sparsity is a fraction of blocks.
+    The score of a block is the mean of its weights. If a shape is not a multiple of the block,
+    trailing blocks are smaller but count as full blocks.
 
     Args:
       shape: the lengths of a block, along as many of the last axes.
 
+    Returns:
+      A pattern for :func:`jaxprune.select`.
+
     Raises:
-      ValueError: for lengths below 1; and from ``select``, for a leaf of fewer axes.
+      ValueError: for lengths below 1; and from ``select``, for a leaf with fewer axes.
 
     Examples:
       >>> import jaxprune as jp
@@ -91,40 +97,49 @@ def block(shape: Sequence[int]) -> Pattern:
     """
     lengths = tuple(shape)
     if not lengths or min(lengths) < 1:
-        raise ValueError(f"block needs lengths of at least 1, such as (16, 16), got {shape!r}.")
+        raise ValueError(
+            f"block: shape must hold lengths of at least 1, got {shape!r}. Use e.g. (16, 16)."
+        )
+    return _block(lengths)
 
-    def pool(scores):
+
+@functools.cache
+def _block(lengths: tuple[int, ...]) -> Pattern:
+    def pool(scores: jax.Array) -> jax.Array:
         first = scores.ndim - len(lengths)
         if first < 0:
             raise ValueError(
-                f"blocks of {lengths} need {len(lengths)} axes, got shape {scores.shape}."
+                f"blocks of {lengths} must have a leaf with at least {len(lengths)} axes, got "
+                f"shape {scores.shape}."
             )
         count = np.ones((1,) * first, np.float32)
         for n, length in zip(scores.shape[first:], lengths, strict=True):
             full = np.minimum(length, n - length * np.arange(-(-n // length)))
             count = np.multiply.outer(count, full.astype(np.float32))
-        return _sums.exact_block_sum(scores, lengths) / count
+        # Behind a barrier, or some programs multiply by the reciprocal of a constant and others
+        # divide: then the last bit would choose between blocks.
+        return _sums.exact_block_sum(scores, lengths) / jax.lax.optimization_barrier(count)
 
-    def spread(kept, shape):
-        return _sums.spread_blocks(kept, lengths, shape)
-
-    return Pattern(pool, spread)
+    return Pattern(pool, lambda kept, shape: _sums.spread_blocks(kept, lengths, shape))
 
 
 def axis(*axes: int) -> Pattern:
-    """Keeps or removes whole slices along an axis of a leaf.
+    """Keeps or prunes entire slices along an axis of a leaf.
 
-    A slice scores the mean of its weights. Of a dense kernel, ``axis(-1)`` takes columns, of a
-    convolution filters. With several axes a slice is one index of each: ``axis(-2, -1)`` takes the
-    2-D kernels of a convolution, ``axis(0, -1)`` the columns of every layer of a stack. The
-    sparsity is a fraction of slices. Each leaf is masked alone: for slices of several leaves that
-    leave together, see :func:`jaxprune.find_groups`.
+    The score of a slice is the mean of its weights. ``axis(-1)`` prunes columns of a dense kernel
+    and filters of a convolution. With several axes a slice has one index on each: ``axis(-2, -1)``
+    prunes the 2-D kernels of a convolution, ``axis(0, -1)`` the columns of every layer of a stack.
+    Each leaf is masked separately: for slices of several leaves that are removed together, see
+    :func:`jaxprune.find_groups`.
 
     Args:
       *axes: one or more.
 
+    Returns:
+      A pattern for :func:`jaxprune.select`.
+
     Raises:
-      ValueError: for no axis; and from ``select``, for a leaf without it.
+      ValueError: without an axis; and from ``select``, for a leaf that lacks one of them.
 
     Examples:
       >>> import jaxprune as jp
@@ -138,18 +153,22 @@ def axis(*axes: int) -> Pattern:
       <https://arxiv.org/abs/1705.08922>`_, 2017
     """
     if not axes:
-        raise ValueError("axis needs at least one axis, such as axis(-1).")
+        raise ValueError("axis must get at least one axis, got none. Use e.g. axis(-1).")
+    return _axis(axes)
 
-    def others(shape):
+
+@functools.cache
+def _axis(axes: tuple[int, ...]) -> Pattern:
+    def others(shape: tuple[int, ...]) -> tuple[int, ...]:
         if not all(-len(shape) <= a < len(shape) for a in axes):
-            raise ValueError(f"slices along axes {axes} need such axes, got shape {shape}.")
+            raise ValueError(f"slices along axes {axes} must have such axes, got shape {shape}.")
         return tuple(set(range(len(shape))) - {a % len(shape) for a in axes})
 
-    def pool(scores):
-        away = others(scores.shape)
-        return _sums.exact_sum(scores, away) / max(math.prod(scores.shape[a] for a in away), 1)
+    def pool(scores: jax.Array) -> jax.Array:
+        summed = others(scores.shape)
+        return _sums.exact_sum(scores, summed) / max(math.prod(scores.shape[a] for a in summed), 1)
 
-    def spread(kept, shape):
+    def spread(kept: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return jnp.broadcast_to(jnp.expand_dims(kept, others(shape)), shape)
 
     return Pattern(pool, spread)
@@ -158,20 +177,23 @@ def axis(*axes: int) -> Pattern:
 def n_of_m(n: int | None, m: int, axis: int = -2, *, pad: bool = False) -> Pattern:
     r"""Keeps at most n of every m consecutive weights along an axis.
 
-    ``select(scores, pattern=n_of_m(2, 4))`` keeps the best two of every four. With a sparsity as
-    well, those compete, and ``select`` keeps as many of them as it asks for. Ties are broken by a
-    hash of the position.
+    ``select(scores, pattern=n_of_m(2, 4))`` keeps the best two of each chunk of four. If a sparsity
+    is given too, these compete, and ``select`` keeps as many of them as the sparsity allows. Ties
+    are broken by a hash of the position.
 
-    With `None` for n, it is the least that the sparsity s allows: :math:`n = \lceil (1 - s) m
-    \rceil`, to :math:`10^{-6} m`. So the pattern tightens as s rises: 3:4 at 0.25, 2:4 at 0.5.
+    If n is `None`, it follows from the sparsity s: :math:`n = \lceil (1 - s) m \rceil`, to
+    :math:`10^{-6} m`. The pattern then tightens as s rises: 3:4 at 0.25, 2:4 at 0.5.
 
     Args:
-      n: how many are kept, at most.
-      m: of how many.
-      axis: the axis along which they lie. The default is the input axis of a Flax dense kernel and
-        of a convolution, with or without a leading axis of layers.
-      pad: takes a leaf whose axis m does not divide as if zeros followed, so that the last weights
-        along it, fewer than m, keep n of them as well.
+      n: the largest number of weights that a chunk keeps, or `None`.
+      m: the number of weights in a chunk.
+      axis: the axis along which chunks lie. The default is the input axis of a Flax dense kernel
+        and of a convolution, with or without a leading axis of layers.
+      pad: pads an axis whose length is not a multiple of m with zeros; the last, shorter chunk also
+        keeps up to n weights.
+
+    Returns:
+      A pattern for :func:`jaxprune.select`.
 
     Raises:
       ValueError: unless 0 < n <= m; and from ``select``, for a leaf whose axis m does not divide.
@@ -190,38 +212,40 @@ def n_of_m(n: int | None, m: int, axis: int = -2, *, pad: bool = False) -> Patte
       <https://arxiv.org/abs/2209.07617>`_, 2022 (n that falls while training)
     """
     if not 0 < (m if n is None else n) <= m:
-        raise ValueError(f"n_of_m keeps n of m weights and needs 0 < n <= m, got {n=} and {m=}.")
+        raise ValueError(f"n_of_m: n and m must satisfy 0 < n <= m, got {n=} and {m=}.")
     return _n_of_m(n, m, axis, pad)
 
 
-@functools.cache  # the same pattern is the same object, so that `select` does not compile again
+@functools.cache
 def _n_of_m(n: int | None, m: int, axis: int, pad: bool) -> Pattern:
-    def check(scores):
+    def check(scores: jax.Array) -> jax.Array:
         exists = -scores.ndim <= axis < scores.ndim
         if not exists or (scores.shape[axis] % m and not pad):
             raise ValueError(
-                f"{'n' if n is None else n}:{m} sparsity needs axis {axis} divisible by {m}, got "
-                f"shape {scores.shape}.{' Fill it up with `n_of_m(..., pad=True)`.' * exists}"
+                f"{'n' if n is None else n}:{m} sparsity must have an axis {axis} divisible by {m},"
+                f" got shape {scores.shape}.{' `n_of_m(..., pad=True)` pads it.' * exists}"
             )
         return scores
 
-    def limit(scores, within, fraction):
-        most = jnp.ceil((fraction - 1e-6) * m) if n is None else n  # a float32 sparsity is rounded
+    def limit(scores: jax.Array, within: jax.Array | None, fraction: jax.Array) -> jax.Array:
+        # A float32 sparsity is rounded, hence the tolerance.
+        most = jnp.ceil((fraction - 1e-6) * m) if n is None else n
         shape, at = scores.shape, axis % scores.ndim
-        groups = (*shape[:at], -(-shape[at] // m), m, *shape[at + 1 :])
+        chunks = (*shape[:at], -(-shape[at] // m), m, *shape[at + 1 :])
         missing = [(0, -shape[at] % m if i == at else 0) for i in range(len(shape))]
 
-        def grouped(x):
-            return jnp.pad(x, missing).reshape(groups)
+        def chunked(x: jax.Array) -> jax.Array:
+            return jnp.pad(x, missing).reshape(chunks)
 
         index = jnp.uint32(0) if math.prod(shape) < _threshold.UINT32_END else jnp.uint64(0)
-        key = grouped(_threshold.ordered(scores, within))  # 0 is never kept
-        tie = grouped(_threshold.hashed(shape, index))
+        key = chunked(_threshold.ordered(scores, within))  # 0, as in the padding, is never kept
+        tie = chunked(_threshold.hashed(shape, index))
+        # All pairs of a chunk are compared: m is small, and nothing has to be sorted.
         other, other_tie = jnp.expand_dims(key, at + 2), jnp.expand_dims(tie, at + 2)
         key, tie = jnp.expand_dims(key, at + 1), jnp.expand_dims(tie, at + 1)
         better = (other > key) | ((other == key) & (other_tie > tie))
         kept = (jnp.sum(better, at + 1, dtype=jnp.int32) < most) & (key > 0).squeeze(at + 1)
-        kept = kept.reshape(*shape[:at], groups[at] * m, *shape[at + 1 :])
+        kept = kept.reshape(*shape[:at], chunks[at] * m, *shape[at + 1 :])
         return jax.lax.slice_in_dim(kept, 0, shape[at], axis=at)
 
     return Pattern(check, _same_mask, limit, None if n is None else n / m)

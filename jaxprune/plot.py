@@ -150,7 +150,7 @@ def _few(table: Mapping[str, np.ndarray], mean: Mapping[str, np.ndarray]) -> str
     points = min((len(s) for s in finished if len(s)), default=0)
     seeds = min((s.min() for s in finished if len(s)), default=0)
     failed = int((table["error"] != "").sum())
-    notes = [f"{failed} points failed"] if failed else []
+    notes = [f"failed points: {failed}"] if failed else []
     if points < 5 or seeds < 3:
         notes.append(f"{points} sparsities, {seeds} seeds; a comparison needs 5 and 3")
     return "; ".join(notes)
@@ -289,7 +289,7 @@ def scores(scores: Scores, masks: Masks, *, axes: Any = None) -> Any:
         threshold = score[kept].min()
         axes.axvline(threshold, color=_ink(), linestyle="--", label=f"threshold: {threshold:.3g}")
     clipped = (score < edges[0]).sum()
-    axes.set_xlabel(f"score (first bin: {clipped:,} lower scores)" if clipped else "score")
+    axes.set_xlabel(f"score ({clipped:,} smaller, in the first bin)" if clipped else "score")
     axes.set_ylabel("weights per bin")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.legend(frameon=False, fontsize="small")

@@ -58,10 +58,6 @@ class Round(NamedTuple):
 def keep(params: Params, round: int) -> Params:
     """Continues with the trained weights in every round (fine-tuning).
 
-    Args:
-      params: the trained params.
-      round: the number of the round, unused.
-
     Examples:
       >>> keep(jnp.array([1.0, 2.0]), 1).tolist()
       [1.0, 2.0]
@@ -190,30 +186,20 @@ def iterative(
                 f"iterative: sparsities must be in ascending order, got {after} after {before}."
             )
     _tree.check_params(last.params)
-    return _iterative(last, train, score, sparsities, select, restart, key)
 
+    def iterate(last: Round) -> Iterator[Round]:  # a generator: it checks nothing when called
+        for number, sparsity in enumerate(sparsities[last.round :], last.round + 1):
+            masks = select(score(last.params), sparsity, within=last.masks)
+            start = restart(last.params, number)
+            _check_same(last.params, start, "restart")
+            random = [] if key is None else [jax.random.fold_in(key, number)]
+            params = train(apply_masks(start, masks), masks, *random)
+            _check_same(start, params, "train")
+            _tree.check_pruned(params, masks)
+            last = Round(number, sparsity, params, masks)
+            yield last
 
-def _iterative(
-    last: Round,
-    train: Callable[..., Params],
-    score: Score,
-    sparsities: Sequence[float],
-    select: Select,
-    restart: Restart,
-    key: jax.Array | None,
-) -> Iterator[Round]:
-    # A generator of its own: arguments are checked when `iterative` is called, not at the first
-    # round.
-    for number, sparsity in enumerate(sparsities[last.round :], last.round + 1):
-        masks = select(score(last.params), sparsity, within=last.masks)
-        start = restart(last.params, number)
-        _check_same(last.params, start, "restart")
-        random = [] if key is None else [jax.random.fold_in(key, number)]
-        params = train(apply_masks(start, masks), masks, *random)
-        _check_same(start, params, "train")
-        _tree.check_pruned(params, masks)
-        last = Round(number, sparsity, params, masks)
-        yield last
+    return iterate(last)
 
 
 def _check_same(params: Params, returned: Any, name: str) -> None:
@@ -223,8 +209,7 @@ def _check_same(params: Params, returned: Any, name: str) -> None:
         if expected.get(path) != shapes.get(path):
             raise ValueError(
                 f"{_tree.show(path)}: `{name}` must return {_leaf(expected, path)} here, got "
-                f"{_leaf(shapes, path)}. Return params with the structure and shapes of those "
-                "passed in, and nothing else."
+                f"{_leaf(shapes, path)}. Return params, and nothing else, of the same shapes."
             )
 
 

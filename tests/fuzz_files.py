@@ -1,7 +1,7 @@
 """Fuzzes the files of `jp.masks.save`: ``python tests/fuzz_files.py --cases 10000``.
 
-Half of the cases are round trips of random trees, half are damaged files, which must load to what
-was saved, or not at all.
+Half of the cases are round trips of random trees. The other half are damaged files, which must be
+refused or load to the params and masks that were saved.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import hypothesis.strategies as st
 import jax
 import ml_dtypes  # noqa: F401  # names its types to NumPy
 import numpy as np
+from helpers import bits
 
 import jaxprune as jp
 from jaxprune._files import compact, safetensors
@@ -26,7 +27,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 @st.composite
 def trees(draw):
-    """Draws params of random bits, so with NaN, infinity and -0, and masks."""
+    """Draws masks, and params of random bits, which include NaN, infinity and -0."""
     params, masks = {}, {}
     for name in draw(st.lists(st.sampled_from(["a", "b", "ключ", "c/d"]), unique=True, min_size=1)):
         shape = draw(st.lists(st.integers(0, 6), max_size=3))
@@ -43,19 +44,8 @@ def trees(draw):
     }
 
 
-def bits(tree):
-    """Returns everything that two identical trees have in common."""
-
-    def entries(leaf):
-        if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
-            return str(leaf.dtype), np.asarray(jax.random.key_data(leaf)).tobytes()
-        return np.shape(leaf), np.asarray(leaf).dtype, np.asarray(leaf).tobytes()
-
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef, [entries(leaf) for leaf in leaves]
-
-
 def parts(data):
+    """Splits a file into its header and the bytes after it."""
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
@@ -66,7 +56,7 @@ def joined(header, body):
 
 
 def resigned(data):
-    """Makes the checksum right again, where there is one."""
+    """Corrects the checksum, if there is one."""
     try:
         header, body = parts(data)
         metadata = header.pop("__metadata__")
@@ -90,7 +80,7 @@ NUMBERS = st.one_of(
 
 @st.composite
 def lies(draw, data):
-    """Draws a header that says something else."""
+    """Draws a file with a wrong header."""
     header, body = parts(data)
     metadata, names = header["__metadata__"], [n for n in header if n != "__metadata__"]
     name, other = draw(st.sampled_from(names)), draw(st.sampled_from(names))
@@ -132,12 +122,12 @@ def lies(draw, data):
 
 @st.composite
 def damages(draw, data):
-    """Draws what became of a file: a word for it, and its bytes."""
+    """Draws a kind of damage, and the bytes of the damaged file."""
     kind = draw(
         st.sampled_from("cut flip flip overwrite insert delete length lie lie resign".split())
     )
     at = draw(st.integers(0, len(data) - 1))
-    some = draw(st.binary(min_size=1, max_size=16))
+    noise = draw(st.binary(min_size=1, max_size=16))
     if kind == "cut":
         return kind, data[:at]
     if kind == "flip":
@@ -146,11 +136,11 @@ def damages(draw, data):
             flipped[place] ^= 1 << draw(st.integers(0, 7))
         return kind, bytes(flipped)
     if kind == "overwrite":
-        return kind, data[:at] + some + data[at + len(some) :]
+        return kind, data[:at] + noise + data[at + len(noise) :]
     if kind == "insert":
-        return kind, data[:at] + some + data[at:]
+        return kind, data[:at] + noise + data[at:]
     if kind == "delete":
-        return kind, data[:at] + data[at + len(some) :]
+        return kind, data[:at] + data[at + len(noise) :]
     if kind == "length":
         length = draw(st.one_of(st.integers(0, len(data)), st.integers(0, 2**64 - 1)))
         return kind, length.to_bytes(8, "little") + data[8:]
@@ -166,14 +156,14 @@ def check_round_trip(path, tree):
 
 
 def check_damaged(path, tree, kind, data):
-    """Says whether a damaged file is refused, and checks that it is or loads to what was saved."""
+    """Returns whether a damaged file is refused; if not, checks what it loads to."""
     Path(path).write_bytes(data)
     try:
         loaded = jp.masks.load(path, tree[0])
-    except ValueError as error:  # of NumPy or JSON it would not name the file
+    except ValueError as error:  # one raised by NumPy or JSON would not name the file
         assert str(error).startswith(f"{path}: "), error
         return True
-    if kind == "resign":  # is another file, and as good
+    if kind == "resign":  # a valid file of other weights
         assert [w[:2] for w in bits(loaded[0])[1]] == [w[:2] for w in bits(tree[0])[1]]
         leaves = [jax.tree.leaves(t, is_leaf=lambda m: m is None) for t in loaded]
         assert not any((w[~m] != 0).any() for w, m in zip(*leaves, strict=True) if m is not None)
@@ -183,21 +173,22 @@ def check_damaged(path, tree, kind, data):
 
 
 def settings(count):
-    """Runs this many cases, however long they take."""
+    """Runs this many cases without a time limit."""
     return hypothesis.settings(
         max_examples=count, deadline=None, database=None,
         suppress_health_check=list(hypothesis.HealthCheck),
     )  # fmt: skip
 
 
-def fuzz(path, cases, found):
-    """Runs half of the cases as round trips, and half on damaged files."""
+def fuzz(path, cases):
+    """Runs half of the cases as round trips, and half on damaged files; returns their counts."""
+    counts = collections.Counter()
 
     @settings(cases // 2)
     @hypothesis.given(trees())
     def round_trips(tree):
         check_round_trip(path, tree)
-        found["round trip"] += 1
+        counts["round trip"] += 1
 
     @settings(cases - cases // 2)
     @hypothesis.given(trees(), st.data())
@@ -205,21 +196,22 @@ def fuzz(path, cases, found):
         jp.masks.save(path, *tree)
         kind, damage = data.draw(damages(Path(path).read_bytes()))
         refused = check_damaged(path, tree, kind, damage)
-        found[f"{kind} {'refused' if refused else 'loaded'}"] += 1
+        counts[f"{kind} {'refused' if refused else 'loaded'}"] += 1
 
     round_trips()
     damaged()
+    return counts
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=10_000)
-    found, start = collections.Counter(), time.perf_counter()
+    cases, start = parser.parse_args().cases, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        fuzz(f"{folder}/model.safetensors", parser.parse_args().cases, found)
-    for what, count in sorted(found.items()):
-        print(f"{what:20} {count:8,}")
-    print(f"{sum(found.values()):,} cases in {time.perf_counter() - start:.0f} s")
+        counts = fuzz(f"{folder}/model.safetensors", cases)
+    for result, count in sorted(counts.items()):
+        print(f"{result:20} {count:8,}")
+    print(f"{sum(counts.values()):,} cases in {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

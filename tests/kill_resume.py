@@ -1,8 +1,8 @@
 """Kills a training at random times and resumes it: ``python tests/kill_resume.py --trials 200``.
 
 A training prunes step by step with `gradual`, and then in rounds with `recipes.iterative`. It saves
-with Orbax, masks as bits, and after every round a sparse file. However often it was killed, it must
-end with what the uninterrupted training ends with, bit for bit.
+with Orbax, with masks as bits, and writes a sparse file after every round. However often it is
+killed, its result must be bit-identical to that of the uninterrupted training.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 
 import jaxprune as jp
 
-jax.config.update("jax_disable_most_optimizations", True)  # it compiles much and runs little
+jax.config.update("jax_disable_most_optimizations", True)  # compiles much and runs little
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 STEPS, ROUNDS = 24, [0.6, 0.65, 0.7, 0.75, 0.8, 0.85]
@@ -84,7 +84,7 @@ def rounds_after(last):
 
 
 def restored(manager, like):
-    """Gives what was saved last, masks unpacked, or nothing."""
+    """Returns the last save, with masks unpacked, or `None`."""
     last = manager.latest_step()
     if last is None:
         return None
@@ -104,14 +104,14 @@ def opened(folder):
 
 
 def run(folder, ready=lambda: None):
-    """Trains, from what lies in the folder or from the start, and gives how it ends."""
+    """Trains, from the last save in the folder or from the start, and returns the result."""
     with opened(folder / "steps") as steps, opened(folder / "rounds") as rounds:
         training = init()
         training = restored(steps, training) or training
         first = int(training["step"])
         pack(step(training))
         next(rounds_after(jp.recipes.Round(0, 0.5, training["params"], None)))
-        ready()  # all is compiled
+        ready()  # everything is compiled
         for number in range(first + 1, STEPS + 1):
             training = step(training)
             saved(steps, number, training)
@@ -126,14 +126,14 @@ def run(folder, ready=lambda: None):
 
 
 def bits(ended):
-    """Gives all of a training as bytes."""
+    """Returns the bytes of all arrays of a training."""
     is_key = lambda w: jax.dtypes.issubdtype(w.dtype, jax.dtypes.prng_key)  # noqa: E731
     leaves = map(jnp.asarray, jax.tree.leaves(ended))
     return [np.asarray(jax.random.key_data(w) if is_key(w) else w).tobytes() for w in leaves]
 
 
 def child(folder, pipe):
-    warnings.simplefilter("ignore")  # Orbax speaks of what it found unfinished
+    warnings.simplefilter("ignore")  # Orbax warns about unfinished saves
     logging.getLogger("absl").setLevel(logging.ERROR)
     pipe.send(bits(run(Path(folder), lambda: pipe.send("ready"))))
 
@@ -151,17 +151,17 @@ def received(pipe):
     return pipe.recv()
 
 
-def check(folder, pipe, wanted):
-    """Checks how a training ended, and its files."""
-    while (found := received(pipe)) == "ready":
+def check(folder, pipe, expected):
+    """Checks the result of a training, and its files."""
+    while (result := received(pipe)) == "ready":
         pass
-    assert found == wanted, "a resumed training ended otherwise"
+    assert result == expected, "a resumed training has another result"
     assert not any(folder.glob("*/*.orbax-checkpoint-tmp*"))
     shutil.rmtree(folder)
 
 
 def check_file(folder):
-    """Checks that the sparse file is whole at any time."""
+    """Checks that the sparse file is complete at any time."""
     if (folder / "model.safetensors").exists():
         _, masks = jp.masks.load(folder / "model.safetensors", init()["params"])
         assert any(abs(jp.metrics.sparsity(masks) - s) < 0.01 for s in ROUNDS)
@@ -173,12 +173,12 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
-    # Forked from a process that has imported JAX, not started it: an import takes seconds.
+    # Forked from a process that has imported JAX but not started it: an import takes seconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jax", "optax", "orbax.checkpoint", "jaxprune"])
-    seen, wanted, length = collections.Counter(), [], 0.0
+    seen, results, length = collections.Counter(), [], 0.0
     with tempfile.TemporaryDirectory() as parent:
-        # Children read their programs from here: to compile takes longer than to train.
+        # Children read their programs from here, because compiling takes longer than training.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{parent}/cache"
         folder = Path(parent) / "whole"
         for _ in range(2):  # the second time, a resumed one
@@ -186,11 +186,11 @@ def main():
             process, pipe = started(context, folder)
             assert received(pipe) == "ready"
             middle = time.perf_counter()
-            wanted.append(received(pipe))
+            results.append(received(pipe))
             process.join()
             startup, length = middle - begin, max(length, time.perf_counter() - middle)
-        assert wanted[0] == wanted[1], "to resume what had ended changed it"
-        print(f"a training takes {length:.1f} s, its start {startup:.1f} s")
+        assert results[0] == results[1], "resuming a finished training changed its result"
+        print(f"a training takes {length:.1f} s, and its start {startup:.1f} s")
         folder = Path(parent) / "0"
         while seen["kills"] < arguments.trials:
             process, pipe = started(context, folder)
@@ -202,8 +202,8 @@ def main():
             process.kill()
             process.join()
             check_file(folder)
-            if process.exitcode == 0:  # it was faster
-                check(folder, pipe, wanted[0])
+            if process.exitcode == 0:  # it ended before the kill
+                check(folder, pipe, results[0])
                 seen["trainings resumed to their end"] += 1
                 folder = Path(parent) / str(seen["trainings resumed to their end"])
                 continue
@@ -213,11 +213,11 @@ def main():
             print(f"\r{seen['kills']} of {arguments.trials}", end="", flush=True)
         process, pipe = started(context, folder)
         assert received(pipe) == "ready"
-        check(folder, pipe, wanted[0])
+        check(folder, pipe, results[0])
         seen["trainings resumed to their end"] += 1
     print()
-    for what, count in seen.items():
-        print(f"{what}: {count}")
+    for event, count in seen.items():
+        print(f"{event}: {count}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,3 @@
-import collections
 import json
 import os
 
@@ -8,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from files import sparse_model
-from fuzz_files import bits
-from jax.sharding import AxisType, NamedSharding
+from helpers import auto_and_explicit, bits, mesh, normal, place
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 from safetensors.flax import save_file
@@ -25,14 +24,12 @@ def model():
 
 @pytest.mark.parametrize("cases", [24, pytest.param(300, marks=pytest.mark.slow)])
 def test_fuzzing(tmp_path, cases):
-    found = collections.Counter()
-    fuzz_files.fuzz(str(tmp_path / "file"), cases, found)
-    refused = sum(count for what, count in found.items() if what.endswith("refused"))
-    assert found["round trip"] == cases // 2 and refused > cases // 4
+    counts = fuzz_files.fuzz(str(tmp_path / "file"), cases)
+    assert counts["round trip"] == cases // 2 and counts.total() == cases
 
 
 @pytest.mark.parametrize("abstract", [False, True])
-def test_what_is_saved_is_loaded(tmp_path, model, abstract):
+def test_a_round_trip_keeps_every_bit(tmp_path, model, abstract):
     path = tmp_path / "model"
     jp.masks.save(path, *model)
     like = jax.eval_shape(lambda: model[0]) if abstract else model[0]
@@ -40,7 +37,7 @@ def test_what_is_saved_is_loaded(tmp_path, model, abstract):
     assert not jax.tree.leaves(jp.masks.load(path, like)[0])[0].committed
 
 
-def test_leaves_of_numpy_and_python_stay_what_they_are(tmp_path):
+def test_leaves_of_numpy_and_python_keep_their_types(tmp_path):
     params = {
         "wide": np.array([[np.nan, 0.0, -0.0, 1e300]]),
         "big": np.arange(3, dtype=">f4"),
@@ -66,15 +63,16 @@ def test_a_bare_array_and_masks_with_holes(tmp_path):
     assert jp.masks.load(tmp_path / "file", {"a": {"b": w}})[1] == {"a": {"b": None}}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
-@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize(
+    "dtype, sparsity", [("float32", 0.5), ("bfloat16", 0.9), ("float8_e4m3fn", 0.99)]
+)
 def test_size_on_disk(tmp_path, dtype, sparsity):
-    params = {f"layer_{i}": jax.random.normal(jax.random.key(i), (400, 400)) for i in range(8)}
+    params = normal({"a": (400, 400), "b": (400, 400)})
     masks = jp.select(jp.scores.magnitude(params), sparsity)
     params = jax.tree.map(lambda w: w.astype(dtype), jp.apply_masks(params, masks))
     jp.masks.save(tmp_path / "file", params, masks)
-    size = sum(int(m.sum()) * w.dtype.itemsize + w.size / 8
-               for w, m in zip(*map(jax.tree.leaves, (params, masks)), strict=True))  # fmt: skip
+    kept = sum(int(m.sum()) for m in masks.values())
+    size = kept * jnp.dtype(dtype).itemsize + 2 * 400 * 400 / 8
     assert size < (tmp_path / "file").stat().st_size <= 1.05 * size
 
 
@@ -103,15 +101,13 @@ def test_tensors_are_aligned(tmp_path, model):
             )
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@auto_and_explicit
 def test_sharded_leaves_load_onto_another_mesh(tmp_path, kind):
     params = {"w": jnp.arange(64.0).reshape(8, 8), "b": jnp.ones(8)}
     masks = jp.select(jp.scores.magnitude(params), 0.5)
     params = jp.apply_masks(params, masks)
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
-    sharding = NamedSharding(mesh, P("x"))
-    jp.masks.save(tmp_path / "file", *jax.device_put((params, masks), sharding))
-    other = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind, kind))
+    jp.masks.save(tmp_path / "file", *place((params, masks), mesh(kind, x=8), P("x")))
+    other = mesh(kind, a=2, b=4)
     shardings = {"w": NamedSharding(other, P("b", "a")), "b": NamedSharding(other, P("a"))}
     like = jax.tree.map(
         lambda w, s: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=s), params, shardings
@@ -125,7 +121,7 @@ def test_sharded_leaves_load_onto_another_mesh(tmp_path, kind):
 
 def test_a_mesh_that_cannot_hold_a_leaf_is_named(tmp_path):
     params, masks = {"w": jnp.ones((6, 4))}, {"w": jnp.ones((6, 4), bool)}
-    sharding = NamedSharding(jax.make_mesh((4,), ("x",)), P("x"))
+    sharding = NamedSharding(mesh(x=4), P("x"))
     like = {"w": jax.ShapeDtypeStruct((6, 4), jnp.float32, sharding=sharding)}
     jp.masks.save(tmp_path / "file", params, masks)
     with pytest.raises(ValueError, match="file: w: its mesh cannot hold this leaf .*by `None` in"):
@@ -139,7 +135,7 @@ def test_a_mesh_that_cannot_hold_a_leaf_is_named(tmp_path):
 ONE, HALF = jnp.array([True]), jnp.array([True, False])
 
 
-SAVES = {  # what cannot be saved, and what is said
+SAVES = {  # params and masks that cannot be saved, and the error
     "other paths": ({"a": 1}, {"b": None}, "a: masks have no entry"),
     "floats": ({"w": HALF}, {"w": jnp.ones(2)}, "w: masks must be bool"),
     "not zero": (
@@ -171,7 +167,7 @@ SAVES = {  # what cannot be saved, and what is said
 
 
 @pytest.mark.parametrize("name", SAVES)
-def test_what_cannot_be_saved_leaves_the_old_file(tmp_path, name):
+def test_a_refused_save_leaves_the_old_file(tmp_path, name):
     params, masks, words = SAVES[name]
     path = tmp_path / "file"
     path.write_bytes(b"old")
@@ -219,7 +215,7 @@ def flipped(data):
     return fuzz_files.joined(header, body)
 
 
-LOADS = {  # what became of a file, and what is said
+LOADS = {  # a change of a file, and the error
     "cut short": (lambda data: data[:-1], "truncated or damaged"),
     "empty": (lambda data: b"", "not a safetensors file"),
     "pickle": (lambda data: b"cos\nsystem\n(S'exit'\ntR.", "not a safetensors file"),
@@ -288,7 +284,7 @@ def test_another_structure_is_refused(tmp_path, model, change, words):
         jp.masks.load(tmp_path / "file", change(model[0]))
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_a_missing_file_or_a_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="missing: No such file"):
         jp.masks.load(tmp_path / "missing", jnp.ones(1))
     with pytest.raises(ValueError, match="must be a file, got a folder. .* Orbax"):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import slow_unless
 
 import jaxprune as jp
 from jaxprune import curves
@@ -86,6 +87,26 @@ def test_every_point_is_measured():
     assert (table["trainings"] == 2).all()
 
 
+def test_slices_that_cannot_be_removed_are_timed_masked():
+    def outputs(params, sparsity, key, train):
+        masks = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
+        return params, masks | {"out": masks["out"].at[:, 0].set(False)}
+
+    table = sweep({"outputs": outputs}, [0.5], [0], train=train)
+    row = table["method"].tolist().index("outputs")
+    assert table["error"][row] == "" and table["measured_speedup"][row] > 0
+    assert table["stored_bytes"][row] == 4 * 96 + 4 * 32 + 6  # kept weights, and a bit for each
+
+
+def test_another_error_of_shrink_is_reported(monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("broken")
+
+    monkeypatch.setattr(curves._point, "shrink", broken)
+    with pytest.raises(ValueError, match="broken"):
+        sweep({}, [0.5], [0], train=train)
+
+
 def test_points_of_a_seed_share_what_is_random():
     one, two = (sweep({"again": curves._magnitude}, [0.5], [3], train=train) for _ in range(2))
     for name in ("before", "after"):
@@ -103,7 +124,7 @@ def test_control_is_the_dense_network_trained_as_long():
     assert table["after"][0] == float(evaluate(train(once, full, keys[3])))
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".json"])
+@pytest.mark.parametrize("suffix", slow_unless({".csv"}, [".csv", ".json"]))
 def test_a_finished_point_is_not_run_again(tmp_path, suffix):
     store = tmp_path / "new" / f"points{suffix}"
     ran = []
@@ -356,11 +377,20 @@ EVERY_METHOD = {  # a new criterion adds one row here
 }
 
 
-@pytest.mark.filterwarnings("ignore:obd")
-def test_every_criterion_and_recipe_takes_part():
-    table = sweep(EVERY_METHOD, [0.5], [0], train)
+def check_methods(methods):
+    table = sweep(methods, [0.5], [0], train)
     failed = {m: e for m, e in zip(table["method"], table["error"], strict=True) if e}
     assert not failed
-    assert set(table["method"]) == {*EVERY_METHOD, "random", "magnitude", curves.DENSE}
+    assert set(table["method"]) == {*methods, "random", "magnitude", curves.DENSE}
     pruned = table["method"] != curves.DENSE
     assert (table["compression"][pruned] > 1.2).all()
+
+
+def test_trained_scores_and_rounds_take_part():
+    check_methods({name: EVERY_METHOD[name] for name in ("movement", "gates", "iterative")})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:obd")
+def test_every_criterion_and_recipe_takes_part():
+    check_methods(EVERY_METHOD)

@@ -26,9 +26,9 @@ def test_unpacking_for_other_params_is_an_error():
         ValueError, match="w: packed masks have an entry here, the params have none"
     ):
         jp.masks.unpack(packed, {"a": None})
-    with pytest.raises(ValueError, match="w: packed masks hold float32 of shape"):
+    with pytest.raises(ValueError, match="^w: packed masks must be uint8 .* got float32 of"):
         jp.masks.unpack({"w": jnp.ones(8)}, {"w": jnp.ones((4, 6))})
-    with pytest.raises(ValueError, match="w: packed masks hold .* needed uint8 of shape .3,. for"):
+    with pytest.raises(ValueError, match="^w: packed masks must be uint8 of shape .3,. for"):
         jp.masks.unpack(packed, {"w": jnp.ones((4, 6))})
 
 

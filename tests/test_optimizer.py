@@ -1,7 +1,5 @@
 import dataclasses
 import functools
-import subprocess
-import sys
 from typing import Any
 
 import equinox as eqx
@@ -14,6 +12,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from helpers import auto_and_explicit, equal, mesh, normal, python, slow_unless
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -34,16 +33,9 @@ OPTIMIZERS = {  # a new optimizer adds one row here
 }
 
 
-def problem(dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 4)
-    params = {
-        "w": jax.random.normal(keys[0], (8, 16), dtype),
-        "b": jnp.zeros(16, dtype),
-        "v": jax.random.normal(keys[1], (16, 4), dtype),
-        "none": None,
-    }
-    grads = jax.tree.map(lambda w: jax.random.normal(keys[2], w.shape, w.dtype), params)
-    return params, grads
+def problem(dtype="float32"):
+    params = normal({"w": (8, 16), "b": jnp.zeros(16, dtype), "v": (16, 4), "none": None}, dtype)
+    return params, normal({"w": (8, 16), "b": (16,), "v": (16, 4), "none": None}, dtype, seed=1)
 
 
 def pruned_are_zero(params, masks):
@@ -52,10 +44,10 @@ def pruned_are_zero(params, masks):
     return all(same(a, b) for a, b in zip(*map(jax.tree.leaves, (params, full)), strict=True))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", slow_unless({"adam", "adamw", "muon", "chain"}, OPTIMIZERS))
 def test_zero_means_zero(name, dtype):
-    if name == "inject_hyperparams" and dtype == jnp.bfloat16:
+    if name == "inject_hyperparams" and dtype == "bfloat16":
         pytest.skip("optax casts b2 to bfloat16, where 0.999 is 1, and Adam gives NaN")
     params, grads = problem(dtype)
     masks = jp.select(jp.scores.magnitude(params), 0.7)
@@ -77,7 +69,7 @@ def test_zero_means_zero(name, dtype):
     other = jp.select(jp.scores.random(grads, jax.random.key(5)), 0.7)
     params, state = step(params, jp.set_masks(state, other), grads)
     assert pruned_are_zero(params, other) and len(traces) == step._cache_size() == 1
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, jp.get_masks(state), other))
+    assert equal(jp.get_masks(state), other)
 
 
 def test_init_on_shapes_and_inside_jit():
@@ -110,7 +102,7 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("name", slow_unless({"MultiSteps", "multi_transform"}, WRAPPERS))
 def test_inside_wrappers(name):
     params, grads = problem()
     masks = jp.select(jp.scores.magnitude(params), 0.7)
@@ -129,7 +121,7 @@ def test_inside_wrappers(name):
 def test_two_links_with_disjoint_leaves_are_merged():
     params, _ = problem()
     masks = jp.select(jp.scores.magnitude(params), 0.7)
-    link = lambda: jp.enforce(optax.sgd(0.1), masks)  # noqa: E731
+    link = lambda: jp.enforce(optax.sgd(0.1), masks)
     labels = {"w": "x", "b": "x", "v": "y", "none": None}
     found = jp.get_masks(optax.multi_transform({"x": link(), "y": link()}, labels).init(params))
     assert bool((found["w"] == masks["w"]).all()) and bool((found["v"] == masks["v"]).all())
@@ -139,7 +131,7 @@ def test_links_on_whole_parts():
     params = {"encoder": problem()[0], "head": problem()[0]}
     masks = jp.select(jp.scores.magnitude(params), 0.7)
     params = jp.apply_masks(params, masks)
-    link = lambda: jp.enforce(optax.adam(0.1), masks)  # noqa: E731
+    link = lambda: jp.enforce(optax.adam(0.1), masks)
     labels = {"encoder": "x", "head": "y"}  # one label for all below
     for other, both in ((link(), True), (optax.sgd(0.1), False)):
         tx = optax.multi_transform({"x": link(), "y": other}, labels)
@@ -197,7 +189,7 @@ def test_gradual_follows_the_schedule_and_hits_the_end_off_the_grid():
 def test_gradual_leaves_all_to_its_score():
     params = jax.random.normal(jax.random.key(0), (8, 4))
     pattern = functools.partial(jp.select, pattern=jp.patterns.n_of_m(2, 4))
-    score = lambda p: -jnp.abs(p)  # noqa: E731
+    score = lambda p: -jnp.abs(p)
     schedule = jp.schedules.one_shot(0.5, begin=1)
     tx = jp.gradual(optax.sgd(0.0), score, schedule, select=pattern)
     state = tx.init(params)
@@ -209,7 +201,7 @@ def test_gradual_leaves_all_to_its_score():
 
 def test_gradual_hands_the_batch_to_a_data_driven_score():
     params, grads = problem()
-    loss = lambda p, x: jnp.sum((x @ p["w"] @ p["v"]) ** 2)  # noqa: E731
+    loss = lambda p, x: jnp.sum((x @ p["w"] @ p["v"]) ** 2)
     select = functools.partial(jp.select, scope="layer")
     tx = jp.gradual(optax.sgd(0.1), jp.scores.snip(loss), jp.schedules.one_shot(0.5), select=select)
     _, state = tx.update(grads, tx.init(params), params, batch=(jnp.ones((2, 8)),))
@@ -239,29 +231,33 @@ class Linen(nn.Module):
         return nn.Dense(3)(nn.BatchNorm(use_running_average=True)(nn.Dense(8)(x)))
 
 
-def containers():
-    w, b = jax.random.normal(jax.random.key(0), (4, 6)), jnp.ones(6)
-    x = jnp.ones((2, 4))
+def equinox():
+    return eqx.filter(eqx.nn.MLP(4, 3, 8, 1, key=jax.random.key(0)), eqx.is_array)
+
+
+def haiku():
     linear = hk.without_apply_rng(hk.transform(lambda x: hk.Linear(3)(x)))
-    equinox = eqx.nn.MLP(4, 3, 8, 1, key=jax.random.key(0))
-    return {
-        "dict": {"w": w, "b": b, "none": None, "step": jnp.array(1)},
-        "tuple": (w, b),
-        "list": [w, b, jnp.float32(2.0)],
-        "dataclass": Pair(w, b),
-        "linen": Linen().init(jax.random.key(0), x),
-        "nnx": nnx.state(nnx.Linear(4, 6, rngs=nnx.Rngs(0))),
-        "haiku": linear.init(jax.random.key(0), x),
-        "equinox": eqx.filter(equinox, eqx.is_array),
-        "array": w,
-    }
+    return linear.init(jax.random.key(0), jnp.ones((2, 4)))
 
 
-@pytest.mark.parametrize("name", containers())
+CONTAINERS = {  # a new container adds one row here, made of a matrix and a vector
+    "dict": lambda w, b: {"w": w, "b": b, "none": None, "step": jnp.array(1)},
+    "nnx": lambda w, b: nnx.state(nnx.Linear(4, 6, rngs=nnx.Rngs(0))),
+    "array": lambda w, b: w,
+    "tuple": lambda w, b: (w, b),
+    "list": lambda w, b: [w, b, jnp.float32(2.0)],
+    "dataclass": lambda w, b: Pair(w, b),
+    "linen": lambda w, b: Linen().init(jax.random.key(0), jnp.ones((2, 4))),
+    "haiku": lambda w, b: haiku(),
+    "equinox": lambda w, b: equinox(),
+}
+
+
+@pytest.mark.parametrize("name", slow_unless({"dict", "nnx", "array"}, CONTAINERS))
 def test_any_container(name):
-    params = containers()[name]
+    params = CONTAINERS[name](*normal(((4, 6), (6,))))
     masks = jp.select(jp.scores.magnitude(params), 0.5)
-    floats = lambda w: jnp.issubdtype(w.dtype, jnp.floating)  # noqa: E731
+    floats = lambda w: jnp.issubdtype(w.dtype, jnp.floating)
     params = jp.apply_masks(params, masks)
     tx = jp.enforce(optax.sgd(0.1), masks)
     state = tx.init(params)
@@ -270,8 +266,7 @@ def test_any_container(name):
     after = optax.apply_updates(params, updates)
     assert jax.tree.structure(after) == jax.tree.structure(params)
     assert pruned_are_zero(after, masks)
-    unpacked = jp.masks.unpack(jp.masks.pack(masks), params)
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, unpacked, masks))
+    assert equal(jp.masks.unpack(jp.masks.pack(masks), params), masks)
     assert "total" in str(jp.summary(params, masks))
     combined = jp.masks.combine(masks, masks)
     assert jax.tree.structure(combined) == jax.tree.structure(masks)
@@ -284,7 +279,7 @@ def test_nnx_optimizer():
 
     @nnx.jit
     def step(model, optimizer, x):
-        loss = lambda m: jnp.mean(m.layers[1](m.layers[0](x)) ** 2)  # noqa: E731
+        loss = lambda m: jnp.mean(m.layers[1](m.layers[0](x)) ** 2)
         optimizer.update(model, nnx.grad(loss)(model))
 
     for _ in range(3):
@@ -303,11 +298,10 @@ def test_linen_train_state():
     assert pruned_are_zero(state.params, masks)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@auto_and_explicit
 @pytest.mark.parametrize("link", ["enforce", "gradual"])
 def test_masks_have_the_sharding_of_their_leaf(kind, link):
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
-    sharding = NamedSharding(mesh, P("x"))
+    sharding = NamedSharding(mesh(kind, x=8), P("x"))
     params, grads = problem()
     params, grads = jax.device_put((params, grads), sharding)
     tx = jp.enforce(optax.adam(1e-2), lambda p: jp.select(jp.scores.magnitude(p), 0.5))
@@ -325,7 +319,7 @@ def test_bad_input_is_named():
     params, grads = problem()
     masks = jp.select(jp.scores.magnitude(params), 0.5)
     tx = jp.enforce(optax.sgd(0.1), masks)
-    with pytest.raises(ValueError, match="enforce: params must be given to `update`, got None"):
+    with pytest.raises(ValueError, match="enforce: params must be given, got None"):
         tx.update(grads, tx.init(params))
     with pytest.raises(ValueError, match="w: masks have no entry"):
         jp.enforce(optax.sgd(0.1), {"b": None, "v": None}).init(params)
@@ -359,9 +353,9 @@ def test_link_inits_on_shapes(name):
 @pytest.mark.parametrize("name", LINKS)
 def test_link_keeps_types_and_explicit_shardings(name):
     tx = LINKS[name]
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
-    with jax.set_mesh(mesh):
-        sharding = NamedSharding(mesh, P(None, "x"))
+    devices = mesh(AxisType.Explicit, x=8)
+    with jax.set_mesh(devices):
+        sharding = NamedSharding(devices, P(None, "x"))
         params = jnp.zeros((2, 8, 4), jnp.float16, out_sharding=sharding)
         state = tx.init(params)
         types = jax.tree.map(jax.typeof, state)
@@ -386,9 +380,10 @@ def test_lookahead_keeps_its_fast_params_pruned():
 def test_importing_and_building_links_starts_no_backend():
     code = """
 import jax, optax, jaxprune as jp
+from jaxprune import *
 jp.gradual(optax.adam(1e-3), jp.scores.magnitude, jp.schedules.cubic(0.9, 0, 10))
 jp.enforce(optax.adam(1e-3), lambda p: jp.select(jp.scores.magnitude(p), 0.5))
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python("-c", code)

@@ -1,20 +1,23 @@
-import subprocess
-import sys
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import normal, python
 from matplotlib import pyplot
 
 import jaxprune as jp
 
-PARAMS = {
-    "conv": jax.random.normal(jax.random.key(0), (3, 3, 1, 4)),
-    "dense": jax.random.normal(jax.random.key(1), (36, 2)),
-}
-SCORES = jp.scores.magnitude(PARAMS)
-MASKS = jp.select(SCORES, 0.75)
+
+@functools.cache
+def scores():
+    return jp.scores.magnitude(normal({"conv": (3, 3, 1, 4), "dense": (36, 2)}))
+
+
+@functools.cache
+def masks(sparsity=0.75):
+    return jp.select(scores(), sparsity)
 
 
 def network(params, x):
@@ -45,11 +48,11 @@ PLOTS = {  # a new picture adds one row here
     "curves": lambda **k: jp.plot.curves(table(), **k),
     "curves, bytes": lambda **k: jp.plot.curves(table(), "stored_bytes", "change", **k),
     "curves, sparsity": lambda **k: jp.plot.curves(table(), "sparsity", "before", **k),
-    "sparsity": lambda **k: jp.plot.sparsity(MASKS, before=jp.select(SCORES, 0.1), **k),
-    "mask": lambda **k: jp.plot.mask(MASKS["conv"], **k),
-    "scores": lambda **k: jp.plot.scores(SCORES, MASKS, **k),
+    "sparsity": lambda **k: jp.plot.sparsity(masks(), before=masks(0.1), **k),
+    "mask": lambda **k: jp.plot.mask(masks()["conv"], **k),
+    "scores": lambda **k: jp.plot.scores(scores(), masks(), **k),
     "groups": lambda **k: jp.plot.groups(
-        jp.find_groups(network, PARAMS, jnp.ones((1, 5, 5, 1))), **k
+        jp.find_groups(network, scores(), jnp.ones((1, 5, 5, 1))), **k
     ),
     "training": lambda **k: jp.plot.training([0, 1], [0.0, 0.5], [2.0, 1.0], **k),
 }
@@ -104,7 +107,7 @@ def test_curves_say_what_failed():
     rows = failed["method"] == "a"
     failed["error"] = np.where(rows, "ValueError: no", "")
     axes = jp.plot.curves(failed)
-    assert axes.get_title(loc="left") == "15 points failed"
+    assert axes.get_title(loc="left") == "failed points: 15"
     assert "a" not in [line.get_label() for line in axes.lines]
 
 
@@ -133,9 +136,10 @@ def test_mask_puts_filters_in_cells():
 
 
 def test_scores_draw_the_threshold_only_where_there_is_one():
-    assert any("threshold" in line.get_label() for line in jp.plot.scores(SCORES, MASKS).lines)
-    by_layer = jp.select(SCORES, 0.75, scope="layer")
-    assert not jp.plot.scores(SCORES, by_layer).lines
+    lines = jp.plot.scores(scores(), masks()).lines
+    assert any("threshold" in line.get_label() for line in lines)
+    by_layer = jp.select(scores(), 0.75, scope="layer")
+    assert not jp.plot.scores(scores(), by_layer).lines
     signed = {"w": np.linspace(-1, 1, 40)}
     axes = jp.plot.scores(signed, {"w": signed["w"] > 0})
     assert axes.get_xscale() == "linear" and axes.lines
@@ -146,6 +150,7 @@ def test_matplotlib_is_imported_late_and_missed_clearly():
     code = """
 import sys
 import jaxprune as jp
+jp.plot
 assert "matplotlib" not in sys.modules
 sys.modules["matplotlib"] = None
 try:
@@ -153,5 +158,4 @@ try:
 except ImportError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert 'pip install "jaxprune[plot]"' in done.stdout, done.stderr
+    assert 'pip install "jaxprune[plot]"' in python("-c", code)

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,9 @@ import zoo
 from jax import lax
 
 import jaxprune as jp
+from jaxprune import _program
+from jaxprune._program import rules
+from jaxprune._program.atoms import Atoms, Merge
 
 # One table for all that counts FLOPs: a function, its params, an input, and its multiply-adds.
 
@@ -202,3 +207,136 @@ def test_every_mode_of_a_ragged_product_counts_its_true_rows():
     both, products = 4 * 9 * 12, 4 * 12 * 6  # of x and the experts, then of the hidden units
     macs = 2 * both + 3 * products + 4 * 9 * 3
     assert jp.metrics.flops(backward, params, x) == 2 * macs
+
+
+def test_a_primitive_without_a_rule_is_no_obstacle_to_counting():
+    fn = lambda p, x: jnp.linalg.svd(x @ p["in"], compute_uv=False)  # noqa: E731
+    assert jp.metrics.flops(fn, mlp(), jnp.ones((5, 6))) == 2 * 5 * 6 * 8
+
+
+# Atoms.
+
+
+def test_ten_thousand_reasons_are_each_reported_as_themselves():
+    atoms = Atoms()
+    axis = atoms.fresh(10_000)
+    for i in range(10_000):
+        atoms.pin(axis[i : i + 1], f"reason {i}")
+    assert not atoms.free(axis).any() and atoms.free(atoms.fresh(2)).all()
+    assert [atoms.reason(axis[i : i + 1]) for i in range(10_000)] == [
+        [f"reason {i}"] for i in range(10_000)
+    ]
+    atoms.pin(axis, "a later reason")
+    assert atoms.reason(axis[:2]) == ["reason 0", "reason 1"]
+    table = np.zeros(len(atoms.all_roots()))  # plain indexing finds atoms and reasons
+    table[axis] = 1
+    assert table.sum() == 10_000 and not table[atoms.pinned(3, "reason 9999")].any()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_united_is_what_a_plain_search_connects(seed):
+    rng = np.random.default_rng(seed)
+    atoms = Atoms()
+    axes = [atoms.fresh(6) for _ in range(20)]
+    edges = []
+    for _ in range(12):
+        a, b = (rng.permutation(axes[i])[:4] for i in rng.integers(20, size=2))
+        atoms.unite(a, b)
+        edges += zip(a.tolist(), b.tolist(), strict=True)
+    for axis in axes[:3]:
+        atoms.pin(axis[:1], "a reason")
+    every = np.concatenate(axes)
+    roots = dict(zip(every.tolist(), every.tolist(), strict=True))
+    for _ in roots:  # as often as a chain may be long
+        for a, b in edges:
+            roots[a] = roots[b] = min(roots[a], roots[b])
+    pinned = {roots[int(axis[0])] for axis in axes[:3]}
+    expected = [-1 if root in pinned else root for root in roots.values()]
+    assert atoms.find(every).tolist() == expected
+    assert atoms.all_roots()[every].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "united, units",
+    [
+        ([], [3, 4]),  # 3 heads of 4 dims: along either
+        ([(0, 4)], [2, 4]),  # an entry of head 0 with one of head 1
+        ([(0, 5)], [2, 3]),  # one of dim 0 with one of dim 1
+        ([(0, 1), (0, 2), (0, 3)], [3, 0]),  # all dims together: removed, nothing would be left
+    ],
+)
+def test_units_along_the_factors_of_a_merge(united, units):
+    atoms = Atoms()
+    merge = Merge(atoms.fresh(12), (atoms.fresh(3), atoms.fresh(4)), "a reshape")
+    for i, j in united:
+        atoms.unite(merge.merged[i : i + 1], merge.merged[j : j + 1])
+    assert [atoms._units(merge, factor) for factor in range(2)] == units
+    atoms.solve([merge], lambda merges, counts: (0, int(np.argmax(counts[0]))))
+    cut = int(np.argmax(units))
+    rows = np.moveaxis(atoms.find(merge.merged).reshape(3, 4), cut, 0)
+    assert (rows == atoms.find(merge.factors[cut])[:, None]).all()
+    assert atoms.reason(merge.factors[1 - cut]) == ["the other factor of a reshape is cut"]
+
+
+# Values, and running without some.
+
+
+def test_every_value_has_the_units_of_the_leaves():
+    params, x = mlp(), jnp.ones((5, 6))
+    structure = _program.analyse(dense, params, (x,))
+    hidden = np.arange(1, 9)
+    unit = structure.spread([(np.zeros(6, int), hidden), (hidden, np.zeros(6, int))])
+    values = [v for step in structure.program.steps for v in step.outs]
+    shapes = [[unit[axis].tolist() for axis in v.axes] for v in values if v.shape]
+    assert shapes[0] == [[0] * 5, hidden.tolist()] and shapes[-1] == [[0] * 5, [0] * 6]
+
+
+def test_a_cut_program_is_that_of_smaller_params():
+    params = {"in": jnp.arange(48.0).reshape(6, 8), "out": jnp.arange(48.0).reshape(8, 6)}
+    x = jnp.ones((5, 6))
+    structure = _program.analyse(dense, params, (x,))
+    removed = np.zeros(len(structure.walk.atoms.all_roots()), bool)
+    removed[structure.walk.atoms.all_roots()[structure.leaves[0].axes[1][[1, 2, 5]]]] = True
+    cut = _program.Cut(removed[structure.walk.atoms.all_roots()])
+    kept = [0, 3, 4, 6, 7]
+    small = {"in": params["in"][:, jnp.array(kept)], "out": params["out"][jnp.array(kept)]}
+    (out,) = cut.run(structure.program, small["in"], small["out"], x)
+    np.testing.assert_array_equal(out, dense(small, x))
+    assert cut.kept(structure.leaves[1].axes[0]).tolist() == kept
+
+
+def test_evenly_spaced_indices_are_taken_as_a_slice():
+    x = jnp.arange(24.0).reshape(2, 12)
+    for kept, primitive in (([3], "slice"), ([1, 4, 7], "slice"), ([0, 1, 5], "gather")):
+        take = functools.partial(_program.take, kept=np.array(kept), axis=1)
+        np.testing.assert_array_equal(take(x), x[:, np.array(kept)])
+        assert f" {primitive}[" in str(jax.make_jaxpr(take)(x))
+
+
+def test_values_fit_the_same_program_of_other_sizes_alone():
+    def branching(p, x):
+        return dense(p, x) if len(x) < 9 else jnp.tanh(dense(p, x))
+
+    structure = _program.analyse(branching, mlp(), (jnp.ones((5, 6)),))
+    other = lambda n: _program.trace(branching, mlp(), (jnp.ones((n, 6)),), False)[0]  # noqa: E731
+    program = structure.program.on(other(7))
+    assert program.steps[0].eqn.outvars[0].aval.shape == (7, 8)
+    assert program.steps[0].outs is structure.program.steps[0].outs
+    with pytest.raises(_program.ProgramMismatch):
+        structure.program.on(other(9))
+
+
+# The room.
+
+
+def test_a_primitive_has_one_rule():
+    parts = [rules.elementwise, rules.moving, rules.contracting, rules.indexing]
+    assert sum(len(part.RULES) for part in parts) == len(rules.RULES) > 150
+
+
+def test_one_file_touches_what_jax_may_change():
+    internals = re.compile(
+        r"(?<!_jaxpr)\.bind\(|jax\.core|jax\._src|jax\.extend|custom_derivatives"
+    )
+    room = pathlib.Path(_program.__file__).parent
+    assert [f.name for f in room.rglob("*.py") if internals.search(f.read_text())] == ["jaxpr.py"]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import equal
 
 import jaxprune as jp
 from jaxprune import recipes
@@ -35,26 +36,20 @@ def trainer():
     return train
 
 
-def equal(a, b):
-    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(
-        jax.tree.map(jnp.array_equal, a, b)
-    )
+def drawn(key=None):
+    """Returns other params: fixed ones, or random ones."""
+    if key is None:
+        return {"w": jnp.full((6, 8), 0.5), "b": jnp.zeros(8)}
+    return {"w": jax.random.normal(key, (6, 8)), "b": jax.random.normal(key, 8)}
 
 
 SPARSITIES = [0.25, 0.5, 0.75]
-FRESH = {"w": jnp.full((6, 8), 0.5), "b": jnp.zeros(8)}
-RESTARTS = {  # a new restart adds one row here, and what it starts a round from
-    "keep": (recipes.keep, lambda params, round: params),
-    "rewind": (recipes.rewind(FRESH), lambda params, round: FRESH),
+RESTARTS = {  # a new restart adds one row here, and the params at which a round starts
+    "keep": (lambda: recipes.keep, lambda params, round: params),
+    "rewind": (lambda: recipes.rewind(drawn()), lambda params, round: drawn()),
     "reinitialize": (
-        recipes.reinitialize(
-            lambda key: jax.tree.map(lambda w: jax.random.normal(key, w.shape), FRESH),
-            jax.random.key(3),
-        ),
-        lambda params, round: jax.tree.map(
-            lambda w: jax.random.normal(jax.random.fold_in(jax.random.key(3), round), w.shape),
-            FRESH,
-        ),
+        lambda: recipes.reinitialize(drawn, jax.random.key(3)),
+        lambda params, round: drawn(jax.random.fold_in(jax.random.key(3), round)),
     ),
 }
 
@@ -63,9 +58,9 @@ RESTARTS = {  # a new restart adds one row here, and what it starts a round from
 def test_iterative_is_the_loop_by_hand(name):
     restart, start = RESTARTS[name]
     params, train = problem()[0], trainer()
-    found = list(recipes.iterative(params, train, jp.scores.magnitude, SPARSITIES, restart=restart))
+    rounds = recipes.iterative(params, train, jp.scores.magnitude, SPARSITIES, restart=restart())
     masks = None
-    for i, (sparsity, got) in enumerate(zip(SPARSITIES, found, strict=True), 1):
+    for i, (sparsity, got) in enumerate(zip(SPARSITIES, rounds, strict=True), 1):
         masks = jp.select(jp.scores.magnitude(params), sparsity, within=masks)
         params = train(jp.apply_masks(start(params, i), masks), masks)
         assert got.round == i and got.sparsity == sparsity
@@ -75,8 +70,8 @@ def test_iterative_is_the_loop_by_hand(name):
 
 @pytest.mark.parametrize("name", RESTARTS)
 def test_iterative_goes_on_from_any_round(name):
-    go = lambda params: recipes.iterative(  # noqa: E731
-        params, trainer(), jp.scores.magnitude, SPARSITIES, restart=RESTARTS[name][0]
+    go = lambda params: recipes.iterative(
+        params, trainer(), jp.scores.magnitude, SPARSITIES, restart=RESTARTS[name][0]()
     )
     whole = list(go(problem()[0]))
     for done in (1, 2, 3):
@@ -124,7 +119,7 @@ def test_iterative_before_training_and_with_groups():
     assert equal(one.params, trainer()(jp.apply_masks(params, masks), masks))
     params = {"in": jnp.arange(1.0, 13).reshape(3, 4), "out": jnp.ones((4, 2))}
     groups = jp.find_groups(lambda p, x: x @ p["in"] @ p["out"], params, jnp.ones((1, 3)))
-    same = lambda params, masks: params  # noqa: E731
+    same = lambda params, masks: params
     *_, last = recipes.iterative(
         params, same, jp.scores.magnitude, [0.25, 0.5], select=groups.select
     )
@@ -158,7 +153,7 @@ def test_rounds_remove_a_fraction_of_what_is_left():
         ),
         (
             lambda p, m: p,
-            recipes.rewind({"w": FRESH["w"]}),
+            lambda p, round: {"w": p["w"]},
             r"^b: `restart` must return shape \(8,\) here, got no leaf",
         ),
         (
@@ -224,89 +219,3 @@ def test_dropout_rate(rate, kept, total, expected):
 def test_dropout_rate_needs_a_fraction(arguments, words):
     with pytest.raises(ValueError, match=words):
         recipes.dropout_rate(*arguments)
-
-
-def mlp(activation):
-    def apply_fn(p, x):
-        for i in range(3):
-            x = x @ p[f"w{i}"] + p[f"b{i}"][None]
-            x = activation(x) if i < 2 else x
-        return x
-
-    return apply_fn
-
-
-def dead_by_hand(params, masks, stays):
-    """Gives masks and dead neurons by following connections in NumPy, neuron by neuron."""
-    w = [np.asarray(masks[f"w{i}"]).copy() for i in range(3)]
-    b = [np.asarray(params[f"b{i}"] != 0).copy() for i in range(3)]
-    gone = [np.zeros(len(b[i]), bool) for i in range(2)]
-    changed = True
-    while changed:
-        changed = False
-        for i in range(2):
-            for j in range(len(b[i])):
-                no_input = not stays and not w[i][:, j].any() and not b[i][j]
-                if not gone[i][j] and (no_input or not w[i + 1][j].any()):
-                    w[i][:, j], w[i + 1][j], gone[i][j], changed = False, False, True, True
-    return w, gone
-
-
-@pytest.mark.parametrize("activation", [jax.nn.relu6, jax.nn.sigmoid])
-def test_remove_dead_matches_a_walk_over_neurons(activation):
-    random, sizes = np.random.default_rng(3), (5, 12, 12, 4)
-    params, masks = {}, {}
-    for i, shape in enumerate(zip(sizes, sizes[1:], strict=False)):
-        bias = random.normal(size=shape[1]) * random.integers(0, 2, shape[1])
-        params |= {f"w{i}": random.normal(size=shape), f"b{i}": bias}
-        masks |= {f"w{i}": jnp.array(random.random(shape) < 0.15), f"b{i}": None}
-    params = jax.tree.map(lambda w: jnp.array(w, jnp.float32), params)
-    x = jax.random.normal(jax.random.key(0), (16, 5))
-    apply_fn = mlp(activation)
-    found = recipes.remove_dead(apply_fn, params, masks, x)
-    weights, gone = dead_by_hand(params, masks, activation is jax.nn.sigmoid)
-    assert sum(map(np.sum, gone)) > 3
-    for i in range(3):
-        np.testing.assert_array_equal(found[f"w{i}"], weights[i])
-    for i in range(2):
-        np.testing.assert_array_equal(found[f"b{i}"], ~gone[i])
-    before, after = (apply_fn(jp.apply_masks(params, m), x) for m in (masks, found))
-    np.testing.assert_array_equal(before, after)
-    if activation is jax.nn.relu6:
-        _, small, _ = jp.shrink(apply_fn, params, found, x)
-        assert [small[f"b{i}"].size for i in range(2)] == [(~g).sum() for g in gone]
-
-
-def norms(p, x):
-    """A block with batch norm, a residual, layer norm and a softmax; inputs that are shifted."""
-    x = jax.nn.relu((x @ p["a"] - p["mean"]) / jnp.sqrt(p["var"] + 1e-5) * p["scale"])
-    x = x + jax.nn.gelu(x @ p["up"] + p["bias"]) @ p["down"]
-    x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
-    return jax.nn.softmax(x @ p["head"]), p["step"] + 1
-
-
-@pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
-def test_remove_dead_with_norms_a_residual_and_a_softmax():
-    shapes = {"a": (4, 6), "up": (6, 8), "down": (8, 6), "head": (6, 5)}
-    keys = jax.random.split(jax.random.key(0), 4)
-    params = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
-    params |= {n: jnp.ones((1, 6)) for n in ("mean", "var", "scale")}
-    params |= {"bias": jnp.ones((1, 8)), "step": jnp.int32(3), "key": jax.random.key(0)}
-    masks = jp.select(jp.scores.magnitude(params), 0.0, where=lambda p, s: p in shapes)
-    masks["down"] = masks["down"].at[3].set(False)  # neuron 3 has no outputs
-    masks["up"] = masks["up"].at[:, 5].set(False)  # neuron 5 has no inputs, but a bias
-    found = recipes.remove_dead(norms, params, masks, jnp.ones((3, 4)))
-    expected = masks | {"up": masks["up"].at[:, 3].set(False)}
-    expected["bias"] = jnp.ones((1, 8), bool).at[0, 3].set(False)
-    assert equal(found, expected)
-
-
-def test_remove_dead_notices_a_change():
-    params = {"in": jnp.ones((2, 2)), "out": jnp.ones((2, 1))}
-    masks = {"in": jnp.ones((2, 2), bool), "out": None}
-
-    def apply_fn(p, x):
-        return jnp.concatenate([jnp.sign(x @ p["in"][:, :1]), x @ p["in"][:, 1:]], 1) @ p["out"]
-
-    with pytest.raises(ValueError, match="apply_fn must return the same output"):
-        recipes.remove_dead(apply_fn, params, masks, jnp.ones((1, 2)))

@@ -11,7 +11,7 @@ from test_plot import table
 
 import jaxprune as jp
 
-PARAMS = {f"layer <{i}> with a long name": jnp.ones((16, 16)) * (i + 1) for i in range(30)}
+PARAMS = {f"layer <{i}> with a long name": np.full((16, 16), i + 1, "float32") for i in range(30)}
 
 
 def network(params, x):
@@ -97,6 +97,7 @@ def chromium(*options):
     return subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1400])
 def test_report_in_a_browser(path, width, tmp_path):
     probe = """<script>document.title = JSON.stringify([
@@ -126,6 +127,7 @@ def test_report_in_a_browser(path, width, tmp_path):
     assert pictures == 5
 
 
+@pytest.mark.slow
 def test_report_prints(path, tmp_path):
     chromium(f"--print-to-pdf={tmp_path / 'report.pdf'}", path.as_uri())
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")

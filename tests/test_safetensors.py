@@ -8,6 +8,8 @@ from files import check, expected, raw, run, same_bits, weights, write
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from jaxprune._files import safetensors
+
 
 def test_names_dtypes_metadata_and_order_stay_byte_for_byte(tmp_path, capsys):
     tensors = weights()
@@ -21,7 +23,7 @@ def test_names_dtypes_metadata_and_order_stay_byte_for_byte(tmp_path, capsys):
         assert found.metadata() == metadata
 
 
-def test_reads_what_the_library_writes(tmp_path, capsys):
+def test_reads_files_of_the_library(tmp_path, capsys):
     tensors = {n: w for n, w in weights().items() if w.size}
     tensors["complex"] = np.array([1j, 0], np.complex64)
     tensors["sparse"] = np.array([[0.0, -0.0, 1.0]], np.float32)
@@ -142,3 +144,18 @@ def test_the_output_keeps_its_mode_and_its_link(tmp_path, capsys):
     assert run(capsys, "prune", file, tmp_path / "link", "--sparsity", 0.5)[0] == 0
     assert (tmp_path / "link").is_symlink() and os.stat(file).st_mode & 0o777 == 0o640
     check(file, expected(weights(), 0.5))
+
+
+def test_repeated_names():
+    assert safetensors.repeated(["a", "b", "c", "b", "a"]) == "b"
+    assert safetensors.repeated(iter("abc")) is None
+
+
+def test_a_header_that_is_written_is_read(tmp_path):
+    tensors = [(f"w/{kind}", name, (2, 3)) for kind, name in safetensors.DTYPES.items()]
+    with safetensors.writing(tmp_path / "file") as file:
+        safetensors.write_header(file, {"by": "a test"}, tensors)
+        file.write(bytes(sum(6 * np.dtype(name).itemsize for _, name, _ in tensors)))
+    with safetensors.opened(str(tmp_path / "file")) as source:
+        assert [(t.path, t.dtype, t.shape) for t in source.tensors] == tensors
+        assert source.metadata == {"by": "a test"}

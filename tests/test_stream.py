@@ -18,7 +18,7 @@ from jaxprune._files.command_line import main
 @pytest.mark.parametrize("levels", [None, 1], ids=["distinct", "ties"])
 @pytest.mark.parametrize("scope", ["global", "layer", "erk"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_prunes_the_weights_that_select_does(tmp_path, dtype, scope, levels, monkeypatch):
+def test_prunes_the_same_weights_as_select(tmp_path, dtype, scope, levels, monkeypatch):
     tensors = weights(dtype, levels)
     file, out = write(tmp_path / "in", tensors), str(tmp_path / "out")
     for sparsity in (0.0, 0.37, 0.9, 0.999):
@@ -82,7 +82,7 @@ def test_a_threshold_of_64_bits():
 def test_memory_does_not_grow_with_the_file(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(stream, "_PIECE", 1 << 14)
     monkeypatch.setattr(safetensors, "_COPY", 1 << 16)
-    size = 1 << 22  # entries: 16 MB
+    size = 1 << 20  # two tensors of 4 MB
     w = np.random.default_rng(0).standard_normal(size, np.float32)
     file = write(tmp_path / "in", {"w": w.reshape(4, -1), "v": w})
     out = tmp_path / "out"
@@ -96,7 +96,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, capsys, monkeypatch):
         assert run(capsys, *argv)[0] in (0, 1)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert peak < 4e6, argv
+        assert peak < 3e6, argv
 
 
 def test_diff_counts_every_change_once(tmp_path, capsys):

@@ -250,6 +250,7 @@ def test_reduce_normalizes_each_group(normalize, cnn):
     expected = [plain[group.units - 1] / norm(plain[group.units - 1]) for group in groups.groups]
     found = jp.units.reduce(groups, scores, normalize=normalize)
     np.testing.assert_allclose(found, np.concatenate(expected), rtol=1e-6)
+    np.testing.assert_array_equal(jp.units.reduce(groups, plain, normalize=normalize), found)
     zero = jp.units.reduce(groups, jax.tree.map(jnp.zeros_like, params), normalize=normalize)
     assert not zero.any()
 
@@ -282,7 +283,7 @@ def test_errors(cnn, allow):
     groups, params, (x, y) = cnn
     for scores, options, message in (
         (np.ones(9), {}, r"shape \(10,\)"),
-        (np.ones(10), {"reduce": "first"}, "got one score per unit"),
+        (np.ones(10), {"reduce": "first"}, "for 'first' or where=, got one score per unit"),
         (np.full(10, np.nan), {}, "10 of 10 units"),
         (np.where(np.arange(10) == 2, np.inf, 1), {}, "1 of 10 units, first for unit 2"),
         (np.full(10, -np.inf), {}, "10 of 10 units"),

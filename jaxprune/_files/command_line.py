@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument("--json", action="store_true", help=text)
         return parser.add_argument
 
-    inspect = command(_inspect, "List the tensors, with their zeros and their bytes.")
+    inspect = command(_inspect, "List the tensors with their shapes, zeros and bytes.")
     inspect("file", metavar="FILE", help=checkpoint)
 
     text = (
@@ -65,9 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "(default: unstructured)"
     )
     prune("--pattern", type=_pattern, default=None, metavar="N:M", help=text)
-    text = (
-        "the axis of N:M (default: -2, the input axis of Flax kernels; weights of PyTorch need -1)"
-    )
+    text = "the axis of N:M (default: -2, the input axis of Flax kernels; PyTorch weights need -1)"
     prune("--axis", type=int, help=text)
     text = "leave out tensors whose name matches, such as 'embed*' or 'opt_state/*'"
     prune("--exclude", nargs="+", action="extend", default=[], metavar="GLOB", help=text)
@@ -151,7 +149,7 @@ def _prune(arguments: argparse.Namespace) -> int:
     with _bar(arguments) as bar, opened(arguments.file, bar.update) as source:
         if compact.is_compact(source):
             raise FileError(
-                f"{arguments.file}: stores kept weights alone. Prune it further with "
+                f"{arguments.file}: stores only the kept weights. Prune it further with "
                 "`jp.masks.load`, `jp.select(..., within=masks)` and `jp.masks.save`."
             )
         check_output(arguments.out, source.format)
@@ -202,7 +200,7 @@ def _target(arguments: argparse.Namespace) -> tuple[stream.NOfM | None, float]:
     elif arguments.axis is not None:
         raise FileError("--axis must come with a pattern. Add one, such as --pattern 2:4.")
     if sparsity is None:
-        raise FileError("prune must have a sparsity. Add one, such as --sparsity 0.9.")
+        raise FileError("--sparsity or --pattern must be given. Add one, such as --sparsity 0.9.")
     try:
         return pattern, _select.check_sparsity(sparsity)
     except ValueError as error:
@@ -233,7 +231,7 @@ def _prunable(
         for t in tensors:
             if not -len(t.shape) <= axis < len(t.shape) or t.shape[axis] % m:
                 raise FileError(
-                    f"{file}: {t.path}: {n}:{m} sparsity needs axis {axis} divisible by {m}, got "
+                    f"{file}: {t.path}: axis {axis} must be divisible by {m} for {n}:{m}, got "
                     f"shape {t.shape}. Leave out this tensor with --exclude {t.path!r}, or choose "
                     "another --axis."
                 )
@@ -272,7 +270,7 @@ def _diff(arguments: argparse.Namespace) -> int:
     elif equal:
         print(f"no difference in {len(same):,} tensors")
     else:
-        print(_diff_table({path: before[path].shape for path in same}, **differences))
+        print(_diff_table({path: before[path].shape for path in same}, differences))
     return 0 if equal else 1
 
 
@@ -281,26 +279,19 @@ def _kinds(a: Tensor, b: Tensor) -> dict[str, tuple[Any, Any]]:
     return {name: (x, y) for name, (x, y) in pairs.items() if x != y}
 
 
-def _diff_table(
-    shapes: dict[str, tuple[int, ...]],
-    only_in_a: list[str],
-    only_in_b: list[str],
-    other: list[dict[str, Any]],
-    changes: list[dict[str, Any]],
-    total: dict[str, Any],
-    metadata: list[str],
-) -> Table:
+def _diff_table(shapes: dict[str, tuple[int, ...]], differences: dict[str, Any]) -> Table:
     def counts(zeroed: int, revived: int, changed: int, largest: float) -> tuple[str, ...]:
         return f"{zeroed:,}", f"{revived:,}", f"{changed:,}", f"{largest:.6g}"
 
-    rows: list[tuple[str, ...]] = [(path, "only in A") for path in only_in_a]
-    rows += [(path, "only in B") for path in only_in_b]
-    for path, *pairs in (kind.values() for kind in other):
+    rows: list[tuple[str, ...]] = [(path, "only in A") for path in differences["only_in_a"]]
+    rows += [(path, "only in B") for path in differences["only_in_b"]]
+    for path, *pairs in (kind.values() for kind in differences["other"]):
         words = [" → ".join(x if isinstance(x, str) else spell(x) for x in pair) for pair in pairs]
         rows.append((path, ", ".join(words)))
-    rows += [(p, spell(shapes[p]), *counts(*n)) for p, *n in (c.values() for c in changes)]
-    rows += [(f"metadata {key}", "") for key in metadata]
-    rows.append(("total", "", *counts(**total)))
+    for path, *numbers in (change.values() for change in differences["changes"]):
+        rows.append((path, spell(shapes[path]), *counts(*numbers)))
+    rows += [(f"metadata {key}", "") for key in differences["metadata"]]
+    rows.append(("total", "", *counts(**differences["total"])))
     header = ("path", "", "zeroed", "revived", "changed", "largest change")
     cells = [(_printable(path), *rest, *[""] * (5 - len(rest))) for path, *rest in rows]
     return Table(header, cells, left=(0, 1), total=True)

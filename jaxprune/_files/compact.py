@@ -1,8 +1,8 @@
 """The file of :func:`jaxprune.masks.save`: the kept weights, and one bit per weight for the masks.
 
 It is a safetensors file. A leaf with a mask becomes two tensors, ``path/values`` and
-``path/bitmap``; any other leaf becomes one, under its path. The metadata hold a format, a version,
-a checksum, the shapes of the leaves with a mask, and the implementations of PRNG keys.
+``path/bitmap``; any other leaf becomes one, under its path. The metadata holds a format, a
+version, a checksum, the shapes of the leaves with a mask, and the implementations of PRNG keys.
 """
 
 import hashlib

@@ -25,7 +25,7 @@ def opened(path: str, tick: Tick = lambda size: None) -> Iterator[Checkpoint]:
     folder = Path(path).absolute()
     if not (folder / "_METADATA").exists():
         inner = sorted(p.parent for n in ("*", "*/*") for p in folder.glob(f"{n}/_METADATA"))
-        fix = f" Give the one inside, {inner[-1]}." if inner else ""
+        fix = f" Pass the one inside, {inner[-1]}." if inner else ""
         raise FileError(f"{path}: this folder is not an Orbax checkpoint of a tree.{fix}")
     try:
         import orbax.checkpoint as ocp  # slow to import, and not needed for files
@@ -38,6 +38,8 @@ def opened(path: str, tick: Tick = lambda size: None) -> Iterator[Checkpoint]:
         checkpointer = ocp.PyTreeCheckpointer()
         description: Any = checkpointer.metadata(folder)
         item = description.item_metadata
+        if item is None:
+            raise ValueError("its metadata cannot be read")
         args = jax.tree.map(
             # NumPy arrays need none of the devices that wrote the checkpoint. Text has no storage.
             lambda leaf: ocp.RestoreArgs(np.ndarray if getattr(leaf, "storage", None) else None),

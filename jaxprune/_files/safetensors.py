@@ -28,8 +28,8 @@ from jaxprune._files.checkpoint import Checkpoint, Edit, FileError, Tensor, Tick
 _HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _COPY = 1 << 22  # bytes that are copied at a time
 DTYPES = {
-    "BOOL": "bool", "C64": "complex64", "F16": "float16", "F32": "float32", "F64": "float64",
-    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "BF16": "bfloat16",
+    "BOOL": "bool", "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64",
+    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "C64": "complex64",
     "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
@@ -59,7 +59,7 @@ def opened(path: str, tick: Tick = lambda size: None) -> Iterator[Checkpoint]:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
         raise FileError(
-            f"{path}: {reason(error)}. Give a safetensors file or an Orbax checkpoint folder."
+            f"{path}: {reason(error)}. Pass a safetensors file or an Orbax checkpoint folder."
         ) from None
     if not stat.S_ISREG(mode):  # a pipe can be read only once
         raise FileError(f"{path}: is not a regular file. Copy its contents to a file first.")
@@ -103,7 +103,7 @@ def _unchanged(tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file that replaces the one at ``path`` in the end, and keeps its permissions."""
+    """Opens a file that replaces the one at ``path`` at the end, and keeps its permissions."""
     with saving(path) as new, open(new, "xb") as file:
         yield file
         file.flush()

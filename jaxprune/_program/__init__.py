@@ -1,15 +1,16 @@
-"""The traced program: what belongs together, what it costs, and how to run it without a part.
+"""The traced program: what is removed together, what it costs, and how to run it without a part.
 
 ::
 
-    fn, params, inputs ──jaxpr.trace──▶ jaxpr ──walk (rules, atoms)──▶ Program
-                                                                          │ structure.analyse
-                                                                          ▼
-        cost.contractions ◀──────── Structure: the atoms of every axis ──────▶ Cut: runs it smaller
-                                                │
-                                                └──▶ Flat: runs it, keeps every value
+    apply_fn, params, inputs ──jaxpr.trace──▶ jaxpr ──walk (rules, atoms)──▶ Program (values)
+                                                │                               │ structure.analyse
+                                                │                               ▼
+         [Contraction] ◀──cost.contractions─────┴───────────────────────── Structure: all atoms
+                                                                                │
+                          Flat: runs it, keeps every value ◀────────────────────┴──▶ Cut: runs it
+                                                                                     smaller
 
-``jaxpr.py`` alone touches JAX's internals. This room imports ``_tree`` and nothing else.
+``jaxpr.py`` alone touches JAX's internals. A new primitive needs a rule, in ``rules/``.
 """
 
 from jaxprune._program.atoms import Merge
@@ -18,8 +19,8 @@ from jaxprune._program.cost import (
     Cost,
     contractions,
     contractions_of_units,
-    dearest,
     loops,
+    most_expensive,
     total,
     warn_of_loops,
 )
@@ -42,9 +43,9 @@ __all__ = [
     "check_inputs",
     "contractions",
     "contractions_of_units",
-    "dearest",
     "inner",
     "loops",
+    "most_expensive",
     "take",
     "total",
     "trace",

@@ -5,8 +5,8 @@
     jaxpr, and its walked steps if units are asked for
       │ contractions
       ▼
-    [Contraction | Branches] ──total────▶ multiply-adds: a number, or one for every unit
-                             └─dearest──▶ [Contraction], the rows of a table
+    [Contraction | Branches] ──total───────────▶ multiply-adds: a number, or one for every unit
+                             └─most_expensive──▶ [Contraction], the rows of a table
 
 Matmuls and convolutions are counted, wherever they are: those of a `scan` once per step, of a
 `cond` those of the most expensive branch, of a `while` loop once. Derivative rules do not run.
@@ -26,6 +26,7 @@ import numpy as np
 from jaxprune import _tree
 from jaxprune._program import jaxpr as _jaxpr
 from jaxprune._program.values import Program, Step
+from jaxprune._tree import Masks, Params
 
 # Primitives that only move entries, so that the kept weights can be followed through them.
 _MOVES = frozenset(
@@ -72,16 +73,19 @@ Cost = Contraction | Branches
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
-    """A value made from params alone: which ones, and what fraction of each entry is kept."""
+    """A value made from params alone: from which, and the fraction kept of each entry."""
 
     paths: tuple[str, ...] = ()
     kept: Any = None  # an array, or None for all
 
 
 def contractions(
-    fn: Callable[..., Any], params: Any, *inputs: Any, masks: Any = None
+    apply_fn: Callable[..., Any], params: Params, *inputs: Any, masks: Masks | None = None
 ) -> list[Cost]:
-    """Counts ``fn(params, *inputs)``, without rules for its primitives, and follows its masks."""
+    """Counts ``apply_fn(params, *inputs)``, and the fractions of it that the masks keep.
+
+    No primitive needs a rule: the program is traced, and not walked.
+    """
     names = _tree.named_leaves(params)
     kept = [None] * len(names) if masks is None else _tree.align_masks(params, masks)
     weights: list[_Weight | None] = [
@@ -89,7 +93,7 @@ def contractions(
         for (path, _), m in zip(names, kept, strict=True)
     ]
     weights += [None] * len(jax.tree.leaves(inputs))
-    return _visit(_jaxpr.trace(fn, params, *inputs).jaxpr, None, weights)[0]
+    return _visit(_jaxpr.trace(apply_fn, params, *inputs).jaxpr, None, weights)[0]
 
 
 def contractions_of_units(program: Program, unit: np.ndarray) -> list[Cost]:
@@ -98,7 +102,7 @@ def contractions_of_units(program: Program, unit: np.ndarray) -> list[Cost]:
 
 
 def total(costs: Sequence[Cost], macs: Callable[[Contraction], Any]) -> Any:
-    """Sums ``macs``, a number or an array; of branches the largest sum counts."""
+    """Sums ``macs``, a number or an array of them; for `cond` the largest branch is summed."""
     sums = []
     for cost in costs:
         if isinstance(cost, Branches):
@@ -110,13 +114,15 @@ def total(costs: Sequence[Cost], macs: Callable[[Contraction], Any]) -> Any:
     return sum(sums)
 
 
-def dearest(costs: Sequence[Cost], macs: Callable[[Contraction], float]) -> list[Contraction]:
-    """Lists what :func:`total` sums: of branches, those of the most expensive one."""
+def most_expensive(
+    costs: Sequence[Cost], macs: Callable[[Contraction], float]
+) -> list[Contraction]:
+    """Lists what :func:`total` sums."""
     rows: list[Contraction] = []
     for cost in costs:
         if isinstance(cost, Branches):
             branch = max(cost.branches, key=lambda branch: total(branch, macs))
-            rows.extend(dearest(branch, macs))
+            rows.extend(most_expensive(branch, macs))
         else:
             rows.append(cost)
     return rows
@@ -174,7 +180,7 @@ def _visit(
     for i, eqn in enumerate(jaxpr.eqns):
         operands = [read(atom) for atom in eqn.invars]
         name = eqn.primitive.name
-        # A value into which no param goes is computed entirely, and sliced later: nothing is saved.
+        # A full value is computed entirely, and sliced later: removing units saves nothing here.
         step = program.steps[i] if program else None
         step = None if step and all(v.full for v in step.outs) else step
         inner = _jaxpr.inner(eqn)
@@ -227,10 +233,9 @@ def _contraction(
 
 
 def _places(eqn: Any) -> tuple[float, list[tuple[int, int]]]:
-    """Lists the axes whose sizes multiply to the multiply-adds of one run, and a factor of them.
+    """Lists the axes whose sizes, and a factor, multiply to the multiply-adds of one run.
 
-    Returns:
-      The factor, and axes as ``(value, axis)``; values are the operands, then the result.
+    An axis is ``(value, axis)``, where values are the operands, then the result.
     """
     left, right = (atom.aval.shape for atom in eqn.invars[:2])
     params = eqn.params
@@ -262,7 +267,7 @@ def _unstack(weight: _Weight | None) -> _Weight | None:
 
 
 def _derive(eqn: Any, operands: Sequence[Any]) -> list[_Weight]:
-    """Follows weights through an equation; one that does more than move them keeps their paths."""
+    """Follows weights through an equation; unless it only moves them, all count as kept."""
     paths = tuple(dict.fromkeys(path for w in operands for path in w.paths))
     name = eqn.primitive.name
     if name == "convert_element_type":

@@ -1,7 +1,7 @@
-"""The traced program: the one file that touches JAX's internals.
+"""The one file that touches JAX's internals: jaxprs, and how to run their equations again.
 
-JAX releases differ in how an equation holds inner programs; :func:`inner` gives one normal form,
-and :func:`bind` and :func:`rebuild` run an equation again, on other shapes.
+JAX releases differ in how an equation holds inner programs. :func:`inner` returns one normal form;
+:func:`bind` and :func:`rebuild` run an equation again, on other shapes.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.custom_derivatives import SymbolicZero
 
-# Equations that only call a program, and those that say something about how it runs.
+# Equations that only call a program, and those that also change how it runs or is differentiated.
 TRANSPARENT = frozenset(("jit", "pjit", "closed_call", "core_call", "composite"))
 _WRAPPING = frozenset(
     ("remat2", "checkpoint", "remat", "custom_jvp_call", "custom_vjp_call", "shard_map")
@@ -26,9 +26,9 @@ class Inner:
       jaxpr: the inner program.
       consts: the values of its constants.
       operands: for each of its inputs the operand of the equation that feeds it.
-      times: how often it runs; a `while` loop counts once, since nobody knows.
+      times: how often it runs; a `while` loop counts once, because its trip count is unknown.
       carried: for each output that is also an input of the next round, the index of that input.
-      stacked: how many inputs, the last ones, are one slice of their operand at a time.
+      stacked: how many inputs, the last ones, are slices of their operands, one each round.
       call: whether its outputs are those of the equation.
     """
 
@@ -42,15 +42,15 @@ class Inner:
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> Any:
-    """Traces a function, on arrays or their shapes, to its program, with ``jaxpr`` and ``consts``.
+    """Traces a function, on arrays or their shapes, to its ``jaxpr`` and ``consts``.
 
-    A new function every time, so that JAX's cache of traces does not keep ``fn`` alive.
+    The lambda is new every time, so that JAX's cache of traces does not keep ``fn`` alive.
     """
     return jax.make_jaxpr(lambda *args: fn(*args))(*args)
 
 
 def order_of_use(jaxpr: Any) -> list[int]:
-    """Lists the inputs that a program uses, in the order in which it first does."""
+    """Lists the inputs that a program uses, in the order of their first use."""
     order: dict[Any, None] = {}
 
     def visit(jaxpr: Any, names: dict[Any, int]) -> None:
@@ -68,12 +68,12 @@ def order_of_use(jaxpr: Any) -> list[int]:
 
 
 def is_var(atom: Any) -> bool:
-    """Says whether an operand is a variable, not a literal."""
+    """Returns whether an operand is a variable, not a literal."""
     return not hasattr(atom, "val")
 
 
 def where(eqn: Any) -> str:
-    """Names an equation for a report: its primitive, and the module it is in if known."""
+    """Names an equation for a report: its primitive, and its module if known."""
     stack = str(eqn.source_info.name_stack)
     return f"`{eqn.primitive.name}`" + (f" in {stack}" if stack else "")
 
@@ -117,36 +117,42 @@ def bind(eqn: Any, *args: Any, **changes: Any) -> list[Any]:
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
+# Derivative rules. An equation holds those of a `custom_jvp` or `custom_vjp` as opaque functions,
+# which JAX calls when it differentiates. To cut them too, `rules` traces them to programs on the
+# dense shapes, and `rebuild` makes a new custom function of the cut programs. The many ways to say
+# "no derivative" (symbolic zeros, `float0` for integers, `None`) become arrays of zeros on the way,
+# and only inexact values have derivatives, in the order of the operands.
+
+
 def rules(eqn: Any) -> list[Any]:
     """Traces the derivative rules of an equation to programs, on the shapes that it has.
 
-    For a `custom_jvp`: of ``(*primals, *tangents)``, giving ``(*outputs, *tangents)``. For a
-    `custom_vjp` two: of ``primals``, giving ``(*outputs, *residuals)``, and of ``(*residuals,
-    *cotangents)``, giving the cotangents of ``primals``. Where a rule gives nothing, zeros.
+    For a `custom_jvp` one program, ``(*primals, *tangents) -> (*outputs, *tangents)``; for a
+    `custom_vjp` two, ``primals -> (*outputs, *residuals)`` and ``(*residuals, *cotangents) ->
+    cotangents of primals``. Where a rule returns no derivative, they return zeros.
     """
     name = eqn.primitive.name
     if name not in ("custom_jvp_call", "custom_vjp_call"):
         return []
     params = eqn.primitive.get_bind_params(eqn.params)
-    avals = [_shape(atom.aval) for atom in eqn.invars]
+    primals = [_shape(atom.aval) for atom in eqn.invars]
     outputs = [_shape(v.aval) for v in eqn.outvars]
     if name == "custom_jvp_call":
         _, rule = params["subfuns"]
 
         def jvp(*args: Any) -> list[Any]:
-            found = iter(args[len(avals) :])
-            tangents = [next(found) if is_inexact(a) else _no_tangent(a) for a in avals]
-            results = rule.call_wrapped(*args[: len(avals)], *tangents)
-            return [
-                _instantiate(x, a)
-                for x, a in zip(results, outputs * 2, strict=True)
-                if is_inexact(a)
-            ]
+            given = iter(args[len(primals) :])
+            tangents = [next(given) if is_inexact(a) else _no_tangent(a) for a in primals]
+            results = rule.call_wrapped(*args[: len(primals)], *tangents)
+            pairs = zip(results, outputs * 2, strict=True)
+            return [_instantiate(x, a) for x, a in pairs if is_inexact(a)]
 
-        return [trace(jvp, *avals, *filter(is_inexact, avals))]
+        return [trace(jvp, *primals, *filter(is_inexact, primals))]
     _, forward, backward = params["subfuns"]
 
     def fwd(*args: Any) -> list[Any]:
+        # JAX asks for each primal whether it is perturbed, and stores no residual that is a primal
+        # itself: `forwarded` has its index there, and `None` for the residuals that it returns.
         results = forward.call_wrapped(*[x for arg in args for x in (arg, True)])
         forwarded = params["out_trees"]()[2]
         stored = iter(results[: len(results) - len(outputs)])
@@ -156,9 +162,9 @@ def rules(eqn: Any) -> list[Any]:
     def bwd(*args: Any) -> list[Any]:
         results = backward.call_wrapped(*args)
         results = results[0] if isinstance(results[0], list) else results  # with logs since 0.12
-        return [_instantiate(x, a) for x, a in zip(results, avals, strict=True) if is_inexact(a)]
+        return [_instantiate(x, a) for x, a in zip(results, primals, strict=True) if is_inexact(a)]
 
-    first = trace(fwd, *avals)
+    first = trace(fwd, *primals)
     residuals = [_shape(v.aval) for v in first.jaxpr.outvars[len(outputs) :]]
     return [first, trace(bwd, *residuals, *outputs)]
 
@@ -187,21 +193,19 @@ def rebuild(eqn: Any, bodies: Sequence[Callable[..., list[Any]]], args: Sequence
         return [*carry, *stacks]
     if name == "while":
         test, body = params["cond_nconsts"], params["body_nconsts"]
-        asked, fixed, carry = args[:test], args[test : test + body], list(args[test + body :])
+        tested, fixed, carry = args[:test], args[test : test + body], list(args[test + body :])
         return jax.lax.while_loop(
-            lambda c: bodies[0](*asked, *c)[0], lambda c: bodies[1](*fixed, *c), carry
+            lambda c: bodies[0](*tested, *c)[0], lambda c: bodies[1](*fixed, *c), carry
         )
     if name == "cond":
         return jax.lax.switch(args[0], bodies, *args[1:])
     if name in ("remat2", "checkpoint", "remat"):
-        keep = {key: params[key] for key in ("prevent_cse", "policy")}
-        return jax.checkpoint(bodies[0], **keep)(*args)
+        keywords = {key: params[key] for key in ("prevent_cse", "policy")}
+        return jax.checkpoint(bodies[0], **keywords)(*args)
     if name == "shard_map":
-        keep = {key: params[key] for key in ("mesh", "in_specs", "out_specs", "check_vma")}
-        return jax.shard_map(
-            bodies[0],
-            **{**keep, "in_specs": tuple(keep["in_specs"]), "out_specs": list(keep["out_specs"])},
-        )(*args)
+        keywords = {key: params[key] for key in ("mesh", "check_vma")}
+        keywords |= {"in_specs": tuple(params["in_specs"]), "out_specs": list(params["out_specs"])}
+        return jax.shard_map(bodies[0], **keywords)(*args)
     if name == "custom_jvp_call" and len(bodies) == 2:
         return _custom_jvp(*bodies)(*args)
     if name == "custom_vjp_call" and len(bodies) == 3:
@@ -213,11 +217,11 @@ def _custom_jvp(body: Callable[..., list[Any]], rule: Callable[..., list[Any]]) 
     fn = jax.custom_jvp(lambda *args: body(*args))
 
     def jvp(primals: Any, tangents: Any) -> Any:
-        some = [t for x, t in zip(primals, tangents, strict=True) if is_inexact(x)]
+        given = [t for x, t in zip(primals, tangents, strict=True) if is_inexact(x)]
+        # The outputs are those of `fn` itself, so that a second derivative finds its rule again.
         outputs = fn(*primals)
-        derived = iter(rule(*primals, *some)[sum(map(is_inexact, outputs)) :])
-        changes = [next(derived) if is_inexact(x) else _float0(x) for x in outputs]
-        return outputs, changes
+        derived = iter(rule(*primals, *given)[sum(map(is_inexact, outputs)) :])
+        return outputs, [next(derived) if is_inexact(x) else _float0(x) for x in outputs]
 
     fn.defjvp(jvp)
     return fn
@@ -229,17 +233,17 @@ def _custom_vjp(
     backward: Callable[..., list[Any]],
 ) -> Any:
     fn = jax.custom_vjp(lambda *args: body(*args))
-    floating: list[bool] = []
+    inexact: list[bool] = []  # of every primal; `bwd` sees only what the residuals hold
 
     def fwd(*args: Any) -> Any:
-        floating[:] = map(is_inexact, args)
+        inexact[:] = map(is_inexact, args)
         results = forward(*args)
         count = len(jax.eval_shape(body, *args))
         return results[:count], results[count:]
 
     def bwd(residuals: Any, cotangents: Any) -> Any:
-        found = iter(backward(*residuals, *cotangents))
-        return tuple(next(found) if is_float else None for is_float in floating)
+        gradients = iter(backward(*residuals, *cotangents))
+        return tuple(next(gradients) if has_gradient else None for has_gradient in inexact)
 
     fn.defvjp(fwd, bwd)
     return fn
@@ -251,7 +255,7 @@ def _shape(aval: Any) -> Any:
 
 
 def is_inexact(x: Any) -> bool:
-    """Says whether derivatives flow through an array, or a value of its type."""
+    """Returns whether derivatives flow through an array, or a value of its type."""
     return jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
 
 
@@ -264,6 +268,6 @@ def _no_tangent(aval: Any) -> Any:
 
 
 def _instantiate(x: Any, aval: Any) -> Any:
-    """Makes an array of what a derivative rule gave, which may be some kind of symbolic zero."""
+    """Makes an array of what a derivative rule returned, which may be a symbolic zero."""
     is_array = isinstance(x, (jax.Array, jax.core.Tracer)) or hasattr(x, "__array__")
     return x if is_array else jax.numpy.zeros(aval.shape, aval.dtype)

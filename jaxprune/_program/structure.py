@@ -1,4 +1,4 @@
-"""The structure of ``fn(params, *inputs)``: its program, walked, every ambiguity decided."""
+"""The structure of ``apply_fn(params, *inputs)``: its walked program, every ambiguity decided."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +14,10 @@ from jaxprune._program.atoms import Merge
 from jaxprune._program.rules import RULES
 from jaxprune._program.values import Program, Value
 from jaxprune._program.walk import Walk
+from jaxprune._tree import Params
 
 Split = Mapping[str, int]
+Choice = tuple[Merge, int, list[int]]  # the factor along which it is cut, and the units of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +30,14 @@ class Structure:
       leaves: the value of every leaf of the params, in the order of the tree.
       order: the leaves that are used, in the order of first use.
       choices: the merged axes that could be cut along several factors.
-      out_tree: the structure of what ``fn`` returns.
+      out_tree: the structure of what the function returns.
     """
 
     walk: Walk
     program: Program
     leaves: list[Value]
     order: list[int]
-    choices: list[tuple[Merge, int, list[int]]]
+    choices: list[Choice]
     out_tree: Any
 
     def spread(self, units: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
@@ -53,8 +55,8 @@ class Structure:
 
 
 def analyse(
-    fn: Callable[..., Any],
-    params: Any,
+    apply_fn: Callable[..., Any],
+    params: Params,
     inputs: Sequence[Any],
     *,
     exact: bool = True,
@@ -65,21 +67,21 @@ def analyse(
     """Walks a program.
 
     Args:
-      fn: the function.
+      apply_fn: the function.
       params: arrays or shapes.
       inputs: arrays or shapes.
-      exact: pins what would change the result, instead of noting it.
-      has_aux: whether ``fn`` returns a pair, the second of which may be cut.
+      exact: pins everything whose removal changes the result, instead of recording it.
+      has_aux: whether ``apply_fn`` returns a pair, the second of which may be cut.
       split: for paths, the factor along which to cut their merged axes.
-      removed: for ``(path, axis)``, the indices that are to leave; all others are pinned.
+      removed: for ``(path, axis)``, the indices to remove; all others are pinned.
     """
     check_inputs(inputs)
-    closed, out_tree, outputs = trace(fn, params, inputs, has_aux)
+    closed, out_tree, outputs = trace(apply_fn, params, inputs, has_aux)
     walk = Walk(RULES, exact, derivatives=removed is not None)
     names = _tree.named_leaves(params)
     order = [i for i in _jaxpr.order_of_use(closed.jaxpr) if i < len(names)]
     leaves: dict[int, Value] = {}
-    for i in [*order, *(i for i in range(len(names)) if i not in set(order))]:
+    for i in [*order, *sorted(set(range(len(names))) - set(order))]:
         path, leaf = names[i]
         shape = jnp.shape(leaf)
         if not _tree.is_floating(leaf):
@@ -89,56 +91,61 @@ def analyse(
         else:
             leaves[i] = walk.fresh(shape, zero=True)
             for axis, atoms in enumerate(leaves[i].axes if removed is not None else ()):
-                stay = np.ones(len(atoms), bool)
-                stay[removed.get((path, axis), [])] = False  # type: ignore[union-attr]
-                walk.atoms.pin(atoms[stay], "kept by the masks")
-    ins = [leaves[i] for i in range(len(names))]
-    for leaf in jax.tree.leaves(inputs):
-        ins.append(walk.pinned(jnp.shape(leaf), "an input", full=True))
-    program = walk.program(closed.jaxpr, closed.consts, ins)
+                kept = np.ones(len(atoms), bool)
+                kept[removed.get((path, axis), [])] = False  # type: ignore[union-attr]
+                walk.atoms.pin(atoms[kept], "kept by the masks")
+    values = [leaves[i] for i in range(len(names))]
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)]
+    fed = [walk.pinned(shape, "an input", full=True) for shape in shapes]
+    program = walk.program(closed.jaxpr, closed.consts, values + fed)
     for value in program.outs[:outputs]:
         walk.pin(value, "an output")
-    choices = _solve(walk, dict(zip((n for n, _ in names), ins, strict=False)), split or {})
-    return Structure(walk, program, ins[: len(names)], order, choices, out_tree)
+    by_path = {path: value for (path, _), value in zip(names, values, strict=True)}
+    choices = _solve(walk, by_path, split or {})
+    return Structure(walk, program, values, order, choices, out_tree)
 
 
 def trace(
-    fn: Callable[..., Any], params: Any, inputs: Sequence[Any], has_aux: bool
+    apply_fn: Callable[..., Any], params: Params, inputs: Sequence[Any], has_aux: bool
 ) -> tuple[Any, Any, int]:
     """Traces a function: the program, the structure of its result, and the leaves without aux."""
-    found: list[Any] = []
+    result: list[Any] = []
 
-    def traced(params: Any, *inputs: Any) -> Any:
-        out = fn(params, *inputs)
+    def traced(params: Params, *inputs: Any) -> Any:
+        out = apply_fn(params, *inputs)
         if has_aux and not (isinstance(out, (tuple, list)) and len(out) == 2):
-            raise ValueError(f"has_aux=True needs fn to return a pair, got {type(out).__name__}.")
-        count = len(jax.tree.leaves(out[0] if has_aux else out))
-        found.extend((jax.tree.structure(out), count))
+            raise ValueError(
+                f"has_aux=True: apply_fn must return a pair, got {type(out).__name__}."
+            )
+        result.append(jax.tree.structure(out))
+        result.append(len(jax.tree.leaves(out[0] if has_aux else out)))
         return out
 
     closed = _jaxpr.trace(traced, params, *inputs)
-    return closed, *found
+    return closed, *result
 
 
 def check_inputs(inputs: Sequence[Any]) -> None:
-    """Raises a `TypeError` for an input that is no array."""
+    """Raises a `TypeError` for an input that is not an array."""
     for path, leaf in _tree.named_leaves(tuple(inputs)):
         if not isinstance(leaf, _tree.ARRAYS):
             raise TypeError(
-                f"inputs[{path}]: needed an array or its shape, got {type(leaf).__name__} "
-                f"({leaf!r:.60}). Close over what is no array, in "
-                "`lambda params, x: fn(params, x, option)`."
+                f"inputs[{path}]: must be an array or its shape, got {type(leaf).__name__} "
+                f"({leaf!r:.60}). Close over other things, as in "
+                "`lambda params, x: apply_fn(params, x, option)`."
             )
 
 
-def _solve(
-    walk: Walk, leaves: Mapping[str, Value], split: Split
-) -> list[tuple[Merge, int, list[int]]]:
-    choices: list[tuple[Merge, int, list[int]]] = []
+def _solve(walk: Walk, leaves: Mapping[str, Value], split: Split) -> list[Choice]:
+    """Decides along which factor every merge is cut, and returns those that were ambiguous."""
+    choices: list[Choice] = []
     unused = dict(split)
     for path in split:
         if path not in leaves:
-            raise ValueError(f"split: no leaf has the path {path!r}; there are {sorted(leaves)}.")
+            raise ValueError(
+                f"{_tree.show(path)}: split must name leaves of the params, got another path. Use "
+                f"one of {sorted(leaves)}."
+            )
 
     def roots(axes: Sequence[np.ndarray]) -> np.ndarray:
         free = [walk.atoms.find(axis)[walk.atoms.free(axis)] for axis in axes]
@@ -146,30 +153,33 @@ def _solve(
 
     def choose(merges: list[Merge], counts: list[list[int]]) -> tuple[int, int]:
         for path, factor in split.items():
-            own = roots(leaves[path].axes)
+            wanted = roots(leaves[path].axes)
             for which, (merge, units) in enumerate(zip(merges, counts, strict=True)):
                 touched = roots([merge.merged, *merge.factors])
-                if np.isin(own, touched).any() and -len(units) <= factor < len(units):
+                if np.isin(wanted, touched).any() and -len(units) <= factor < len(units):
                     unused.pop(path, None)
                     if not units[factor]:
                         raise ValueError(
-                            f"split: {path!r} cannot be cut along factor {factor} of "
-                            f"{merge.where}: nothing can leave there. Units by factor: {units}."
+                            f"{_tree.show(path)}: split must name a factor with units, got "
+                            f"{factor} of {merge.where}, whose factors have {units} units."
                         )
                     choices.append((merge, factor % len(units), units))
                     return which, factor % len(units)
+        # Unless told: the first, along a factor with units that other merges were cut along, so
+        # that they agree; else along the factor with most units.
         merge, units = merges[0], counts[0]
         before = roots(walk.atoms.cut)
         follows = [np.isin(roots([factor]), before).any() for factor in merge.factors]
-        best = [(bool(f and n), n) for f, n in zip(follows, units, strict=True)]
-        factor = best.index(max(best))  # what was cut before, then the factor with more units
+        ranks = [(bool(f and n), n) for f, n in zip(follows, units, strict=True)]
+        factor = ranks.index(max(ranks))
         choices.append((merge, factor, units))
         return 0, factor
 
     walk.atoms.solve(walk.merges, choose)
     if unused:
-        ambiguous = "; ".join(f"{p.where}, units by factor {units}" for p, _, units in choices)
+        ambiguous = "; ".join(f"{m.where}, units by factor {units}" for m, _, units in choices)
         raise ValueError(
-            f"split: {sorted(unused)} name no ambiguous axis. Ambiguous are: {ambiguous or 'none'}."
+            f"split must name leaves with ambiguous axes, got {sorted(unused)}. Ambiguous are: "
+            f"{ambiguous or 'none'}."
         )
     return choices

@@ -58,10 +58,7 @@ __all__ = [
 
 
 def method(
-    score: Score,
-    *batch: Any,
-    select: Select = _select.select,
-    trained: bool = True,
+    score: Score, *batch: Any, select: Select = _select.select, trained: bool = True
 ) -> Method:
     """Makes a method from a score: ``select(score(params, *batch), sparsity)``, in one shot.
 
@@ -132,8 +129,7 @@ def trainer(
     """
     sizes = {len(array) for array in data}
     if len(sizes) != 1:
-        lengths = [len(array) for array in data]
-        raise ValueError(f"trainer: arrays of data must have one length, got {lengths}.")
+        raise ValueError(f"trainer: arrays of data must have one length, got {sorted(sizes)}.")
     (size,) = sizes
 
     @jax.jit
@@ -258,9 +254,7 @@ def _check(
     methods: Mapping[str, Method], sparsities: Sequence[float], seeds: Sequence[int]
 ) -> None:
     if DENSE in methods:
-        raise ValueError(
-            f"sweep: methods must not be named {DENSE!r}, got one. This is the name of the control."
-        )
+        raise ValueError(f"sweep: methods must not be named {DENSE!r}, the name of the control.")
     for name, prune in methods.items():
         if not callable(prune):
             raise TypeError(f"sweep: method {name!r} must be callable, got {type(prune).__name__}.")

@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune import _select, _timing, _tree, metrics
+from jaxprune import _select, _tree, metrics
 from jaxprune._shrink import CannotShrink, shrink
 from jaxprune._tree import Masks, Params
 from jaxprune.curves._table import Row
 from jaxprune.masks import apply_masks
 
+Network = Callable[..., Any]  # (params, *inputs) -> outputs
 Method = Callable[..., tuple[Params, Masks]]  # (params, sparsity, key, train) -> params, masks
 Train = Callable[[Params, Masks, jax.Array], Params]  # (params, masks, key) -> params
 
@@ -25,7 +26,7 @@ def runner(
     init: Callable[[jax.Array], Params],
     train: Train,
     evaluate: Callable[[Params], float],
-    network: Callable[..., Any],
+    network: Network,
     inputs: Sequence[Any],
 ) -> Callable[[Method, float], Row]:
     """Returns a function that measures one point of a seed; all points share the dense network."""
@@ -54,10 +55,12 @@ def runner(
         params = counted(params, masks)
         _tree.check_pruned(params, masks)
         after = float(evaluate(params))
+        savings = _savings(network, initial, params, masks, inputs)
         return {
             "before": before,
             "after": after,
-            **_savings(network, initial, dense_flops(), params, masks, inputs),
+            **savings,
+            "theoretical_speedup": dense_flops() / max(savings["flops"], 1),
             "trainings": next(calls) - 1,
             "seconds": time.perf_counter() - start,
             "error": "",
@@ -67,22 +70,16 @@ def runner(
 
 
 def _savings(
-    network: Callable[..., Any],
-    dense: Params,
-    dense_flops: float,
-    params: Params,
-    masks: Masks,
-    inputs: Sequence[Any],
+    network: Network, dense: Params, params: Params, masks: Masks, inputs: Sequence[Any]
 ) -> dict[str, float]:
     """Measures the pruned network and compares it with the dense one."""
     small, small_params, small_masks = _shrunk(network, params, masks, inputs)
     functions = {"dense": (network, dense), "pruned": (small, small_params)}
-    times = _timing.interleave(functions, inputs, rounds=30)
+    times = metrics._interleave(functions, inputs, rounds=30)
     flops = metrics.flops(network, dense, *inputs, masks=masks)
     table = metrics.summary(params, masks)
     return {
         "compression": table.size / max(table.kept, 1),
-        "theoretical_speedup": dense_flops / max(flops, 1),
         "measured_speedup": np.median(np.divide(times["dense"], times["pruned"])),
         "stored_bytes": metrics.stored_bytes(small_params, small_masks),
         "params": table.kept,
@@ -91,8 +88,8 @@ def _savings(
 
 
 def _shrunk(
-    network: Callable[..., Any], params: Params, masks: Masks, inputs: Sequence[Any]
-) -> tuple[Callable[..., Any], Params, Masks]:
+    network: Network, params: Params, masks: Masks, inputs: Sequence[Any]
+) -> tuple[Network, Params, Masks]:
     """Shrinks a network as far as its masks allow; returns its function, params and masks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "shrink: the masks remove no whole slice")

@@ -19,18 +19,8 @@ Key = tuple[str, float, int]  # method, sparsity, seed
 
 DENSE = "dense"
 """The method of the rows that hold the unpruned control."""
-MEASURES = {
-    "before": float,
-    "after": float,
-    "compression": float,
-    "theoretical_speedup": float,
-    "measured_speedup": float,
-    "stored_bytes": float,
-    "params": float,
-    "flops": float,
-    "trainings": float,
-    "seconds": float,
-}
+_EFFICIENCY = "compression theoretical_speedup measured_speedup stored_bytes params flops"
+MEASURES = dict.fromkeys(f"before after {_EFFICIENCY} trainings seconds".split(), float)
 """The columns that hold numbers, and their types."""
 COLUMNS = {"method": str, "sparsity": float, "seed": int} | MEASURES | {"error": str}
 
@@ -62,15 +52,13 @@ def check_one_network(rows: Iterable[Row], store: str | os.PathLike[str]) -> Non
     sizes = {round(row["params"] * row["compression"]) for row in rows if not row["error"]}
     if len(sizes) > 1:
         raise ValueError(
-            f"{store}: all points must belong to one network, got another network: sizes are "
+            f"{store}: points must belong to one network, got another network: sizes are "
             f"{sorted(sizes)} params. Use another file."
         )
 
 
 def save(table: Curves, path: str | os.PathLike[str]) -> None:
-    """Writes a table to a ``.csv`` or ``.json`` file.
-
-    The file is replaced only when it is complete.
+    """Writes a table to a ``.csv`` or ``.json`` file, which is replaced only when complete.
 
     Examples:
       >>> import tempfile

@@ -13,8 +13,8 @@ def is_scale(path: str, leaf: Any) -> bool:
 def slimming(params: Params, where: Where = is_scale) -> Scores:
     r"""Scores a channel by the scale of its normalisation: :math:`s_i = |\gamma_i|`.
 
-    ``groups.select(..., where=lambda path, score: True)`` ranks units by these scores, with one
-    threshold for all layers. :func:`jaxprune.regularizers.slimming` makes scales small in training.
+    ``groups.select(scores, sparsity)`` ranks units by these scores, with one threshold for all
+    layers. :func:`jaxprune.regularizers.slimming` makes scales small in training.
 
     Args:
       params: any pytree of arrays.

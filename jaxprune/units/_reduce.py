@@ -1,5 +1,5 @@
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +29,13 @@ def reduce(
 
     where the members m of unit u are its slices, one per leaf and axis that it spans. With
     ``scores.magnitude(params)`` and ``how="first"`` this is the filter pruning of Li et al.
-    ``groups.select(scores, sparsity, reduce=how)`` does the same for the default leaves; call
+    ``groups.select(scores, sparsity, reduce=how)`` does the same with the default leaves. Call
     ``reduce`` to choose the leaves, to normalize, or to add other scores of units.
 
     Args:
       groups: from ``find_groups``.
-      scores: scores of the params, higher is kept; `None` for a leaf without scores.
+      scores: scores of the params, higher is kept; `None` for a leaf without scores. Or one score
+        per unit, an array of shape ``(len(groups),)``, which is normalized alone.
       how: ``"mean"``, ``"sum"`` or ``"max"`` over the slices, or ``"first"``, the slice that the
         program uses first: the filter that makes the unit.
       where: ``where(path, score)`` returns whether a leaf counts. By default only leaves with two
@@ -44,11 +45,11 @@ def reduce(
 
     Returns:
       A float32 array of shape ``(len(groups),)``. A group without a counted leaf has the score
-      +inf: ``groups.select`` keeps its units and counts them in no budget.
+      +inf: ``groups.select`` keeps its units, and counts them in no budget.
 
     Raises:
       ValueError: for scores of other paths or shapes, NaN or infinite scores, scores that are in no
-        group, or an unknown ``how`` or ``normalize``.
+        group, an unknown ``how`` or ``normalize``, or ``how`` or ``where`` with one score per unit.
 
     Examples:
       >>> import jaxprune as jp
@@ -64,6 +65,44 @@ def reduce(
     """
     _tree.check_word("how", how, HOW)
     _tree.check_word("normalize", normalize, NORMS)
+    if not is_per_unit(groups, scores):
+        scores = _reduce(groups, scores, how, where)
+    elif how != "mean" or where is not None:
+        raise ValueError(
+            f"scores must be those of the params for {how!r} or where=, got one score per unit."
+        )
+    else:
+        scores = _checked(groups, scores)
+    return scores if normalize is None else normalized(groups, scores, normalize)
+
+
+def is_per_unit(groups: "Groups", scores: Any) -> bool:
+    """Returns whether scores are an array over units; params may be one array as well."""
+    if not isinstance(scores, (jax.Array, np.ndarray)):
+        return False
+    return not (hasattr(groups.like, "shape") and groups.like.shape == scores.shape)
+
+
+def _checked(groups: "Groups", scores: jax.Array) -> jax.Array:
+    """Checks one score per unit."""
+    if scores.shape != (len(groups),):
+        raise ValueError(
+            f"scores: an array must hold one score per unit, of shape ({len(groups)},), got shape "
+            f"{scores.shape}. Score the units of these groups, or pass a tree of scores."
+        )
+    if not _tree.is_traced(scores):
+        bad = ~np.isfinite(values := np.asarray(scores, np.float32))
+        for group in groups.groups:  # +inf is the score of a group without one
+            bad[group.units - 1] &= not (values[group.units - 1] == np.inf).all()
+        if bad.any():
+            raise ValueError(
+                f"scores must be finite, got NaN or infinity for {bad.sum()} of {len(groups)} "
+                f"units, first for unit {np.flatnonzero(bad)[0]}. Check the loss."
+            )
+    return jnp.asarray(scores, jnp.float32)
+
+
+def _reduce(groups: "Groups", scores: Scores, how: str, where: Where | None) -> jax.Array:
     names = [path for path, _ in _tree.named_leaves(groups.like)]
     aligned = zip(names, _tree.align(groups.like, scores, "scores"), strict=True)
     leaves = {p: s for p, s in aligned if s is not None and (where is None or where(p, s))}
@@ -94,14 +133,12 @@ def reduce(
             "the params, or leave this leaf out with "
             "`jp.units.reduce(groups, scores, where=lambda path, s: ...)`."
         )
-    if normalize is not None:
-        result = normalized(groups, result, normalize)
     scored = np.bincount(owner, minlength=len(groups) + 1)[1:] > 0
     return jnp.where(scored, result, jnp.inf)
 
 
 def normalized(groups: "Groups", scores: jax.Array, how: str) -> jax.Array:
-    """Divides the scores of each group by one number, if that is not 0."""
+    """Divides the scores of each group by one number, if that is not 0; +inf remains."""
     group, count = _ranks.group_of(groups), len(groups.groups)
     if how == "max":
         scale = jax.ops.segment_max(scores, group, count)
@@ -111,7 +148,7 @@ def normalized(groups: "Groups", scores: jax.Array, how: str) -> jax.Array:
         scale = jax.ops.segment_sum(scores, group, count)
     if how == "mean":
         scale = scale / np.bincount(group, minlength=count)
-    return scores / jnp.where(scale == 0, 1, scale)[group]
+    return scores / jnp.where((scale == 0) | (scale == jnp.inf), 1, scale)[group]
 
 
 def _members(groups: "Groups") -> list[tuple[str, int]]:

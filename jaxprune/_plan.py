@@ -1,0 +1,179 @@
+"""The plan of a shrunk network: which indices of which axes it keeps."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import _mesh, _program, _tree
+from jaxprune._table import Shown, Table, spell
+
+Shapes = Mapping[str, tuple[int, ...]]  # by path
+_Indices = Sequence[tuple[int, np.ndarray]]  # axes that lost indices, with those that are kept
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Plan(Shown):
+    """The indices that :func:`jaxprune.shrink` kept; prints the old and new shapes as a table.
+
+    Attributes:
+      shapes: ``(path, shape)`` of every leaf of the dense params.
+      kept: ``(path, axis, indices)`` for every axis that lost indices.
+      inexact: where, and why, the shrunk function differs from the masked one.
+
+    Examples:
+      >>> plan = Plan(shapes=(("w", (3, 2)),), kept=(("w", 0, (0, 2)),))
+      >>> plan.take({"w": jnp.arange(6).reshape(3, 2)})["w"].tolist()
+      [[0, 1], [4, 5]]
+      >>> plan.put({"w": jnp.ones((2, 2))})["w"].tolist()
+      [[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]
+      >>> Plan.from_json(plan.to_json()).kept
+      (('w', 0, (0, 2)),)
+    """
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    kept: tuple[tuple[str, int, tuple[int, ...]], ...]
+    inexact: tuple[str, ...] = ()
+
+    def _show(self) -> list[Table | str]:
+        small = self._small()
+        rows: list[tuple[str, ...]] = []
+        for path, shape in self.shapes:
+            before, after = int(np.prod(shape)), int(np.prod(small[path]))
+            share = f"{after / max(before, 1):.1%}" if before != after else ""
+            sizes = spell(shape), spell(small[path])
+            rows.append((_tree.show(path), *sizes, f"{after:,}", share))
+        total = sum(int(np.prod(shape)) for _, shape in self.shapes)
+        kept = sum(int(np.prod(shape)) for shape in small.values())
+        rows.append(("total", f"{total:,}", "", f"{kept:,}", f"{kept / max(total, 1):.1%}"))
+        header = ("path", "dense", "shrunk", "params", "")
+        table = Table(header, rows, left=(0, 1, 2), total=True)
+        reasons = "\n".join(f"inexact: {reason}" for reason in self.inexact)
+        return [table, reasons] if reasons else [table]
+
+    def to_json(self) -> str:
+        """Returns the plan as text."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Reads a plan from the text that :meth:`to_json` returned."""
+        fields = json.loads(text)
+        return cls(
+            shapes=tuple((path, tuple(shape)) for path, shape in fields["shapes"]),
+            kept=tuple((path, axis, tuple(kept)) for path, axis, kept in fields["kept"]),
+            inexact=tuple(fields["inexact"]),
+        )
+
+    def take(self, tree: Any) -> Any:
+        """Cuts a dense tree: params, an optimizer state, an EMA, batch statistics.
+
+        Every part with the paths and shapes of the params, or of a part of them, is cut in the same
+        way. Scalars and PRNG keys pass unchanged. On a mesh, the result is sharded as before; an
+        axis that the mesh no longer divides is replicated.
+
+        Raises:
+          ValueError: for an array that is not shaped as the params (e.g. Adafactor's factors).
+        """
+        indices = self._indices()
+
+        def cut(path: str, x: Any) -> Any:
+            return _mesh.resized(_mesh.automatic(lambda x: _cut(x, indices.get(path, ())), x), x)
+
+        return self._map(tree, dict(self.shapes), cut, "dense")
+
+    def put(self, small_tree: Any) -> Any:
+        """Fills a small tree with zeros up to the dense shapes: the inverse of :meth:`take`.
+
+        Raises:
+          ValueError: for an array that is not shaped as the small params.
+        """
+        indices, dense = self._indices(), dict(self.shapes)
+
+        def fill(path: str, x: Any) -> Any:
+            shape = dense.get(path, jnp.shape(x))
+            filled = _mesh.automatic(lambda x: _fill(x, indices.get(path, ()), shape), x)
+            return _mesh.resized(filled, x)
+
+        return self._map(small_tree, self._small(), fill, "shrunk")
+
+    def _indices(self) -> dict[str, list[tuple[int, np.ndarray]]]:
+        indices: dict[str, list[tuple[int, np.ndarray]]] = {}
+        for path, axis, kept in self.kept:
+            indices.setdefault(path, []).append((axis, np.asarray(kept)))
+        return indices
+
+    def _small(self) -> dict[str, tuple[int, ...]]:
+        small = {path: list(shape) for path, shape in self.shapes}
+        for path, axis, kept in self.kept:
+            small[path][axis] = len(kept)
+        return {path: tuple(shape) for path, shape in small.items()}
+
+    def _map(self, tree: Any, shapes: Shapes, change: Callable[[str, Any], Any], kind: str) -> Any:
+        """Changes every part of a tree that has the paths and shapes of a part of the params."""
+        prefixes = _tree.prefixes(shapes)
+
+        def visit(part: Any, path: str) -> Any:
+            leaves = _tree.named_leaves(part)
+            prefix = _prefix(leaves, path, shapes, prefixes)
+            if prefix is not None:
+                changed = [change(_join(prefix, name), leaf) for name, leaf in leaves]
+                return _tree.rebuild(part, changed)
+            children = _tree.children(part)
+            if children is not None:
+                named, rebuild = children
+                return rebuild([visit(c, f"{path}/{n}" if path else n) for n, c in named])
+            if jnp.ndim(part) == 0 or not self.kept:
+                return part
+            raise ValueError(
+                f"{_tree.show(path)}: arrays must be shaped as the {kind} params at a path that "
+                f"ends in this one, got shape {jnp.shape(part)}. Re-initialise it: "
+                "`optimizer.init(small_params)`."
+            )
+
+        return visit(tree, "")
+
+
+def _prefix(
+    leaves: Sequence[tuple[str, Any]], path: str, shapes: Shapes, prefixes: Sequence[str]
+) -> str | None:
+    """Returns the part of the params that has the paths and shapes of a part of another tree.
+
+    ::
+
+        params          {"a": {"w": 6×8, "b": 8}, "c": {"w": 8×3}}
+        state.mu        {"a": {"w": 6×8, "b": 8}, "c": {"w": 8×3}}     ""
+        state.inner.nu  {"w": 6×8, "b": 8}                             "a/"
+
+    A single array has no inner paths to compare, and other params may have its shape. So its own
+    path must end in that of the param: ``mu/a/w`` in ``a/w``.
+    """
+    for prefix in prefixes if leaves else ():
+        names = [_join(prefix, name) for name, _ in leaves]
+        fits = all(
+            shapes.get(name) == jnp.shape(leaf)
+            for name, (_, leaf) in zip(names, leaves, strict=True)
+        )
+        if fits and (not prefix or len(leaves) > 1 or path.endswith(names[0])):
+            return prefix
+    return None
+
+
+def _join(prefix: str, name: str) -> str:
+    return prefix + name if name else prefix.rstrip("/")
+
+
+def _cut(x: Any, indices: _Indices) -> Any:
+    for axis, kept in indices:
+        x = _program.take(x, kept, axis)
+    return x
+
+
+def _fill(x: Any, indices: _Indices, dense: Sequence[int]) -> Any:
+    for axis, kept in indices:
+        shape = (*x.shape[:axis], dense[axis], *x.shape[axis + 1 :])
+        x = jnp.zeros(shape, x.dtype).at[(slice(None),) * axis + (kept,)].set(x)
+    return x
