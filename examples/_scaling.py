@@ -3,7 +3,6 @@
 import contextlib
 import io
 import pathlib
-import re
 import tempfile
 
 import _plain
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from _bench import Row, alone, compiled, in_new_process, paired, peak, seconds, si
+from _collectives import collectives
 from _common import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 from _networks import decoder, mlp, mlp_params, normal_arrays
 from jax.sharding import NamedSharding, PartitionSpec
@@ -128,13 +128,7 @@ def on_devices(n, arrays, counts, repeats):
 
 def moved(program):
     """Sums the bytes that the collectives of a compiled program give a device, loops once."""
-    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    total = 0
-    for shapes in re.findall(rf"= (.+?) (?:{kinds})(?:-start)?\(", program):
-        for bits, sizes in re.findall(r"[a-z]+(\d*)\[([\d,]*)\]", shapes):
-            count = np.prod([int(s) for s in sizes.split(",") if s], dtype=int)
-            total += int(count) * max(int(bits or 8), 8) // 8
-    return total
+    return sum(array.nbytes for sent in collectives(program) for array in sent.arrays)
 
 
 def rounds(widths, counts, plain_counts):

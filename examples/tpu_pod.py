@@ -35,6 +35,7 @@ os.environ.update(  # describes a TPU, so that libtpu asks no server and waits f
 import jax
 import jax.numpy as jnp
 import optax
+from _collectives import collectives
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -48,7 +49,6 @@ MODELS = {  # the pod to compile for, and sizes as in Llama 2
 }
 PROGRAMS = ["select", "SynFlow", "Adam", "gradual"]
 VOCABULARY, HEAD, LENGTH = 32000, 128, 1024
-KINDS = "all-gather|all-reduce|all-to-all|collective-broadcast|collective-permute|reduce-scatter"
 
 
 def abstract_params(mesh, layers, width, hidden, heads, groups):
@@ -167,17 +167,12 @@ def lowered(program, mesh, params):
     return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens(LENGTH))
 
 
-def collectives(text):
-    """Counts how often chips exchange what arrays, by kind: those of a chip, as `bf16[1,4096]`."""
-    found = {}
-    pattern = rf" = (.+?) ({KINDS})(-start)?\(.*?channel_id=(\d+)"
-    for types, kind, start, channel in re.findall(pattern, text):
-        arrays = re.findall(r"\w+\[[\d,]*\]", types)
-        if start and kind != "all-reduce":  # operands, results, and two scalars of context
-            arrays = [array for array in arrays if array != "u32[]"]
-            arrays = arrays[len(arrays) // 2 :]
-        found[channel] = kind, " ".join(arrays)  # each fusion that overlaps one repeats its text
-    return collections.Counter(found.values())
+def exchanges(text):
+    """Counts how often chips exchange which arrays, by kind: those of a chip, as `bf16[1,4096]`."""
+    # A TPU's text repeats a collective in each fusion that overlaps it, with the same channel.
+    sent = {c.channel: (c.kind, " ".join(map(str, c.arrays))) for c in collectives(text)}
+    sent.pop(None, None)
+    return collections.Counter(sent.values())
 
 
 def are_scalars(arrays, chips):
@@ -199,7 +194,7 @@ def measure(model, topology, program):
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    sent = [(*key, n) for key, n in collectives(compiled.as_text()).items()]
+    sent = [(*key, n) for key, n in exchanges(compiled.as_text()).items()]
     return {
         "model": model,
         "params": sum(w.size for w in jax.tree.leaves(params)),

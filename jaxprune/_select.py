@@ -123,14 +123,18 @@ def select(
 
 def _cells(pattern: patterns.Pattern, entry: _Entry) -> tuple[int, ...]:
     """Returns the shape of the cells of a leaf; raises a `ValueError` if the pattern misfits."""
-    like = jax.ShapeDtypeStruct(entry.scores.shape, entry.scores.dtype)
     try:
-        return jax.eval_shape(pattern.pool, like).shape
+        return _pooled_shape(pattern, entry.scores.shape, entry.scores.dtype)
     except ValueError as error:
         raise ValueError(
             f"{_tree.show(entry.path)}: {error} Exclude this leaf with "
             "`where=lambda path, score: ...`."
         ) from error
+
+
+@functools.cache  # a trace takes longer than the rest of the checks
+def _pooled_shape(pattern: patterns.Pattern, shape: tuple[int, ...], dtype: Any) -> tuple[int, ...]:
+    return jax.eval_shape(pattern.pool, jax.ShapeDtypeStruct(shape, dtype)).shape
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "pools"))

@@ -175,36 +175,22 @@ def align(params: Tree, tree: Tree, name: str = "masks") -> list[Any]:
 
 def align_masks(params: Tree, masks: Tree) -> list[Any]:
     """Aligns masks with params; raises a `TypeError` for masks that are not bool."""
-    aligned = align(params, masks)
-    for (path, _), mask in zip(named_leaves(params), aligned, strict=True):
+    matched = [(path, mask) for path, leaf, mask in match(params, masks) if leaf is not None]
+    for path, mask in matched:
         if mask is not None and dtype(mask) != jnp.bool_:
             raise TypeError(
                 f"{show(path)}: masks must be bool (True is kept), got {dtype(mask)}. "
                 "Convert with `mask.astype(bool)`."
             )
-    return aligned
+    return [mask for _, mask in matched]
 
 
 def map_masks(f: Callable[[Any, Any], Any], params: Tree, masks: Tree) -> Tree:
     """Maps a function over params and their masks; a leaf without a mask is returned unchanged."""
-    leaves, treedef = jax.tree.flatten(params)
-    aligned = align_masks(params, masks)
-    for (path, w), m in zip(named_leaves(params), aligned, strict=True):
+    pairs = list(zip(named_leaves(params), align_masks(params, masks), strict=True))
+    for (path, w), m in pairs:
         _mesh.check_together([(f"the params at {show(path)}", w), (f"the mask of {show(path)}", m)])
-    return jax.tree.unflatten(
-        treedef, [w if m is None else f(w, m) for w, m in zip(leaves, aligned, strict=True)]
-    )
-
-
-def check_pruned(params: Tree, masks: Tree) -> None:
-    """Raises a `ValueError` if a train function returned masked weights that are not zero."""
-    aligned = align_masks(params, masks)
-    for (path, leaf), mask in zip(named_leaves(params), aligned, strict=True):
-        if mask is not None and (count := int(((leaf != 0) & ~mask).sum())):
-            raise ValueError(
-                f"{show(path)}: after `train`, {count} masked weights are not zero. Train "
-                "with `jp.enforce(optimizer, masks)`."
-            )
+    return rebuild(params, [w if m is None else f(w, m) for (_, w), m in pairs])
 
 
 def rebuild(params: Tree, leaves: Sequence[Any]) -> Tree:

@@ -1,10 +1,10 @@
 r"""Movement pruning: the scores are trained together with the params and determine the masks.
 
 The scores are a second tree of trained arrays, initialised with zeros. In every step, masks are
-made from the scores: ``jp.select(scores, sparsity)`` keeps the highest ones; :func:`masks`, of the
-soft variant, keeps those above a threshold. The network then runs on ``apply(params, scores,
-masks)``. The score of a weight rises while the weight moves away from zero, and falls while it
-moves towards zero. Masked weights may come back.
+made from the scores: ``jp.select(scores, sparsity)`` keeps the highest ones. In the soft variant,
+:func:`movement.masks` keeps those above a threshold. The network then runs on ``apply(params,
+scores, masks)``. The score of a weight rises while the weight moves away from zero, and falls while
+it moves towards zero. Masked weights may come back.
 
 >>> import optax
 >>> import jaxprune as jp

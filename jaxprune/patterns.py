@@ -109,8 +109,8 @@ def _block(lengths: tuple[int, ...]) -> Pattern:
         first = scores.ndim - len(lengths)
         if first < 0:
             raise ValueError(
-                f"blocks of {lengths} must have a leaf with at least {len(lengths)} axes, got "
-                f"shape {scores.shape}."
+                f"scores must have at least {len(lengths)} axes for blocks of {lengths}, got shape "
+                f"{scores.shape}."
             )
         count = np.ones((1,) * first, np.float32)
         for n, length in zip(scores.shape[first:], lengths, strict=True):
@@ -161,7 +161,7 @@ def axis(*axes: int) -> Pattern:
 def _axis(axes: tuple[int, ...]) -> Pattern:
     def others(shape: tuple[int, ...]) -> tuple[int, ...]:
         if not all(-len(shape) <= a < len(shape) for a in axes):
-            raise ValueError(f"slices along axes {axes} must have such axes, got shape {shape}.")
+            raise ValueError(f"scores must have the axes {axes} of the slices, got shape {shape}.")
         return tuple(set(range(len(shape))) - {a % len(shape) for a in axes})
 
     def pool(scores: jax.Array) -> jax.Array:
@@ -222,8 +222,8 @@ def _n_of_m(n: int | None, m: int, axis: int, pad: bool) -> Pattern:
         exists = -scores.ndim <= axis < scores.ndim
         if not exists or (scores.shape[axis] % m and not pad):
             raise ValueError(
-                f"{'n' if n is None else n}:{m} sparsity must have an axis {axis} divisible by {m},"
-                f" got shape {scores.shape}.{' `n_of_m(..., pad=True)` pads it.' * exists}"
+                f"axis {axis} must be divisible by {m} for {'n' if n is None else n}:{m} sparsity, "
+                f"got shape {scores.shape}.{' Pad it with `n_of_m(..., pad=True)`.' * exists}"
             )
         return scores
 

@@ -195,11 +195,22 @@ def iterative(
             random = [] if key is None else [jax.random.fold_in(key, number)]
             params = train(apply_masks(start, masks), masks, *random)
             _check_same(start, params, "train")
-            _tree.check_pruned(params, masks)
+            _check_pruned(params, masks)
             last = Round(number, sparsity, params, masks)
             yield last
 
     return iterate(last)
+
+
+def _check_pruned(params: Params, masks: Masks) -> None:
+    """Raises a `ValueError` if a train function returned masked weights that are not zero."""
+    aligned = _tree.align_masks(params, masks)
+    for (path, leaf), mask in zip(_tree.named_leaves(params), aligned, strict=True):
+        if mask is not None and (count := int(((leaf != 0) & ~mask).sum())):
+            raise ValueError(
+                f"{_tree.show(path)}: after `train`, {count} masked weights are not zero. Train "
+                "with `jp.enforce(optimizer, masks)`."
+            )
 
 
 def _check_same(params: Params, returned: Any, name: str) -> None:

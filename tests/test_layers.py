@@ -41,7 +41,7 @@ RULES = {
     "__main__": "_files.command_line",
     "metrics": "_program groups",
     "nnx": "_shrink",
-    "curves": "_loss _select masks scores groups metrics optimizer _shrink",
+    "curves": "_loss _select masks scores groups metrics optimizer recipes _shrink",
     "plot": "curves groups metrics",
     "_report": "curves groups metrics plot _plan",
 }

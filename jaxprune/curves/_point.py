@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune import _select, _tree, metrics
+from jaxprune import _select, metrics, recipes
 from jaxprune._shrink import CannotShrink, shrink
 from jaxprune._tree import Masks, Params
 from jaxprune.curves._table import Row
@@ -53,7 +53,7 @@ def runner(
         params = apply_masks(params, masks)
         before = float(evaluate(params))
         params = counted(params, masks)
-        _tree.check_pruned(params, masks)
+        recipes._check_pruned(params, masks)
         after = float(evaluate(params))
         savings = _savings(network, initial, params, masks, inputs)
         return {
