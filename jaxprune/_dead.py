@@ -86,7 +86,7 @@ def _alive(
     in every other network the inputs too, so that signals do not cancel and ReLUs are on. The ninth
     network is the given one.
     """
-    treedef = jax.tree.structure((params, inputs))
+    treedef: Any = jax.tree.structure((params, inputs))
 
     def derivative(draw):
         key, given, signed, scale = draw
