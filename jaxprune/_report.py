@@ -59,8 +59,8 @@ def report(
 ) -> pathlib.Path:
     """Writes the results of pruning into one self-contained HTML file.
 
-    The file loads nothing from the network. It also lists the versions of the packages that made
-    it. Figures require matplotlib.
+    The page needs no internet connection. It also lists the versions of the packages that made it.
+    Figures require matplotlib.
 
     Args:
       path: the file to write; it is replaced only when the report is complete.

@@ -25,12 +25,8 @@ class CannotShrink(ValueError):
     Either no masked slice can be removed, or the masks remove all slices of an axis.
 
     Examples:
-      >>> params, masks = {"w": jnp.ones((3, 2))}, {"w": jnp.zeros((3, 2), bool)}
-      >>> try:
-      ...     shrink(lambda p, x: x @ p["w"], params, masks, jnp.ones((5, 3)))
-      ... except CannotShrink as error:
-      ...     print(str(error)[:52])
-      w: masks must keep a slice of axis 0, got none of 3.
+      >>> issubclass(CannotShrink, ValueError)
+      True
     """
 
 
@@ -103,7 +99,9 @@ def shrink(
     cut = functools.partial(_cut, apply_fn, like, masked, has_aux)
     example = cut(inputs)
     if not any(len(indices) for indices in masked.values()):
-        warnings.warn("shrink: the masks remove no whole slice, so nothing shrinks.", stacklevel=2)
+        warnings.warn(
+            "shrink: the masks remove no entire slice, so the network keeps its size.", stacklevel=2
+        )
     elif not example.removed:
         raise CannotShrink(_disagreement(example.structure, list(shapes), masked))
     plan = _plan(example, shapes)
@@ -174,14 +172,9 @@ def _small_fn(
     inputs: Any,
     shapes: Shapes,
 ) -> Callable[..., Any]:
-    """Returns the function of the small params.
+    """Returns the function of the small params, which have these shapes.
 
-    Args:
-      cut: analyses the program on other inputs.
-      trace: only traces it.
-      example: the analysis on the example inputs.
-      inputs: the example inputs.
-      shapes: those of the small params.
+    ``cut`` analyses the program on other inputs than the examples, and ``trace`` only traces it.
     """
     known = _signature(inputs)
     # For the first trace on these inputs, by `verify`: a second one may come under another matmul

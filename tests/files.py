@@ -1,4 +1,4 @@
-"""What the tests of files need: safetensors written by hand, the command line, expected weights."""
+"""Helpers for tests of checkpoint files: safetensors written by hand, and the command line."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""What the benchmarks store, and how a run is compared with one before it; nothing is timed."""
+"""Storing, comparing and quoting of benchmarks; nothing is measured."""
 
 import json
 import pathlib
@@ -35,7 +35,7 @@ def test_a_run_comes_back(tmp_path):
     [
         ("{", "JSONDecodeError"),
         ("[]", "TypeError"),
-        ('{"format": "other"}', "needed the format"),
+        ('{"format": "other"}', "the format must be"),
         (json.dumps({"format": _bench.FORMAT}), "KeyError"),
         (json.dumps({"format": _bench.FORMAT, "rows": [{"part": "a", "speed": 3}]}), "speed"),
         (json.dumps({"format": _bench.FORMAT, "rows": []}), "KeyError"),
@@ -70,9 +70,9 @@ def test_changes_are_those_of_ratios(tmp_path, capsys):
 
 def test_table_has_what_was_measured():
     assert _bench.table(ROWS[:1], {}).splitlines() == [
-        "| what       |  time | plain | ratio | change | memory | plain | ratio |",
-        "| ---------- | ----: | ----: | ----: | -----: | -----: | ----: | ----: |",
-        "| select, 1M | 10 ms |   1 s |  0.01 |    new |   1 MB |  5 MB |   0.2 |",
+        "| measured   |  time | reference | ratio | change | memory | reference | ratio |",
+        "| ---------- | ----: | --------: | ----: | -----: | -----: | --------: | ----: |",
+        "| select, 1M | 10 ms |       1 s |  0.01 |    new |   1 MB |      5 MB |   0.2 |",
     ]
     assert "memory" not in _bench.table(ROWS[2:])
     assert "n^1.00" in _bench.growth(ROWS)
@@ -80,4 +80,11 @@ def test_table_has_what_was_measured():
 
 def test_what_is_quoted_is_what_is_stored():
     for path, text in figures.pages().items():
-        assert path.read_text() == text, f"run docs/_make/figures.py: {path} is another"
+        assert path.read_text() == text, f"{path} differs: run docs/_make/figures.py"
+
+
+def test_memory_on_pods_is_quoted_as_stored():
+    page = (ROOT / "docs" / "results" / "tpu_pod.md").read_text()
+    for pod in json.loads((ROOT / "docs" / "results" / "tpu_pod.json").read_text()):
+        total = sum(pod[kind] for kind in ("arguments", "outputs", "temporary"))
+        assert f" {total:.2f} " in page, (pod, f"{total:.2f}")

@@ -204,6 +204,10 @@ def placed_network(on):
     return fn, jax.device_put(jnp.cos(jnp.arange(128.0)).reshape(8, 16), rows)
 
 
+def normalized(groups):
+    return lambda p, x: jp.units.reduce(groups, jp.scores.magnitude(p), normalize="max")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_structure_on_a_mesh(kind):
     on, placed = spread("tensor", kind)
@@ -219,6 +223,7 @@ def test_structure_on_a_mesh(kind):
             (jp.units.taylor(on_mesh, loss), jp.units.taylor(groups(), plain)),
             (jp.units.activation(on_mesh, fn), jp.units.activation(groups(), apply_fn)),
             (jp.search.oracle(on_mesh, loss), jp.search.oracle(groups(), plain)),
+            (normalized(on_mesh), normalized(groups())),
         ):
             np.testing.assert_allclose(score(placed, x), expected(*here), rtol=1e-3, atol=1e-5)
         curved = jp.scores.fisher(loss)(placed, x)["up"]  # one example of a sharded batch at a time

@@ -393,7 +393,7 @@ def test_bad_masks():
         jp.shrink(fn, params, {**masks, "c": {**masks["c"], "w": jnp.ones((3, 3), bool)}}, x)
     with pytest.raises(TypeError, match="masks must be bool"):
         jp.shrink(fn, params, jax.tree.map(lambda m: m.astype(int), masks), x)
-    with pytest.warns(UserWarning, match="remove no whole slice"):
+    with pytest.warns(UserWarning, match="remove no entire slice"):
         jp.shrink(fn, params, jax.tree.map(jnp.ones_like, masks), x)
 
 

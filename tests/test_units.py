@@ -274,6 +274,9 @@ def test_a_group_without_scores_is_kept_and_counts_in_no_budget(jit, cnn):
     _, within = select(scores, 0.75)
     kept = np.asarray(groups._kept(groups.select(units, 0.25, within=within)))
     np.testing.assert_array_equal(kept, groups._kept(within))
+    for scope in ("layer", {"params/Conv_0/kernel": 0.5}):
+        kept = np.asarray(groups._kept(groups.select(units, 0.5, scope=scope)))
+        assert kept[4:].all() and kept[:4].sum() == 2
     removed = groups.masks(np.arange(10) != 9)  # a unit of the group without scores
     kept = np.asarray(groups._kept(groups.select(units, 0.5, within=removed)))
     assert kept.sum() == 7 and not kept[9]

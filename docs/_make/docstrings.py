@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+import types
 
 import griffe
 
@@ -11,6 +12,8 @@ import jaxprune
 def _reference(name, owner):
     """Links a name to its entry in the API: a public function, or a member of its owner."""
     name = name.removeprefix("jaxprune.")
+    if isinstance(getattr(jaxprune, name, None), types.ModuleType):  # the head of a page
+        return f"`jaxprune.{name}`"
     if name.split(".")[0] in jaxprune.__all__:
         return f"[`{name}`][jaxprune.{name}]"
     while owner is not None:
@@ -27,12 +30,14 @@ def _markdown(text, owner):
         return f"{indent}$$\n{indent}{body}\n{indent}$$\n"
 
     text = re.sub(
-        r"(?m)^(?P<indent> *)\.\. math::[ ]*(?:(?P<line>\S.*)\n?|\n\n?(?P<body>(?:\1 +.*\n?)+))",
+        r"(?m)^(?P<indent> *)\.\. math::[ ]*"
+        r"(?:(?P<line>\S.*(?:\n\1 +\S.*)*)\n?|\n\n?(?P<body>(?:\1 +.*\n?)+))",
         equation,
         text,
     )
     text = re.sub(r":math:`([^`]*)`", r"$\1$", text)
-    text = re.sub(r":(?:func|class|mod|meth):`([^`]*)`", lambda m: _reference(m[1], owner), text)
+    roles = r":(?:func|class|mod|meth|data):`([^`]*)`"
+    text = re.sub(roles, lambda m: _reference(m[1], owner), text)
     text = re.sub(r"`([^`<]+?)\s+<(https?://[^>]+)>`_", lambda m: f"[{m[1]}]({m[2]})", text)
     text = re.sub(r"``([^`]+)``", r"`\1`", text)
     text = re.sub(r"(?m)(?<=[^:]):: *$", ":", text)

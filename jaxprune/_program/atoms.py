@@ -45,7 +45,7 @@ class Atoms:
         self.reasons: list[str] = []
         self.cut: list[Axis] = []  # the factors along which merged axes were decided to be cut
         self._parent = _own_parents(1 << 16, 1 << 10)
-        self._limits = 1 << 16, 1 << 10  # how many atoms, and how many reasons, there is place for
+        self._limits = 1 << 16, 1 << 10  # the capacity for atoms, and for reasons
         self._count = 1
         self._numbers: dict[str, int] = {}
         self._pinned: dict[tuple[int, int], Axis] = {}

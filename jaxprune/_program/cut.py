@@ -28,7 +28,7 @@ class Cut:
         if id(axis) not in self._kept:
             removed = self._removed[axis]
             indices = np.flatnonzero(~removed) if removed.any() else None
-            self._kept[id(axis)] = axis, indices  # holds the axis, so that its id stays its own
+            self._kept[id(axis)] = axis, indices  # with the axis: a freed id is reused
         return self._kept[id(axis)][1]
 
     def size(self, axis: Axis, dense: Any = None) -> Any:
@@ -58,11 +58,11 @@ class Cut:
             return True
         return any(self.touches(s) for program in step.programs for s in program.steps)
 
-    def run(self, program: Program, *args: Any, whole: bool = False) -> list[Any]:
+    def run(self, program: Program, *args: Any, keep_full: bool = False) -> list[Any]:
         """Runs a program on arguments that are cut, except those of full values.
 
         Full values stay entire until something that is cut reads them: then they are sliced, once.
-        The results are cut too, or with ``whole`` those of full values are left entire.
+        The results are cut too, except full ones with ``keep_full``.
         """
         env = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
         env.update(zip(program.jaxpr.invars, args, strict=True))
@@ -84,7 +84,7 @@ class Cut:
             if (step.outs and all(v.full for v in step.outs)) or not self.touches(step):
                 outs = _jaxpr.bind(eqn, *operands)
             elif eqn.primitive.name in _jaxpr.TRANSPARENT:
-                outs = self.run(step.programs[0], *operands, whole=True)
+                outs = self.run(step.programs[0], *operands, keep_full=True)
             else:
                 operands = [cut(atom, v) for atom, v in zip(eqn.invars, step.ins, strict=True)]
                 if step.programs:
@@ -102,7 +102,7 @@ class Cut:
                         "please report it."
                     )
             env.update(zip(eqn.outvars, outs, strict=True))
-        if whole:
+        if keep_full:
             return [read(atom) for atom in program.jaxpr.outvars]
         return [cut(atom, v) for atom, v in zip(program.jaxpr.outvars, program.outs, strict=True)]
 

@@ -17,7 +17,7 @@ from jaxprune._program.walk import Walk
 from jaxprune._tree import Params
 
 Split = Mapping[str, int]
-Choice = tuple[Merge, int, list[int]]  # the factor along which it is cut, and the units of each
+Choice = tuple[Merge, int, list[int]]  # the factor along which it is cut, units by factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Structure:
     """A walked program.
 
     Attributes:
-      walk: what the walk found; its atoms are final.
+      walk: the walk, with its final atoms.
       program: the program with its values.
       leaves: the value of every leaf of the params, in the order of the tree.
       order: the leaves that are used, in the order of first use.

@@ -38,13 +38,13 @@ class Value:
     def shape(self) -> tuple[int, ...]:
         return tuple(len(axis) for axis in self.axes)
 
-    def without(self, removed: Sequence[int]) -> "Value":
-        """Returns the value without some axes, of which nothing but the size is known."""
-        rest = [i for i in range(len(self.axes)) if i not in removed]
+    def without(self, dropped: Sequence[int]) -> "Value":
+        """Returns the value without some axes, which were summed over or indexed."""
+        rest = [i for i in range(len(self.axes)) if i not in dropped]
         return Value(tuple(self.axes[i] for i in rest), tuple(self.zeros[i] for i in rest))
 
     def map(self, change: Callable[[int, np.ndarray], np.ndarray]) -> "Value":
-        """Returns the value with every axis, and its zeros, changed alike."""
+        """Returns the value with the same change of every axis and of its zeros."""
         axes = tuple(change(i, axis) for i, axis in enumerate(self.axes))
         zeros = tuple(change(i, zero) for i, zero in enumerate(self.zeros))
         return Value(axes, zeros, self.known)

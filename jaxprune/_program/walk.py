@@ -134,7 +134,7 @@ class Walk:
     def _inner(
         self, eqn: Any, ins: list[Value], inner: list[_jaxpr.Inner]
     ) -> tuple[list[Value], list[Program]]:
-        """Walks the programs in an equation, each fed with what its inputs are inside.
+        """Walks the programs in an equation, each fed with its inputs as they are inside.
 
         ::
 
@@ -210,7 +210,7 @@ class Walk:
     def _shards(
         self, eqn: Any, values: list[Value], specs: Sequence[Any], sized: Sequence[Any]
     ) -> list[Value]:
-        """Gives values their shapes in, or out of, a ``shard_map``; sharded axes are pinned."""
+        """Resizes values on the way in, or out of, a ``shard_map``, and pins their sharded axes."""
         reason = f"sharded by {_jaxpr.where(eqn)}"
         shards = []
         for v, spec, atom in zip(values, specs, sized, strict=True):

@@ -1,13 +1,14 @@
 r"""Efficiency–quality curves: methods × sparsities × seeds, in one table.
 
-A pruning method yields a family of networks, one for each sparsity. It is a function::
+A pruning method yields a family of networks, one for each sparsity. It is a function of the initial
+params of a seed::
 
     (params, sparsity, key, train) -> (params, masks)
 
-of the initial params of a seed. Inside the method, ``train(params)`` returns the trained dense
-network, which all methods of a seed share, and ``train(params, masks)`` trains a pruned one.
-One-shot, iterative, gradual and rewound pruning and sparse training from scratch can all be written
-in this form, for single weights as well as for units:
+Inside the method, ``train(params)`` returns the trained dense network, which all methods of a seed
+share, and ``train(params, masks)`` trains a pruned one. One-shot, iterative, gradual and rewound
+pruning and sparse training from scratch can all be written in this form, for single weights as well
+as for units:
 
 >>> import jaxprune as jp
 >>> def iterative(params, sparsity, key, train, rounds=3):

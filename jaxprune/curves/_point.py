@@ -53,7 +53,7 @@ def runner(
         params = apply_masks(params, masks)
         before = float(evaluate(params))
         params = counted(params, masks)
-        recipes._check_pruned(params, masks)
+        recipes.check_pruned(params, masks)
         after = float(evaluate(params))
         savings = _savings(network, initial, params, masks, inputs)
         return {
@@ -92,7 +92,7 @@ def _shrunk(
 ) -> tuple[Network, Params, Masks]:
     """Shrinks a network as far as its masks allow; returns its function, params and masks."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "shrink: the masks remove no whole slice")
+        warnings.filterwarnings("ignore", "shrink: the masks remove no entire slice")
         try:
             small, small_params, plan = shrink(network, params, masks, *inputs, verify=False)
         except CannotShrink:  # the masked slices are pinned, or a leaf is masked entirely

@@ -93,20 +93,6 @@ def _scores(
     params: Params,
     *batch: Any,
 ) -> jax.Array:
-    dense, losses = _losses(groups, loss, memory, bar, params, *batch)
-    return jnp.abs(losses - dense) if absolute else losses - dense
-
-
-def _losses(
-    groups: "Groups",
-    loss: Callable[..., jax.Array],
-    memory: float,
-    bar: jax.Array | None,
-    params: Params,
-    *batch: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the loss, and the loss without each unit, in float32."""
-
     def scalar(params: Params, *batch: Any) -> jax.Array:
         checked, floats = _loss.of_floats("search.oracle", loss, params, *batch)
         return checked(floats)
@@ -135,7 +121,8 @@ def _losses(
         batch_size = max(int(memory / max(size, 1)), 1)
         measured = jax.lax.map(measure, jnp.asarray(group.units), batch_size=batch_size)
         losses = losses.at[group.units - 1].set(measured)
-    return flat.arrays[out].astype(jnp.float32), losses
+    change = losses - flat.arrays[out].astype(jnp.float32)
+    return jnp.abs(change) if absolute else change
 
 
 def _separate(

@@ -113,7 +113,16 @@ def _reads(
     structure = _program.analyse(apply_fn, params, inputs, **groups.options)
     units = [groups.unit[path] for path, _ in _tree.named_leaves(params)]
     unit = structure.spread(units)
-    _check_same(structure, units, unit)
+    pairs = [
+        pair
+        for leaf, axes in zip(structure.leaves, units, strict=True)
+        for pair in zip(leaf.axes, axes, strict=True)
+    ]
+    if not all(np.array_equal(unit[axis], numbers) for axis, numbers in pairs):
+        raise ValueError(
+            "groups: must be those of this function, got units that it unites or pins. Find them "
+            "with the same function and params; the batch size may differ."
+        )
     flat = _program.Flat()
     args = jax.tree.leaves((params, inputs))
     ins = [flat.add(v, x) for v, x in zip(structure.program.ins, args, strict=True)]
@@ -143,19 +152,6 @@ def _reads(
     # Of each activation, only the units that are read from it.
     reads = [r._replace(unit=r.unit * (chosen[r.unit] == i)) for i, r in enumerate(reads)]
     return [read for read in reads if read.unit.any()]
-
-
-def _check_same(
-    structure: _program.Structure, units: Sequence[Sequence[np.ndarray]], unit: np.ndarray
-) -> None:
-    """Raises unless the function keeps apart the units of the groups, and pins none of them."""
-    for leaf, axes in zip(structure.leaves, units, strict=True):
-        for axis, numbers in zip(leaf.axes, axes, strict=True):
-            if not np.array_equal(unit[axis], numbers):
-                raise ValueError(
-                    "groups: must be those of this function, got units that it unites or pins. "
-                    "Find them with the same function and params; the batch size may differ."
-                )
 
 
 def _candidates(flat: Any, params: int, args: int) -> list[tuple[int, int, bool]]:

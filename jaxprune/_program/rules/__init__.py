@@ -1,4 +1,4 @@
-"""What every primitive does to the axes of its operands: one rule each.
+"""Rules of the primitives: how the axes of their operands and results belong together.
 
 A rule takes the walk, the equation and the values of the operands, and returns the values of the
 results. Where the equation has sizes among its parameters, it also returns how to run it when cut.

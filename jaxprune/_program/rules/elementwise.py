@@ -98,7 +98,7 @@ def _evaluate(walk: Walk, eqn: Any, ins: Sequence[Value]) -> float | None:
 
 
 def _unchanged(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
-    """Gives every result the axes of its operand: they are of one shape."""
+    """Passes the axes of every operand on to its result, which has the same shape."""
     return [Value(v.axes, v.zeros, v.known) for v in ins[-len(eqn.outvars) :]]
 
 
