@@ -72,9 +72,7 @@ def stepwise(final: float, begin: int, end: int, steps: int) -> optax.Schedule:
       [0.0, 0.25, 0.25, 0.5]
     """
     if steps < 2:
-        raise ValueError(
-            f"stepwise: steps must be at least 2, got {steps}. Use `one_shot` for 1."
-        )
+        raise ValueError(f"stepwise: steps must be at least 2, got {steps}. Use `one_shot` for 1.")
     t = _progress("stepwise", final, begin, end)
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
