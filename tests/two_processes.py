@@ -50,7 +50,7 @@ def digests() -> Iterator[str]:
     masks = jp.select_iteratively(jp.scores.magnitude, params, 0.8, rounds=3)
     yield from tell("iteratively", masks)
 
-    apply_fn = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"]  # noqa: E731
+    apply_fn = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"]
     x = jax.make_array_from_callback(
         (8, 16), NamedSharding(mesh, P("data")), np.ones((8, 16), np.float32).__getitem__
     )
@@ -59,7 +59,7 @@ def digests() -> Iterator[str]:
     _, small, plan = jp.shrink(apply_fn, params, masks, x)
     assert small["up"].sharding.is_equivalent_to(params["up"].sharding, 2) and not plan.inexact
 
-    halve = lambda p: jp.select(jp.scores.magnitude(p), 0.5)  # noqa: E731
+    halve = lambda p: jp.select(jp.scores.magnitude(p), 0.5)
     schedule = jp.schedules.linear(0.8, 0, 3)
     for name, tx in (
         ("enforce", jp.enforce(optax.sgd(0.1), halve)),

@@ -10,6 +10,7 @@
 Pruning changes nothing that the header states, so :func:`opened` saves copies with the same header.
 """
 
+import collections
 import contextlib
 import io
 import json
@@ -50,17 +51,12 @@ class Entry(NamedTuple):
 
 @contextlib.contextmanager
 def opened(path: str, tick: Tick = lambda size: None) -> Iterator[Checkpoint]:
-    """Opens a safetensors file, and calls ``tick`` with the size of every read.
-
-    Raises:
-      FileError: if this is not a safetensors file, or a damaged one.
-    """
+    """Opens a safetensors file, and calls ``tick`` with the size of every read."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
-        raise FileError(
-            f"{path}: {reason(error)}. Pass a safetensors file or an Orbax checkpoint folder."
-        ) from None
+        fix = "Pass a safetensors file or an Orbax checkpoint folder."
+        raise FileError(f"{path}: {reason(error)}. {fix}") from None
     if not stat.S_ISREG(mode):  # a pipe can be read only once
         raise FileError(f"{path}: is not a regular file. Copy its contents to a file first.")
     with open(path, "rb") as file:
@@ -92,7 +88,7 @@ def _tensor(path: str, file: io.BufferedReader, offset: int, entry: Entry, tick:
 
     size = (entry.stop - entry.start) // dtype.itemsize
     name = DTYPES.get(entry.kind, entry.kind)
-    return Tensor(entry.name, name, entry.shape, dtype, size, read, entry.kind in PACKED)
+    return Tensor(path, entry.name, name, entry.shape, dtype, size, read, entry.kind in PACKED)
 
 
 def _unchanged(tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
@@ -145,39 +141,32 @@ def read_header(path: str, file: BinaryIO) -> tuple[bytes, list[Entry], dict[str
     space = total - 8 - length
     entries = [_entry(path, name, value, space) for name, value in contents.items()]
     entries.sort(key=lambda entry: (entry.start, entry.stop))
-    end = 0
-    for entry in entries:
+    ends = [0, *(entry.stop for entry in entries)]
+    for entry, end in zip(entries, ends, strict=False):
         if entry.start != end:
-            word = "overlaps" if entry.start < end else "leaves a gap after"
-            raise FileError(
-                f"{path}: the tensor {entry.name!r} {word} the previous one, at byte "
-                f"{entry.start:,}."
-            )
-        end = entry.stop
-    if end != space:
-        raise FileError(
-            f"{path}: the header describes {end:,} bytes of tensors, but {space:,} bytes follow it."
-        )
+            fault = "overlaps" if entry.start < end else "leaves a gap after"
+            message = f"{fault} the previous one, at byte {entry.start:,}"
+            raise FileError(f"{path}: the tensor {entry.name!r} {message}.")
+    if ends[-1] != space:
+        message = f"describes {ends[-1]:,} bytes of tensors, but {space:,} bytes follow it"
+        raise FileError(f"{path}: the header {message}.")
     return start + text, entries, metadata
 
 
 def _json_object(path: str, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if (name := repeated(name for name, _ in pairs)) is not None:
-            raise FileError(f"{path}: the header has the key {name!r} twice.")
+            raise ValueError(f"it has the key {name!r} twice")
         return dict(pairs)
 
     try:
         contents = json.loads(text.decode(), object_pairs_hook=unique)
-    except FileError:
-        raise
+        if not isinstance(contents, dict):
+            raise ValueError(f"it is a {type(contents).__name__}")
+        return contents
     except (ValueError, RecursionError) as error:
-        raise FileError(
-            f"{path}: is not a safetensors file: its header is not a JSON object ({reason(error)})."
-        ) from None
-    if not isinstance(contents, dict):
-        raise FileError(f"{path}: is not a safetensors file: its header is not a JSON object.")
-    return contents
+        message = f"its header is not a JSON object with unique keys ({reason(error)})"
+        raise FileError(f"{path}: is not a safetensors file: {message}.") from None
 
 
 def _entry(path: str, name: str, value: Any, space: int) -> Entry:
@@ -189,29 +178,28 @@ def _entry(path: str, name: str, value: Any, space: int) -> Entry:
     if not isinstance(kind, str) or kind not in (*DTYPES, *PACKED):
         raise FileError(f"{place} has the unknown dtype {kind!r:.60}. Upgrade jaxprune.")
     for word, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or not all(type(i) is int and i >= 0 for i in numbers):
-            raise FileError(
-                f"{place}: {word} must be a list of whole numbers, got {numbers!r:.60}."
-            )
+        if not is_sizes(numbers):
+            message = f"{word} must be a list of whole numbers, got {numbers!r:.60}"
+            raise FileError(f"{place}: {message}.")
     if len(offsets) != 2 or not offsets[0] <= offsets[1] <= space:
         raise FileError(
             f"{place}: data_offsets must lie within the {space:,} bytes after the header, got "
             f"{offsets!r:.60}. The file is truncated or damaged; copy or save it again."
         )
     bits = PACKED.get(kind) or 8 * np.dtype(DTYPES[kind]).itemsize
-    if bits * math.prod(shape) != 8 * (offsets[1] - offsets[0]):
-        raise FileError(
-            f"{place} has {offsets[1] - offsets[0]:,} bytes, which do not hold {kind} of shape "
-            f"{shape!r:.60}."
-        )
+    size = offsets[1] - offsets[0]
+    if bits * math.prod(shape) != 8 * size:
+        message = f"{size:,} bytes, which do not hold {kind} of shape {shape!r:.60}"
+        raise FileError(f"{place} has {message}.")
     return Entry(name, kind, tuple(shape), *offsets)
 
 
+def is_sizes(numbers: Any) -> bool:
+    """Returns whether a JSON value is a list of whole numbers."""
+    return isinstance(numbers, list) and all(type(i) is int and i >= 0 for i in numbers)
+
+
 def repeated(names: Iterable[str]) -> str | None:
-    """Returns the first name that occurs a second time, or `None`."""
-    earlier: set[str] = set()
-    for name in names:
-        if name in earlier:
-            return name
-        earlier.add(name)
-    return None
+    """Returns the first name that occurs more than once, or `None`."""
+    counts = collections.Counter(names)
+    return next((name for name, count in counts.items() if count > 1), None)

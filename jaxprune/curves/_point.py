@@ -53,7 +53,7 @@ def runner(
         params = apply_masks(params, masks)
         before = float(evaluate(params))
         params = counted(params, masks)
-        recipes._check_pruned(params, masks)
+        recipes.check_pruned(params, masks)
         after = float(evaluate(params))
         savings = _savings(network, initial, params, masks, inputs)
         return {
