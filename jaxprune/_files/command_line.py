@@ -63,11 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     prune("--sparsity", type=float, metavar="S", help="the fraction of these weights to prune")
     text = "rank weights globally, per tensor, or per tensor with ERK densities (default: global)"
     prune("--scope", choices=_select.SCOPES, default="global", help=text)
-    text = (
-        "keep at most N of every M weights along an axis; --sparsity may then be omitted "
-        "(default: unstructured)"
-    )
-    prune("--pattern", type=_pattern, default=None, metavar="N:M", help=text)
+    text = "keep at most N of M weights along an axis, --sparsity optional (default: unstructured)"
+    prune("--pattern", type=_pattern, metavar="N:M", help=text)
     text = "the axis of N:M (default: -2, the input axis of Flax kernels; PyTorch weights need -1)"
     prune("--axis", type=int, help=text)
     text = "leave out tensors whose name matches, such as 'embed*' or 'opt_state/*'"
@@ -88,16 +85,13 @@ def _pattern(text: str) -> stream.NOfM | None:
     match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text, re.ASCII)
     n, m = map(int, match.groups()) if match else (0, 0)
     if not 0 < n <= m:
-        raise argparse.ArgumentTypeError(
-            f"must be unstructured or N:M with 0 < N <= M, got {text!r}"
-        )
+        raise argparse.ArgumentTypeError(f"must be unstructured or N:M, 0 < N <= M, got {text!r}")
     return stream.NOfM(n, m)
 
 
 def _bar(arguments: argparse.Namespace) -> Any:
     """Returns a progress bar over bytes; its total grows with every pass."""
-    shown = not arguments.json
-    return _progress.bar(shown=shown, total=0, unit="B", unit_scale=True, leave=False)
+    return _progress.bar(shown=not arguments.json, total=0, unit="B", unit_scale=True, leave=False)
 
 
 def _opened(path: str, tick: Tick) -> contextlib.AbstractContextManager[Checkpoint]:
@@ -176,7 +170,7 @@ def _prune(arguments: argparse.Namespace) -> Result:
     return 0, report, summary
 
 
-def _target(arguments: argparse.Namespace) -> tuple[stream.NOfM | None, float]:
+def _target(arguments: argparse.Namespace) -> tuple[stream.NOfM, float]:
     """Returns the pattern and the sparsity that were asked for."""
     pattern, axis, sparsity = arguments.pattern, arguments.axis, arguments.sparsity
     if pattern is None and axis is not None:
@@ -187,11 +181,12 @@ def _target(arguments: argparse.Namespace) -> tuple[stream.NOfM | None, float]:
         sparsity = _select.check_sparsity(0.0 if sparsity is None else sparsity)
     except ValueError as error:
         raise FileError(str(error)) from None
+    pattern = pattern or stream.NOfM(1, 1, axis=-1)
     return pattern if axis is None else pattern._replace(axis=axis), sparsity
 
 
 def _prunable(
-    file: str, source: Checkpoint, globs: Sequence[str], pattern: stream.NOfM | None
+    file: str, source: Checkpoint, globs: Sequence[str], pattern: stream.NOfM
 ) -> list[Tensor]:
     """Lists the tensors to prune, in the order of the leaves of a tree."""
     excluded: set[str] = set()
@@ -210,7 +205,7 @@ def _prunable(
             f"{file}: no floating-point tensor with two or more axes to prune. List the tensors "
             "with `inspect`."
         )
-    n, m, axis = pattern or (1, 1, 0)  # any shape fits 1:1
+    n, m, axis = pattern
     for t in tensors:
         if not -len(t.shape) <= axis < len(t.shape) or t.shape[axis] % m:
             raise FileError(
@@ -284,14 +279,11 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _stop(number: int, frame: Any) -> NoReturn:
-    raise SystemExit(128 + number)  # so that unfinished files are removed
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line, and returns its exit code."""
     in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _stop) if in_main_thread else None
+    if in_main_thread:  # where a signal may be handled; exits, so that unfinished files are removed
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         arguments = _parser().parse_args(argv)
         code, report, tables = arguments.run(arguments)

@@ -62,8 +62,7 @@ def leaves(path: Any, source: Checkpoint) -> list[Leaf]:
     """Lists the leaves in a checkpoint; without bitmaps, these are its tensors."""
     if not is_compact(source):
         return [Leaf(t.path, t.shape, t, None) for t in source.tensors]
-    version = source.metadata.get("version")
-    if version != VERSION:
+    if (version := source.metadata.get("version")) != VERSION:
         raise FileError(
             f"{path}: the version of the format must be {VERSION!r}, got {version!r:.20}. If a "
             "newer jaxprune wrote this file, upgrade jaxprune."
@@ -116,8 +115,7 @@ def write(path: str | os.PathLike[str], params: Params, masks: Masks) -> None:
     shapes = {name: np.shape(leaf) for (name, leaf), mask in aligned if mask is not None}
     implementations = {name: _key_implementation(leaf) for name, leaf in named}
     keys = {name: str(i) for name, i in implementations.items() if i is not None}
-    twice = safetensors.repeated(["__metadata__", *(tensor.name for tensor in tensors)])
-    if twice is not None:
+    if (twice := safetensors.repeated(["__metadata__", *(t.name for t in tensors)])) is not None:
         raise ValueError(f"{twice}: two tensors of the file would have this name. Rename a leaf.")
     # As the safetensors library does, so that all are aligned.
     tensors.sort(key=lambda tensor: -np.dtype(tensor.dtype).itemsize)
@@ -158,17 +156,13 @@ def _new_tensors(name: str, leaf: Any, mask: Any) -> Iterator[_NewTensor]:
         kind = type(leaf).__name__
         raise TypeError(f"{path}: params to save must be arrays, got {kind}. Save it separately.")
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        fix = "Save with Orbax."
-        raise ValueError(f"{path}: one process must hold the entire leaf, got a part. {fix}")
+        raise ValueError(f"{path}: the leaf must be on one process, got a part. Save with Orbax.")
     if _key_implementation(leaf) is not None:
         leaf = jax.random.key_data(leaf)  # type: ignore[arg-type]
     shape, dtype = np.shape(leaf), np.dtype(_tree.dtype(leaf)).name
-    names = safetensors.DTYPES.values()
-    if dtype not in names:
-        raise TypeError(
-            f"{path}: the dtype must be one that safetensors has ({', '.join(names)}), got "
-            f"{dtype}. Convert the leaf with `astype`."
-        )
+    if dtype not in safetensors.DTYPES.values():
+        names = ", ".join(safetensors.DTYPES.values())
+        raise TypeError(f"{path}: the dtype must be one of {names}, got {dtype}. Use `astype`.")
     if mask is None:
         yield _NewTensor(name, dtype, shape, lambda: np.asarray(leaf, dtype))
         return

@@ -25,7 +25,7 @@ Runs = list[tuple[int, int]]  # of entries of a flat tensor, as (start, stop)
 
 
 class NOfM(NamedTuple):
-    """At most ``n`` kept of every ``m`` along an axis, as in ``patterns.n_of_m``."""
+    """At most ``n`` kept of every ``m`` along an axis, as in ``patterns.n_of_m``; 1:1 keeps all."""
 
     n: int
     m: int
@@ -41,13 +41,13 @@ class Threshold(NamedTuple):
 
 
 def thresholds(
-    tensors: Sequence[Tensor], sparsity: float, scope: str, pattern: NOfM | None, expect: Tick
+    tensors: Sequence[Tensor], sparsity: float, scope: str, pattern: NOfM, expect: Tick
 ) -> dict[str, Threshold]:
     """Finds which weights to keep, for tensors in the order of the leaves of a tree.
 
     Before a pass over tensors, ``expect`` is called with the number of bytes that it will read.
     """
-    n, m = (1, 1) if pattern is None else pattern[:2]
+    n, m, _ = pattern
     paths, sizes = [t.path for t in tensors], [t.size for t in tensors]
     budget = _select.budget(scope, sparsity, paths, sizes, [t.shape for t in tensors], n / m)
     firsts = np.cumsum([0, *sizes], dtype=_index_dtype(sum(sizes)))
@@ -62,27 +62,23 @@ def thresholds(
 
 
 def _key_and_rank(
-    pool: Sequence[tuple[Tensor, Any]], keep: int, pattern: NOfM | None, expect: Tick
+    pool: Sequence[tuple[Tensor, Any]], keep: int, pattern: NOfM, expect: Tick
 ) -> tuple[int, int]:
-    def pieces() -> Iterator[tuple[Any, Runs, np.ndarray]]:
+    def keys_or_ranks(tie: int | None) -> Iterator[np.ndarray]:
+        """Yields the keys of all weights, or the ranks of those that have this key."""
         expect(sum(t.bytes for t, _ in pool))
         for tensor, first in pool:
             for runs, _, key in _pieces(tensor, pattern):
-                yield first, runs, key.reshape(-1)
-
-    def keys() -> Iterator[np.ndarray]:
-        return (key for _, _, key in pieces())
-
-    def ranks_of_ties() -> Iterator[np.ndarray]:
-        return (_ranks(runs, first)[key == threshold] for first, runs, key in pieces())
+                key = key.reshape(-1)
+                yield key if tie is None else _ranks(runs, first)[key == tie]
 
     # As float32, bfloat16 and shorter types have zeros in the lower half of their bits.
     short = all(jnp.finfo(t.entries).nmant <= 7 for t, _ in pool)
-    threshold, reaching, above = _search(keys, (16,) if short else (16, 0), keep)
+    key, reaching, above = _search(lambda: keys_or_ranks(None), (16,) if short else (16, 0), keep)
     if reaching == keep:
-        return threshold if keep else _NOTHING, 0
-    shifts = range(8 * pool[0][1].itemsize - 16, -1, -16)
-    return threshold, _search(ranks_of_ties, shifts, keep - above)[0]
+        return key if keep else _NOTHING, 0
+    shifts = (48, 32, 16, 0) if pool[0][1].dtype == np.uint64 else (16, 0)
+    return key, _search(lambda: keys_or_ranks(key), shifts, keep - above)[0]
 
 
 def _search(
@@ -107,7 +103,7 @@ def _search(
 
 
 def pruned(
-    tensor: Tensor, threshold: Threshold, pattern: NOfM | None, kept: dict[str, int]
+    tensor: Tensor, threshold: Threshold, pattern: NOfM, kept: dict[str, int]
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields the pruned tensor as ``(start, entries)``, and adds the number of kept weights."""
     kept[tensor.path] = 0
@@ -124,15 +120,14 @@ def pruned(
             entries = entries[stop - start :]
 
 
-def _pieces(tensor: Tensor, pattern: NOfM | None) -> Iterator[tuple[Runs, np.ndarray, np.ndarray]]:
+def _pieces(tensor: Tensor, pattern: NOfM) -> Iterator[tuple[Runs, np.ndarray, np.ndarray]]:
     """Yields where a piece is, its entries, and their keys, of shape (chunks, m, width).
 
     The key is the magnitude as bits of float32, and one more bit. It is 0 for weights that the
     pattern removes, so that they do not compete.
     """
-    m, width = 1, 1
-    if pattern is not None:
-        m, width = pattern.m, math.prod(tensor.shape[pattern.axis % len(tensor.shape) + 1 :])
+    n, m, axis = pattern
+    width = math.prod(tensor.shape[axis % len(tensor.shape) + 1 :])
     for runs in _runs(tensor.size, m, width):
         parts = [tensor.read(start, stop) for start, stop in runs]
         entries = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -145,9 +140,9 @@ def _pieces(tensor: Tensor, pattern: NOfM | None) -> Iterator[tuple[Runs, np.nda
                 "infinity. Repair them, or leave out this tensor with --exclude."
             )
         key = key.reshape(-1, m, width if len(runs) == 1 else len(parts[0]))
-        if pattern is not None:
+        if n < m:
             ranks = _ranks(runs, _index_dtype(tensor.size)(0))
-            key *= _largest(pattern.n, key, ranks.reshape(key.shape))
+            key *= _largest(n, key, ranks.reshape(key.shape))
         yield runs, entries, key
 
 
@@ -226,8 +221,7 @@ def changes(a: Tensor, b: Tensor) -> Changes:
         largest = np.maximum(largest, _distance(before, after)).item()  # NaN stays
     if a.packed:
         return Changes(0, 0, int(counts.sum()), float("nan"))
-    zeroed, revived, changed = counts.tolist()
-    return Changes(zeroed, revived, changed, largest)
+    return Changes._make([*counts.tolist(), largest])
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> Any:
