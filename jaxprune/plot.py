@@ -80,6 +80,7 @@ def curves(
       x: the column on the horizontal axis, such as ``"compression"``, ``"params"`` or
         ``"measured_speedup"``.
       y: the column on the vertical axis: ``"after"``, ``"before"`` or ``"change"``.
+      axes: the axes to draw into.
 
     Raises:
       ValueError: if ``x`` or ``y`` is not a column of the table.
@@ -158,7 +159,7 @@ def _doublings(axes: Any) -> None:
 
 
 def sparsity(masks: Masks, *, before: Masks = None, axes: Any = None) -> Any:
-    """Draws the sparsity of every leaf that has a mask, and its sparsity in earlier masks.
+    """Draws the sparsity of every leaf that has a mask, and that in the masks ``before``.
 
     Examples:
       >>> axes = sparsity({"w": np.array([True, False])})
@@ -318,10 +319,13 @@ def groups(groups: Groups, *, axes: Any = None) -> Any:
 def training(
     steps: Sequence[int], sparsity: Sequence[float], loss: Sequence[float], *, axes: Any = None
 ) -> Any:
-    """Draws sparsity and loss over the steps of training at which both were recorded.
+    """Draws sparsity and loss over the steps of training.
 
-    The sparsity of a step is ``jp.metrics.sparsity(jp.get_masks(opt_state))``. A second vertical
-    axis shows it.
+    Args:
+      steps: the steps at which both were recorded.
+      sparsity: the sparsity at each step, from ``jp.metrics.sparsity(jp.get_masks(opt_state))``.
+      loss: the loss at each step.
+      axes: the axes to draw the loss into; a second vertical axis shows the sparsity.
 
     Examples:
       >>> training([0, 10], [0.0, 0.9], [2.3, 0.4]).get_ylabel()
