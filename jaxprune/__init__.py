@@ -44,37 +44,10 @@ if TYPE_CHECKING:
     from jaxprune.metrics import summary
 
 __version__ = "0.1.0"
-__all__ = [
-    "CannotShrink",
-    "Plan",
-    "apply_masks",
-    "curves",
-    "enforce",
-    "find_groups",
-    "gates",
-    "get_masks",
-    "gradual",
-    "groups",
-    "masks",
-    "metrics",
-    "movement",
-    "nnx",
-    "optimizer",
-    "patterns",
-    "plot",
-    "recipes",
-    "regularizers",
-    "report",
-    "schedules",
-    "scores",
-    "search",
-    "select",
-    "select_iteratively",
-    "set_masks",
-    "shrink",
-    "summary",
-    "units",
-]
+__all__ = ["CannotShrink", "Plan", "apply_masks", "enforce", "find_groups", "get_masks", "gradual"]
+__all__ += ["report", "select", "select_iteratively", "set_masks", "shrink", "summary"]
+__all__ += ["curves", "gates", "groups", "masks", "metrics", "movement", "nnx", "optimizer"]
+__all__ += ["patterns", "plot", "recipes", "regularizers", "schedules", "scores", "search", "units"]
 
 # What reads programs, draws or trains is imported on first use: it takes two thirds of the time
 # that importing all of the package takes, and flax.nnx as long again.

@@ -20,6 +20,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jaxprune import _tree
 from jaxprune._tree import Masks, Params
 
 TEMPERATURE = 2 / 3
@@ -43,13 +44,12 @@ def sample(log_alpha: Params, key: jax.Array) -> Params:
       >>> float(gates.min()), float(gates.max())
       (0.0, 1.0)
     """
-    leaves, treedef = jax.tree.flatten(log_alpha)
-    noise = [  # log u - log(1 - u) has the logistic distribution
-        jax.random.logistic(jax.random.fold_in(key, i), a.shape, a.dtype)
-        for i, a in enumerate(leaves)
-    ]
-    gates = [_stretch((n + a) / TEMPERATURE) for n, a in zip(noise, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, gates)
+    gates = []
+    for i, a in enumerate(jax.tree.leaves(log_alpha)):
+        # log u - log(1 - u) has the logistic distribution
+        noise = jax.random.logistic(jax.random.fold_in(key, i), a.shape, a.dtype)
+        gates.append(_stretch((noise + a) / TEMPERATURE))
+    return _tree.rebuild(log_alpha, gates)
 
 
 def mean(log_alpha: Params) -> Params:
@@ -59,9 +59,6 @@ def mean(log_alpha: Params) -> Params:
 
     This is the estimate of the paper. It is not the mean of the distribution that :func:`sample`
     draws from.
-
-    Args:
-      log_alpha: a pytree of floating arrays.
 
     Examples:
       >>> mean(jnp.array([-3.0, 0.0, 3.0])).tolist()
@@ -77,25 +74,17 @@ def penalty(log_alpha: Params) -> jax.Array:
 
     Multiply it by a strength and add it to the loss.
 
-    Args:
-      log_alpha: a pytree of floating arrays.
-
     Examples:
       >>> print(penalty({"w": jnp.array([-99.0, 99.0, 99.0]), "b": None}))
       2.0
     """
     shift = TEMPERATURE * math.log(-LOW / HIGH)
-    counts = [
-        jnp.sum(jax.nn.sigmoid(a - shift), dtype=jnp.float32) for a in jax.tree.leaves(log_alpha)
-    ]
-    return sum(counts, start=jnp.float32(0))
+    probabilities = [jax.nn.sigmoid(a - shift) for a in jax.tree.leaves(log_alpha)]
+    return sum((jnp.sum(p, dtype=jnp.float32) for p in probabilities), start=jnp.float32(0))
 
 
 def masks(log_alpha: Params) -> Masks:
     r"""Keeps the weights whose gate is open in evaluation: :math:`\hat z > 0`.
-
-    Args:
-      log_alpha: a pytree of floating arrays.
 
     Examples:
       >>> masks(jnp.array([-3.0, 0.0])).tolist()

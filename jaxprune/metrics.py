@@ -363,13 +363,13 @@ def latency(
     jitted = {name: (jax.jit(apply_fn), params) for name, (apply_fn, params) in functions.items()}
     rows = []
     for size, args in {1: first, batch: inputs}.items():
-        for name, times in _interleave(jitted, args, rounds).items():
+        for name, times in interleave(jitted, args, rounds).items():
             low, median, high = np.quantile(times, (0.25, 0.5, 0.75)).tolist()
             rows.append(Timing(name, size, median, (low, high)))
     return Latency(tuple(rows))
 
 
-def _interleave(
+def interleave(
     functions: Mapping[str, tuple[Callable[..., Any], Params]], args: Any, rounds: int
 ) -> dict[str, list[float]]:
     """Calls each function once a round, after a first one; returns the seconds by name.

@@ -1,24 +1,10 @@
 r"""Movement pruning: the scores are trained together with the params and determine the masks.
 
 The scores are a second tree of trained arrays, initialised with zeros. In every step, masks are
-made from the scores: ``jp.select(scores, sparsity)`` keeps the highest ones. In the soft variant,
-:func:`movement.masks` keeps those above a threshold. The network then runs on ``apply(params,
-scores, masks)``. The score of a weight rises while the weight moves away from zero, and falls while
-it moves towards zero. Masked weights may come back.
-
->>> import optax
->>> import jaxprune as jp
->>> target = jnp.array([[4.0, 2.0]])
->>> loss = lambda trained, masks: jnp.sum((apply(*trained, masks) - target) ** 2)
->>> trained = jnp.array([[1.0, 3.0]]), jnp.zeros((1, 2))
->>> tx = optax.sgd(0.1)
->>> state = tx.init(trained)
->>> for sparsity in (0.0, 0.5):
-...     masks_ = jp.select(trained[1], sparsity)
-...     updates, state = tx.update(jax.grad(loss)(trained, masks_), state)
-...     trained = optax.apply_updates(trained, updates)
->>> print(apply(*trained, jp.select(trained[1], 0.5)).round(2))
-[[2.08 0.  ]]
+made from the scores: ``jp.select(scores, sparsity)`` keeps the highest ones, :func:`masks` those
+above a threshold (the soft variant). The network then runs on ``apply(params, scores, masks)``. The
+score of a weight rises while the weight moves away from zero, and falls while it moves towards
+zero. Masked weights may come back.
 
 References:
   Sanh et al, `Movement Pruning: Adaptive Sparsity by Fine-Tuning
@@ -48,22 +34,25 @@ def apply(params: Params, scores: Scores, masks: Masks) -> Params:
       scores: a pytree of floating arrays with the same paths and shapes.
       masks: the masks made from the scores; leaves whose mask is `None` are returned unchanged.
 
-    Returns:
-      The masked params, with their structure and dtypes.
-
     Raises:
       ValueError: if paths or shapes differ, or for a mask without scores.
       TypeError: if a mask is not bool.
 
     Examples:
-      >>> w, mask = jnp.array([3.0, 4.0]), jnp.array([True, False])
-      >>> loss = lambda w, s: jnp.sum(2 * apply(w, s, mask))
-      >>> for grads in jax.grad(loss, (0, 1))(w, jnp.zeros(2)):
-      ...     print(grads)
-      [2. 0.]
-      [6. 8.]
+      >>> import optax, jaxprune as jp
+      >>> target = jnp.array([[4.0, 2.0]])
+      >>> loss = lambda trained, masks: jnp.sum((apply(*trained, masks) - target) ** 2)
+      >>> trained = jnp.array([[1.0, 3.0]]), jnp.zeros((1, 2))  # params and their scores
+      >>> tx = optax.sgd(0.1)
+      >>> state = tx.init(trained)
+      >>> for sparsity in (0.0, 0.5):
+      ...     masks = jp.select(trained[1], sparsity)
+      ...     updates, state = tx.update(jax.grad(loss)(trained, masks), state)
+      ...     trained = optax.apply_updates(trained, updates)
+      >>> print(apply(*trained, jp.select(trained[1], 0.5)).round(2))
+      [[2.08 0.  ]]
     """
-    applied = []
+    gated = []
     aligned = _tree.align(params, scores, "scores"), _tree.align_masks(params, masks)
     for (path, w), s, m in zip(_tree.named_leaves(params), *aligned, strict=True):
         if m is not None and s is None:
@@ -71,8 +60,8 @@ def apply(params: Params, scores: Scores, masks: Masks) -> Params:
                 f"{_tree.show(path)}: scores must be given where there is a mask, got None. Make "
                 "the masks from the scores."
             )
-        applied.append(w if m is None else _gate(w, s, m))
-    return _tree.rebuild(params, applied)
+        gated.append(w if m is None else _gate(w, s, m))
+    return _tree.rebuild(params, gated)
 
 
 @jax.custom_jvp

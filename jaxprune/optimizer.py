@@ -1,10 +1,10 @@
 """Optax transformations that keep pruned weights at exactly zero.
 
-Gradients are masked before the inner optimizer, so that clipping and normalisation ignore pruned
-weights. Its updates are then replaced by ``-w`` where the mask is false, and ``w + (-w)`` is
-exactly 0.
+Gradients are masked first, so that clipping and normalisation ignore pruned weights. The updates
+are then replaced by ``-w`` where the mask is false, and ``w + (-w)`` is exactly 0.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,9 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import _mesh, _tree
-from jaxprune._select import select as _select
-from jaxprune._select import whole_masks
+from jaxprune import _mesh, _select, _tree
 from jaxprune._tree import Masks, Params, Score, Select
 
 __all__ = ["EnforceState", "GradualState", "enforce", "get_masks", "gradual", "set_masks"]
@@ -69,13 +67,7 @@ def enforce(
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
-        # `optax.tree.map_params` calls `init` on a placeholder to learn where params would be.
-        if not jax.tree.leaves(params):
-            return EnforceState(params, inner.init(params))
-        # An Equinox module is callable, but it is a tree of masks and not a function of params.
-        is_function = callable(masks) and jax.tree_util.all_leaves([masks])
-        tree = _evaluate(masks, params) if is_function else masks
-        return EnforceState(copy_masks(params, tree), inner.init(params))
+        return EnforceState(copy_masks(params, masks), inner.init(params))
 
     def update(updates, state, params=None, **extra_args):
         check_given(params, "enforce")
@@ -90,7 +82,7 @@ def gradual(
     score: Score,
     schedule: optax.Schedule,
     every: int = 1,
-    select: Select = _select,
+    select: Select = _select.select,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes on a schedule during training and keeps pruned weights at zero.
 
@@ -126,16 +118,11 @@ def gradual(
     if every < 1:
         raise ValueError(f"gradual: every must be at least 1, got {every}.")
     inner = optax.with_extra_args_support(inner)
-
-    def whole(params: Params) -> Masks:
-        return whole_masks(params, select)
+    everything = functools.partial(_select.whole_masks, select=select)
 
     def init(params):
-        masks = params
-        if jax.tree.leaves(params):
-            masks = copy_masks(params, _evaluate(whole, params))
-        zero = jnp.zeros((), jnp.int32)
-        return GradualState(zero, jnp.zeros((), jnp.float32), masks, inner.init(params))
+        count, sparsity = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        return GradualState(count, sparsity, copy_masks(params, everything), inner.init(params))
 
     def update(updates, state, params=None, *, batch=(), **extra_args):
         check_given(params, "gradual")
@@ -152,9 +139,8 @@ def gradual(
         # result of the `cond` takes 4 bytes a weight instead of 1.
         masks = jax.lax.optimization_barrier(jax.lax.cond(due, prune, lambda: state.masks))
         updates, inner_state = _masked(inner, updates, masks, state.inner, params, extra_args)
-        count = optax.safe_increment(state.count)
-        selected = jnp.where(due, sparsity, state.sparsity)
-        return updates, GradualState(count, selected, masks, inner_state)
+        count, last = optax.safe_increment(state.count), jnp.where(due, sparsity, state.sparsity)
+        return updates, GradualState(count, last, masks, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -200,9 +186,9 @@ def set_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
     get_masks(opt_state)  # raises if there are none
 
     def replace(state):
-        if not _is_link_state(state):
-            return state
-        return state._replace(masks=copy_masks(state.masks, _tree.refit(state.masks, masks)))
+        if _is_link_state(state):
+            state = state._replace(masks=copy_masks(state.masks, _tree.refit(state.masks, masks)))
+        return state
 
     return jax.tree.map(replace, opt_state, is_leaf=_is_link_state)
 
@@ -219,23 +205,20 @@ def check_given(params: Params | None, link: str) -> None:
         )
 
 
-def _is_abstract(x: Any) -> bool:
-    return isinstance(x, jax.ShapeDtypeStruct)
-
-
-def _evaluate(masks: Callable[[Params], Masks], params: Params) -> Masks:
-    abstract = any(map(_is_abstract, jax.tree.leaves(params)))
-    return jax.eval_shape(masks, params) if abstract else masks(params)
-
-
-def copy_masks(params: Params, masks: Masks) -> Masks:
-    """Copies masks to the devices of their params.
+def copy_masks(params: Params, masks: Masks | Callable[[Params], Masks]) -> Masks:
+    """Copies masks, or those that a function of params returns, to the devices of their params.
 
     Without the copy, a step that donates the optimizer state would delete the caller's masks.
     """
     leaves, treedef = jax.tree.flatten(params)
+    if not leaves:  # the placeholder with which `optax.tree.map_params` asks where params would be
+        return params
+    # An Equinox module is callable, but it is a tree of masks and not a function of params.
+    if callable(masks) and jax.tree_util.all_leaves([masks]):
+        abstract = any(isinstance(w, jax.ShapeDtypeStruct) for w in leaves)
+        masks = jax.eval_shape(masks, params) if abstract else masks(params)
     placed = [
-        m if m is None or _is_abstract(m) else _mesh.place(jnp.copy(m), w)
+        m if m is None or isinstance(m, jax.ShapeDtypeStruct) else _mesh.place(jnp.copy(m), w)
         for m, w in zip(_tree.align_masks(params, masks), leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, placed)
@@ -244,13 +227,12 @@ def copy_masks(params: Params, masks: Masks) -> Masks:
 def _masked(inner, updates, masks, inner_state, params, extra_args):
     updates = _tree.map_masks(_silence, updates, masks)
     updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
-    leaves, treedef = jax.tree.flatten(updates)
     aligned = _tree.align(updates, params, "params"), _tree.align(updates, masks)
-    updates = [
+    leaves = [
         u if m is None else jnp.where(m, u, -w)  # in the wider dtype of u and w
-        for u, w, m in zip(leaves, *aligned, strict=True)
+        for u, w, m in zip(jax.tree.leaves(updates), *aligned, strict=True)
     ]
-    return jax.tree.unflatten(treedef, updates), inner_state
+    return _tree.rebuild(updates, leaves), inner_state
 
 
 def _silence(grads: jax.Array, mask: jax.Array) -> jax.Array:

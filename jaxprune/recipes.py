@@ -1,15 +1,4 @@
-"""Pruning and training in rounds, with your own train function.
-
->>> import jax.numpy as jnp
->>> import jaxprune as jp
->>> def train(params, masks):  # your code: some steps under `jp.enforce(optimizer, masks)`
-...     return params
->>> params = jnp.array([[1.0, 4.0, 3.0, 2.0]])
->>> for result in iterative(params, train, jp.scores.magnitude, [0.25, 0.5]):
-...     print(result.round, result.sparsity, result.params)
-1 0.25 [[0. 4. 3. 2.]]
-2 0.5 [[0. 4. 3. 0.]]
-"""
+"""Pruning and training in rounds, with your own train function."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,40 +7,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _tree
+from jaxprune import _select, _tree
 from jaxprune._dead import remove_dead
-from jaxprune._select import check_sparsity
-from jaxprune._select import select as _select
 from jaxprune._tree import Masks, Params, Score, Select
 from jaxprune.masks import apply_masks
 
-__all__ = [
-    "Round",
-    "dropout_rate",
-    "iterative",
-    "keep",
-    "reinitialize",
-    "remove_dead",
-    "rewind",
-    "rounds",
-]
+__all__ = ["Round", "iterative", "keep", "reinitialize", "rewind", "rounds"]
+__all__ += ["dropout_rate", "remove_dead"]
 
 Restart = Callable[[Params, int], Params]  # (params, number of the round) -> params
 
 
 class Round(NamedTuple):
-    """The result of one round of :func:`iterative`: a pytree, which can be saved as any other.
+    """The result of one round of :func:`iterative`: a pytree, which can be saved as any other."""
 
-    Attributes:
-      round: the number of the round, from 1.
-      sparsity: the fraction of weights that is pruned.
-      params: the trained params; pruned weights are zero.
-      masks: the masks; `True` is kept.
-    """
-
-    round: int
-    sparsity: float
-    params: Params
+    round: int  # from 1
+    sparsity: float  # the fraction of weights that is pruned
+    params: Params  # trained; pruned weights are zero
     masks: Masks
 
 
@@ -69,8 +41,8 @@ def rewind(early: Params) -> Restart:
     """Returns to the weights of an early training step in every round (lottery tickets).
 
     Examples:
-      >>> rewind(jnp.array([0.1, 0.2]))(jnp.array([1.0, 2.0]), 1).round(1).tolist()
-      [0.10000000149011612, 0.20000000298023224]
+      >>> rewind(jnp.array([1.0, 2.0]))(jnp.array([3.0, 4.0]), 1).tolist()
+      [1.0, 2.0]
 
     References:
       Frankle and Carbin, `The Lottery Ticket Hypothesis <https://arxiv.org/abs/1803.03635>`_, 2019
@@ -113,7 +85,7 @@ def rounds(fraction: float, count: int) -> list[float]:
       >>> [round(s, 3) for s in rounds(0.2, 3)]
       [0.2, 0.36, 0.488]
     """
-    check_sparsity(fraction, "fraction")
+    _select.check_sparsity(fraction, "fraction")
     if count < 1:
         raise ValueError(f"rounds: count must be at least 1, got {count}.")
     return [1 - (1 - fraction) ** k for k in range(1, count + 1)]
@@ -125,7 +97,7 @@ def iterative(
     score: Score,
     sparsities: Sequence[float],
     *,
-    select: Select = _select,
+    select: Select = _select.select,
     restart: Restart = keep,
     key: jax.Array | None = None,
 ) -> Iterator[Round]:
@@ -134,9 +106,8 @@ def iterative(
     .. math:: m_k = \mathrm{select}(\mathrm{score}(w_{k-1}), s_k, m_{k-1}), \qquad
         w_k = \mathrm{train}(m_k \odot \mathrm{restart}(w_{k-1}, k), m_k)
 
-    With a single sparsity this is one-shot pruning, of trained params, or, with a score such as
-    SNIP, of params before training. Break out of the loop to stop. To resume, pass the last
-    `Round` instead of params.
+    With one sparsity this is one-shot pruning: of trained params, or, with a score such as SNIP, of
+    params before training. To stop, break out of the loop; to resume, pass the last `Round`.
 
     Args:
       params: the params that are scored first, or the `Round` to resume from.
@@ -148,9 +119,8 @@ def iterative(
         or one of them with ``functools.partial``.
       restart: maps ``(params, round)`` to the params at which training starts: :func:`keep`,
         ``rewind(early)`` or ``reinitialize(init, key)``. ``round`` is the number of the round.
-      key: a PRNG key. It is folded with the number of the round and passed to ``train`` as a third
-        argument, so that a resumed round equals an uninterrupted one. By default ``train`` gets two
-        arguments.
+      key: a PRNG key. If given, it is folded with the number of the round and passed to ``train``
+        as a third argument, so that a resumed round equals an uninterrupted one.
 
     Returns:
       An iterator of `Round`. A round is computed when it is requested.
@@ -162,13 +132,13 @@ def iterative(
 
     Examples:
       >>> import jaxprune as jp
-      >>> early, trained = jnp.array([[5.0, 6.0, 7.0, 8.0]]), jnp.array([[1.0, 4.0, 3.0, 2.0]])
-      >>> double = lambda params, masks: 2 * params
-      >>> *_, last = iterative(
-      ...     trained, double, jp.scores.magnitude, rounds(0.5, 2), restart=rewind(early)
-      ... )
-      >>> last.params.tolist()
-      [[0.0, 0.0, 14.0, 0.0]]
+      >>> def train(params, masks):  # your code: some steps under `jp.enforce(optimizer, masks)`
+      ...     return params
+      >>> params = jnp.array([[1.0, 4.0, 3.0, 2.0]])
+      >>> for result in iterative(params, train, jp.scores.magnitude, [0.25, 0.5]):
+      ...     print(result.round, result.sparsity, result.params)
+      1 0.25 [[0. 4. 3. 2.]]
+      2 0.5 [[0. 4. 3. 0.]]
 
     References:
       Han et al, `Learning both Weights and Connections for Efficient Neural Networks
@@ -177,7 +147,7 @@ def iterative(
       Renda et al, `Comparing Rewinding and Fine-tuning in Neural Network Pruning
       <https://arxiv.org/abs/2003.02389>`_, 2020
     """
-    sparsities = [check_sparsity(s) for s in sparsities]
+    sparsities = [_select.check_sparsity(s) for s in sparsities]
     last = params if isinstance(params, Round) else Round(0, -1.0, params, None)
     steps = [last.sparsity, *sparsities[last.round :]]
     for before, after in zip(steps[:-1], steps[1:], strict=True):
@@ -195,14 +165,14 @@ def iterative(
             random = [] if key is None else [jax.random.fold_in(key, number)]
             params = train(apply_masks(start, masks), masks, *random)
             _check_same(start, params, "train")
-            _check_pruned(params, masks)
+            check_pruned(params, masks)
             last = Round(number, sparsity, params, masks)
             yield last
 
     return iterate(last)
 
 
-def _check_pruned(params: Params, masks: Masks) -> None:
+def check_pruned(params: Params, masks: Masks) -> None:
     """Raises a `ValueError` if a train function returned masked weights that are not zero."""
     aligned = _tree.align_masks(params, masks)
     for (path, leaf), mask in zip(_tree.named_leaves(params), aligned, strict=True):
@@ -214,18 +184,16 @@ def _check_pruned(params: Params, masks: Masks) -> None:
 
 
 def _check_same(params: Params, returned: Any, name: str) -> None:
-    expected = {path: jnp.shape(leaf) for path, leaf in _tree.named_leaves(params)}
-    shapes = {path: jnp.shape(leaf) for path, leaf in _tree.named_leaves(returned)}
+    expected, shapes = (
+        {path: f"shape {jnp.shape(leaf)}" for path, leaf in _tree.named_leaves(tree)}
+        for tree in (params, returned)
+    )
     for path in expected | shapes:
         if expected.get(path) != shapes.get(path):
             raise ValueError(
-                f"{_tree.show(path)}: `{name}` must return {_leaf(expected, path)} here, got "
-                f"{_leaf(shapes, path)}. Return params, and nothing else, of the same shapes."
+                f"{_tree.show(path)}: `{name}` must return {expected.get(path, 'no leaf')} here, "
+                f"got {shapes.get(path, 'no leaf')}. Return params alone, of the same shapes."
             )
-
-
-def _leaf(shapes: dict[str, Any], path: str) -> str:
-    return f"shape {shapes[path]}" if path in shapes else "no leaf"
 
 
 def dropout_rate(rate: float, kept: int, total: int) -> float:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -11,6 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
+
+from _collectives import collectives  # noqa: E402, F401
 
 auto_and_explicit = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 
@@ -106,3 +111,10 @@ def python(*arguments, cwd=None, **environment):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def removed(masks):
+    """Counts the pruned weights of every leaf, by path."""
+    paths = jax.tree_util.tree_leaves_with_path(masks)
+    spell = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {spell(path): int((~mask).sum()) for path, mask in paths}

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from helpers import auto_and_explicit, equal, mesh, place
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
@@ -33,11 +33,10 @@ def test_unpacking_for_other_params_is_an_error():
 
 
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P("x", "y")])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_packing_a_whole_state_on_a_mesh(kind, spec):
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+@auto_and_explicit
+def test_packing_an_optimizer_state_on_a_mesh(kind, spec):
     params = {"w": jax.random.normal(jax.random.key(0), (64, 32)), "b": jnp.ones(16)}
-    params["w"] = jax.device_put(params["w"], NamedSharding(mesh, spec))
+    params["w"] = place(params["w"], mesh(kind, x=4, y=2), spec)
     masks = jp.select(jp.scores.magnitude(params), 0.5)
     state = jp.enforce(optax.adam(0.1), masks).init(params)
     packed = jp.masks.pack(state)
@@ -47,8 +46,7 @@ def test_packing_a_whole_state_on_a_mesh(kind, spec):
         lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding), state
     )
     unpacked = jp.masks.unpack(packed, like)
-    assert jax.tree.structure(unpacked) == jax.tree.structure(state)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), unpacked, state))
+    assert equal(unpacked, state)
     mask = unpacked.masks["w"]
     assert mask.dtype == bool and mask.sharding == state.masks["w"].sharding
 
@@ -71,33 +69,14 @@ def test_straight_through_is_masked_forward_and_the_identity_backward():
     assert value.tolist() == [3.0, 0.0] and pull(jnp.ones(2))[0].tolist() == [1.0, 1.0]
 
 
-def test_summary_flags_stacks_of_biases():
-    params = {"bias": jnp.ones((3, 4)), "kernel": jnp.ones((3, 4, 4))}
-    masks = jp.select(jp.scores.magnitude(params), 0.5)
-    assert "stacked=" in str(jp.summary(params, masks)).splitlines()[2]
-    assert jp.select(jp.scores.magnitude(params), 0.5, stacked=lambda p: True)["bias"] is None
-
-
-SCHEDULES = {  # a new schedule adds one row here
-    "one_shot": jp.schedules.one_shot(0.9, begin=3),
-    "linear": jp.schedules.linear(0.9, begin=3, end=13),
-    "exponential": jp.schedules.exponential(0.9, begin=3, end=13),
-    "cubic": jp.schedules.cubic(0.9, begin=3, end=13),
-    "stepwise": jp.schedules.stepwise(0.9, begin=3, end=13, steps=4),
-}
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_schedule_rises_to_its_end(name):
-    values = jax.jit(jax.vmap(SCHEDULES[name]))(jnp.arange(20))
-    assert values[0] == values[2] == 0 and (values[13:] == jnp.float32(0.9)).all()
-    assert (jnp.diff(values) >= 0).all()
-    assert [float(SCHEDULES[name](i)) for i in range(20)] == pytest.approx(values.tolist())
-
-
-@pytest.mark.parametrize("name", ["linear", "exponential", "cubic"])
-def test_schedule_needs_begin_before_end(name):
-    with pytest.raises(ValueError, match="needs begin < end"):
-        getattr(jp.schedules, name)(0.5, begin=3, end=3)
-    with pytest.raises(ValueError, match="final must be in"):
-        getattr(jp.schedules, name)(1.0, begin=3, end=4)
+def test_combining_masks():
+    yes, no = jnp.array([True, True]), jnp.array([True, False])
+    masks = {"a": yes, "b": None, "c": None}
+    combined = jp.masks.combine(masks, {"a": no, "b": no, "c": None}, {"a": yes, "b": yes, "c": no})
+    assert equal(combined, {"a": no, "b": no, "c": no})
+    with pytest.raises(ValueError, match="^a: the other masks have no entry"):
+        jp.masks.combine(masks, {"b": no, "c": no})
+    with pytest.raises(ValueError, match="^d: the other masks have an entry here"):
+        jp.masks.combine(masks, masks | {"d": no})
+    with pytest.raises(ValueError, match=r"^a: the other masks have shape \(3,\) here, must have"):
+        jp.masks.combine(masks, masks | {"a": jnp.ones(3, bool)})

@@ -98,3 +98,16 @@ def test_inner_programs_are_counted_and_weights_followed():
     saved = jp.metrics.flops(stack, params, x) - jp.metrics.flops(stack, params, x, masks=masks)
     assert saved == pytest.approx(0.6 * rows["w"].flops)
     assert "(no params)" in str(jp.metrics.layers(stack, params, x))
+
+
+def test_summary_flags_stacks_of_biases():
+    params = {"bias": jnp.ones((3, 4)), "kernel": jnp.ones((3, 4, 4))}
+    masks = jp.select(jp.scores.magnitude(params), 0.5)
+    assert "stacked=" in str(jp.summary(params, masks)).splitlines()[2]
+    assert jp.select(jp.scores.magnitude(params), 0.5, stacked=lambda p: True)["bias"] is None
+
+
+def test_summary_of_masks_alone():
+    masks = {"w": jnp.array([[True, False]] * 2), "b": None}
+    assert [(row.path, row.kept, row.size) for row in jp.summary(masks).rows] == [("w", 2, 4)]
+    assert not any(row.masked for row in jp.summary({"w": jnp.ones((2, 2))}).rows)

@@ -195,8 +195,13 @@ def test_a_while_loop_is_noted_when_it_is_counted_and_not_before():
     groups = jp.find_groups(fn, params, jnp.ones(shape))  # warnings are errors
     assert groups.costs(np.ones(8, bool), "params") == 2 * 6 * 8
     groups.select(jp.scores.magnitude(params), 0.5, cost="params")
-    with pytest.warns(UserWarning, match="Use `jax.lax.scan`"):
+    with pytest.warns(UserWarning, match="Use `jax.lax.scan`") as warned:
         assert "`while` is counted once" in str(jp.metrics.layers(fn, params, jnp.ones(shape)))
+        jp.metrics.flops(fn, params, jnp.ones(shape))
+        groups.costs(np.ones(8, bool), "flops")
+        jp.units.flops(groups)
+        groups.select(jp.scores.magnitude(params), 0.5, cost="flops")
+    assert [warning.filename for warning in warned] == [__file__] * 5  # one each, at the call
     add = lambda p, x: lax.while_loop(lambda x: x < 3, lambda x: x + p, x)  # noqa: E731
     assert jp.metrics.flops(add, 1.0, 0.0) == 0  # without a contraction
 

@@ -19,9 +19,6 @@ as for units:
 ...         masks = jp.select(scores, 1 - (1 - sparsity) ** (i / rounds), within=masks)
 ...     return trained, masks
 
-:data:`DENSE` is the name of the rows that hold the unpruned control, and :data:`MEASURES` lists the
-columns that hold numbers.
-
 References:
   Blalock et al, `What is the State of Neural Network Pruning?
   <https://arxiv.org/abs/2003.03033>`_, 2020
@@ -45,17 +42,8 @@ from jaxprune.curves._table import DENSE, MEASURES, Curves, load, over_seeds, sa
 from jaxprune.masks import apply_masks
 from jaxprune.optimizer import enforce
 
-__all__ = [
-    "DENSE",
-    "MEASURES",
-    "load",
-    "method",
-    "over_seeds",
-    "save",
-    "summary",
-    "sweep",
-    "trainer",
-]
+__all__ = ["DENSE", "MEASURES", "load", "method", "over_seeds", "save", "summary", "sweep"]
+__all__ += ["trainer"]
 
 
 def method(
@@ -68,8 +56,7 @@ def method(
       *batch: passed to ``score``.
       select: maps ``(scores, sparsity)`` to masks: ``jp.select``, ``groups.select``, or one of them
         with ``functools.partial``.
-      trained: if true, the trained network is pruned; else the initial network is pruned and then
-        trained.
+      trained: whether the trained network is pruned, or the initial one, which is then trained.
 
     Examples:
       >>> prune = method(scores.magnitude, trained=False)
@@ -80,9 +67,7 @@ def method(
        [ True False]]
     """
 
-    def prune(
-        params: Params, sparsity: float, key: jax.Array, train: Callable[..., Params]
-    ) -> tuple[Params, Masks]:
+    def prune(params, sparsity, key, train):
         params = train(params) if trained else params
         masks = select(score(params, *batch), sparsity)
         return (params if trained else train(apply_masks(params, masks), masks)), masks
@@ -90,9 +75,7 @@ def method(
     return prune
 
 
-def _random(
-    params: Params, sparsity: float, key: jax.Array, train: Callable[..., Params]
-) -> tuple[Params, Masks]:
+def _random(params: Params, sparsity: float, key: jax.Array, train: Any) -> tuple[Params, Masks]:
     return train(params), _select.select(scores.random(params, key), sparsity)
 
 
@@ -128,17 +111,14 @@ def trainer(
       >>> print(train(jnp.zeros((1, 2)), mask, jax.random.key(0)).round(2))
       [[1. 0.]]
     """
-    sizes = {len(array) for array in data}
-    if len(sizes) != 1:
+    if len(sizes := {len(array) for array in data}) != 1:
         raise ValueError(f"trainer: arrays of data must have one length, got {sorted(sizes)}.")
-    (size,) = sizes
 
     @jax.jit
     def step(floats: Any, state: Any, params: Any, masks: Any, key: jax.Array, data: Any) -> Any:
-        index = jax.random.randint(key, (batch_size,), 0, size)
-        grads = _loss.grad(
-            "trainer", loss, _tree.merge(floats, params), *(array[index] for array in data)
-        )
+        index = jax.random.randint(key, (batch_size,), 0, len(data[0]))
+        batch = [array[index] for array in data]
+        grads = _loss.grad("trainer", loss, _tree.merge(floats, params), *batch)
         updates, state = enforce(optimizer, masks).update(grads, state, floats)
         return optax.apply_updates(floats, updates), state
 
@@ -169,24 +149,22 @@ def sweep(
 
     The result of a method is masked and evaluated (``before``), trained once more, and evaluated
     again (``after``). Random and magnitude pruning of the trained network are always added to the
-    methods. Rows named ``dense`` are the control, which is trained twice and never pruned. If a
-    point fails, its error is reported and the sweep continues.
-
-    Units that are masked entirely are removed by :func:`jaxprune.shrink` before timing. If there
-    are none, or if they cannot be removed, the masked dense network is timed.
+    methods. Rows named ``dense`` are the control, which is trained twice and never pruned. Units
+    that are masked entirely are removed by :func:`jaxprune.shrink` before timing. If there are
+    none, or if they cannot be removed, the masked dense network is timed. If a point fails, its
+    error is reported and the sweep continues.
 
     Args:
       methods: a function ``(params, sparsity, key, train) -> (params, masks)`` for every name.
       sparsities: fractions of weights to prune, in [0, 1): 1 - 1 / c compresses about c times.
       seeds: integers.
-      train: maps ``(params, masks, key)`` to trained params, in which masked weights must be zero;
+      train: maps ``(params, masks, key)`` to trained params, in which masked weights must be zero:
         :func:`trainer` makes such a function.
       evaluate: maps params to their quality, a number; higher is better.
       init: maps a PRNG key to the initial params: random ones, or those of a checkpoint.
       apply_fn: the network, ``apply_fn(params, *inputs)``, whose FLOPs and time are measured.
       inputs: the list of its inputs; time is measured at this batch size.
-      store: a ``.csv`` or ``.json`` file in which finished points are stored; they are not computed
-        again.
+      store: a ``.csv`` or ``.json`` file that keeps finished points; they are not computed again.
 
     Returns:
       A dict of arrays with one entry for each point:
@@ -195,8 +173,8 @@ def sweep(
       - ``before``, ``after``: quality before and after the last training
       - ``compression``: number of params divided by the number kept; ``params``: the number kept
       - ``theoretical_speedup``: dense FLOPs divided by those of kept weights; ``flops``: the latter
-      - ``measured_speedup``: time of the dense network divided by that of the pruned one; both run
-        in turn, and this is the median of 30 such pairs
+      - ``measured_speedup``: time of the dense network divided by that of the pruned one: the
+        median of 30 pairs, run in turn
       - ``stored_bytes``: see :func:`jaxprune.metrics.stored_bytes`
       - ``trainings``: number of calls of ``train``, including that of the dense network
       - ``seconds``: time of the point, excluding the training of the dense network
@@ -224,10 +202,18 @@ def sweep(
       >>> list(zip(mean["method"].tolist(), mean["compression"].tolist()))[-2:]
       [('SNIP', 2.0), ('SNIP', 4.0)]
     """
-    methods = {"random": _random, "magnitude": _magnitude} | dict(methods)
-    _check(methods, sparsities, seeds)
+    if DENSE in methods:
+        raise ValueError(f"sweep: methods must not be named {DENSE!r}, the name of the control.")
+    for name, prune in methods.items():
+        if not callable(prune):
+            raise TypeError(f"sweep: method {name!r} must be callable, got {type(prune).__name__}.")
+    sparsities = [_select.check_sparsity(s) for s in sparsities]
+    if not len(seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"sweep: seeds must be distinct and at least one, got {list(seeds)}.")
     rows = _table.finished(store)
-    points = [(DENSE, 0.0)] + [(name, float(s)) for name in methods for s in sparsities]
+    methods = {"random": _random, "magnitude": _magnitude} | dict(methods)
+    points = [(DENSE, 0.0)] + [(name, s) for name in methods for s in sparsities]
+    methods[DENSE] = _magnitude  # at sparsity 0
     wanted = [(name, s, seed) for seed in seeds for name, s in points]
     network = jax.jit(apply_fn)
     bar = _progress.bar([key for key in wanted if key not in rows])
@@ -236,30 +222,15 @@ def sweep(
     )
     for name, sparsity, seed in bar:
         bar.set_description(f"{name} {sparsity:.4g}, seed {seed}")
-        if name == DENSE:
-            row = run(seed)(_magnitude, 0.0)
-        else:
-            try:
-                row = run(seed)(methods[name], sparsity)
-            except Exception as error:  # a method may raise anything; the sweep continues
-                row = {"error": f"{type(error).__name__}: {error}"}
-                bar.write(f"{name} at sparsity {sparsity}, seed {seed}: {error}", file=sys.stderr)
+        try:
+            row = run(seed)(methods[name], sparsity)
+        except Exception as error:  # a method may raise anything; the sweep continues
+            if name == DENSE:
+                raise
+            row = {"error": f"{type(error).__name__}: {error}"}
+            bar.write(f"{name} at sparsity {sparsity}, seed {seed}: {error}", file=sys.stderr)
         rows[name, sparsity, seed] = {"method": name, "sparsity": sparsity, "seed": seed} | row
         if store is not None:
             _table.check_one_network(rows.values(), store)
             save(_table.tabulate(rows.values()), store)
     return _table.tabulate(rows[key] for key in wanted)
-
-
-def _check(
-    methods: Mapping[str, Method], sparsities: Sequence[float], seeds: Sequence[int]
-) -> None:
-    if DENSE in methods:
-        raise ValueError(f"sweep: methods must not be named {DENSE!r}, the name of the control.")
-    for name, prune in methods.items():
-        if not callable(prune):
-            raise TypeError(f"sweep: method {name!r} must be callable, got {type(prune).__name__}.")
-    for s in sparsities:
-        _select.check_sparsity(s)
-    if not len(seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"sweep: seeds must be distinct and at least one, got {list(seeds)}.")

@@ -53,38 +53,28 @@ def runner(
         params = apply_masks(params, masks)
         before = float(evaluate(params))
         params = counted(params, masks)
-        recipes._check_pruned(params, masks)
+        recipes.check_pruned(params, masks)
         after = float(evaluate(params))
-        savings = _savings(network, initial, params, masks, inputs)
+        small, small_params, small_masks = _shrunk(network, params, masks, inputs)
+        functions = {"dense": (network, initial), "pruned": (small, small_params)}
+        times = metrics.interleave(functions, inputs, rounds=30)
+        flops = metrics.flops(network, initial, *inputs, masks=masks)
+        table = metrics.summary(params, masks)
         return {
             "before": before,
             "after": after,
-            **savings,
-            "theoretical_speedup": dense_flops() / max(savings["flops"], 1),
+            "compression": table.size / max(table.kept, 1),
+            "theoretical_speedup": dense_flops() / max(flops, 1),
+            "measured_speedup": np.median(np.divide(times["dense"], times["pruned"])),
+            "stored_bytes": metrics.stored_bytes(small_params, small_masks),
+            "params": table.kept,
+            "flops": flops,
             "trainings": next(calls) - 1,
             "seconds": time.perf_counter() - start,
             "error": "",
         }
 
     return point
-
-
-def _savings(
-    network: Network, dense: Params, params: Params, masks: Masks, inputs: Sequence[Any]
-) -> dict[str, float]:
-    """Measures the pruned network and compares it with the dense one."""
-    small, small_params, small_masks = _shrunk(network, params, masks, inputs)
-    functions = {"dense": (network, dense), "pruned": (small, small_params)}
-    times = metrics._interleave(functions, inputs, rounds=30)
-    flops = metrics.flops(network, dense, *inputs, masks=masks)
-    table = metrics.summary(params, masks)
-    return {
-        "compression": table.size / max(table.kept, 1),
-        "measured_speedup": np.median(np.divide(times["dense"], times["pruned"])),
-        "stored_bytes": metrics.stored_bytes(small_params, small_masks),
-        "params": table.kept,
-        "flops": flops,
-    }
 
 
 def _shrunk(
@@ -97,6 +87,4 @@ def _shrunk(
             small, small_params, plan = shrink(network, params, masks, *inputs, verify=False)
         except CannotShrink:  # the masked slices are pinned, or a leaf is masked entirely
             return network, params, masks
-    if not plan.kept:
-        return network, params, masks
-    return small, small_params, plan.take(masks)
+    return (small, small_params, plan.take(masks)) if plan.kept else (network, params, masks)

@@ -19,8 +19,9 @@ Key = tuple[str, float, int]  # method, sparsity, seed
 
 DENSE = "dense"
 """The method of the rows that hold the unpruned control."""
-_EFFICIENCY = "compression theoretical_speedup measured_speedup stored_bytes params flops"
-MEASURES = dict.fromkeys(f"before after {_EFFICIENCY} trainings seconds".split(), float)
+_RATIOS = ("compression", "theoretical_speedup", "measured_speedup")
+_SIZES = ("stored_bytes", "params", "flops")
+MEASURES = dict.fromkeys(("before", "after", *_RATIOS, *_SIZES, "trainings", "seconds"), float)
 """The columns that hold numbers, and their types."""
 COLUMNS = {"method": str, "sparsity": float, "seed": int} | MEASURES | {"error": str}
 
@@ -31,20 +32,19 @@ def finished(store: str | os.PathLike[str] | None) -> dict[Key, Row]:
         return {}
     path = _path(store)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        return {}
-    table = load(path)
-    rows = [dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
+    rows = _rows(load(path)) if path.exists() else []
     return {(r["method"], r["sparsity"], r["seed"]): r for r in rows if not r["error"]}
 
 
+def _rows(table: Curves) -> list[Row]:
+    return [dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
+
+
 def tabulate(rows: Iterable[Row]) -> Curves:
-    """Makes columns of rows; what a row lacks is NaN."""
+    """Makes columns of rows; a missing number is NaN."""
     rows = list(rows)
-    return {
-        name: np.array([row.get(name, np.nan) for row in rows], kind)
-        for name, kind in COLUMNS.items()
-    }
+    kinds = COLUMNS.items()
+    return {name: np.array([row.get(name, np.nan) for row in rows], kind) for name, kind in kinds}
 
 
 def check_one_network(rows: Iterable[Row], store: str | os.PathLike[str]) -> None:
@@ -65,8 +65,6 @@ def save(table: Curves, path: str | os.PathLike[str]) -> None:
       >>> table = {name: np.zeros(2).astype(kind) for name, kind in COLUMNS.items()}
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     save(table, folder + "/points.csv")
-      ...     load(folder + "/points.csv")["seed"].tolist()
-      [0, 0]
     """
     path = _path(path)
     columns = {name: table[name].tolist() for name in COLUMNS}
@@ -86,16 +84,16 @@ def save(table: Curves, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str]) -> Curves:
     """Reads a table that was written by :func:`save` or :func:`sweep`.
 
+    Raises:
+      ValueError: for a truncated file, or one that is not a table of curves.
+
     Examples:
       >>> import tempfile
       >>> table = {name: np.zeros(2).astype(kind) for name, kind in COLUMNS.items()}
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     save(table, folder + "/points.json")
-      ...     sorted(load(folder + "/points.json")) == sorted(table)
-      True
-
-    Raises:
-      ValueError: for a truncated file, or one that is not a table of curves.
+      ...     load(folder + "/points.json")["seed"].tolist()
+      [0, 0]
     """
     path = _path(path)
     try:
@@ -105,8 +103,7 @@ def load(path: str | os.PathLike[str]) -> Curves:
             columns = dict(zip(header, zip(*lines, strict=True), strict=True))
         else:
             columns = json.loads(text)["columns"]
-        sizes = {len(columns[name]) for name in COLUMNS}
-        if len(sizes) != 1:
+        if len(sizes := {len(columns[name]) for name in COLUMNS}) != 1:
             raise ValueError(f"columns of {sorted(sizes)} entries")
         return {
             name: np.array([np.nan if cell is None else kind(cell) for cell in columns[name]], kind)
@@ -141,34 +138,27 @@ def over_seeds(table: Curves) -> Curves:
       >>> over_seeds(table)["after"].round(3).tolist(), over_seeds(table)["seeds"].tolist()
       ([0.8], [2])
     """
-    ok = table["error"] == ""
-    dense = {
-        seed: after
-        for name, seed, after in zip(table["method"], table["seed"], table["after"], strict=True)
-        if name == DENSE
-    }
-    change = table["after"] - np.array([dense.get(seed, np.nan) for seed in table["seed"]])
-    measures = {name: table[name] for name in MEASURES} | {"change": change}
-    pairs = zip(table["method"].tolist(), table["sparsity"].tolist(), strict=True)
+    dense, ok = table["method"] == DENSE, table["error"] == ""
+    control = dict(zip(table["seed"][dense], table["after"][dense], strict=True))
+    baseline = np.array([control.get(seed, np.nan) for seed in table["seed"]])
+    table = {**table, "change": table["after"] - baseline}
     columns: dict[str, list[Any]] = {"method": [], "sparsity": [], "seeds": []}
+    pairs = zip(table["method"].tolist(), table["sparsity"].tolist(), strict=True)
     for name, sparsity in dict.fromkeys(pairs):  # each pair once, in the order of the table
-        rows = ok & (table["method"] == name) & (table["sparsity"] == sparsity)
-        columns["method"].append(name)
-        columns["sparsity"].append(sparsity)
-        columns["seeds"].append(int(rows.sum()))
-        for measure, values in measures.items():
-            sample = values[rows]
-            columns.setdefault(measure, []).append(sample.mean() if len(sample) else np.nan)
-            spread = sample.std(ddof=1) if len(sample) > 1 else 0.0 if len(sample) else np.nan
-            columns.setdefault(f"{measure}_std", []).append(spread)
+        points = ok & (table["method"] == name) & (table["sparsity"] == sparsity)
+        count = int(points.sum())
+        row = {"method": name, "sparsity": sparsity, "seeds": count}
+        for measure in (*MEASURES, "change"):
+            sample = table[measure][points]
+            row[measure] = sample.mean() if count else np.nan
+            row[f"{measure}_std"] = sample.std(ddof=1) if count > 1 else 0.0 if count else np.nan
+        for column, value in row.items():
+            columns.setdefault(column, []).append(value)
     return {name: np.array(values) for name, values in columns.items()}
 
 
 def summary(table: Curves) -> Table:
     """Tabulates the quality (mean ± standard deviation over seeds) and the savings of each point.
-
-    Returns:
-      A :class:`jaxprune.metrics.Table`, with one row for each method and sparsity.
 
     Examples:
       >>> table = {name: np.ones(2).astype(kind) for name, kind in COLUMNS.items()}
@@ -176,21 +166,18 @@ def summary(table: Curves) -> Table:
       >>> [row[0] for row in summary(table).rows]
       ['dense', 'SNIP']
     """
-    mean = over_seeds(table)
     rows = []
-    for i, (name, seeds) in enumerate(zip(mean["method"], mean["seeds"], strict=True)):
-        point = str(name), f"{mean['sparsity'][i]:.4g}", str(seeds)
-        if not seeds:
+    for row in _rows(over_seeds(table)):
+        point = str(row["method"]), f"{row['sparsity']:.4g}", str(row["seeds"])
+        if not row["seeds"]:
             rows.append((*point, *[""] * 6, "failed"))
             continue
-        quality = [
-            f"{mean[q][i]:.4g} ± {mean[q + '_std'][i]:.2g}" if seeds > 1 else f"{mean[q][i]:.4g}"
+        before, after = (
+            f"{row[q]:.4g}" + (f" ± {row[q + '_std']:.2g}" if row["seeds"] > 1 else "")
             for q in ("before", "after")
-        ]
-        ratios = [
-            f"{mean[r][i]:.2f}×" for r in ("compression", "theoretical_speedup", "measured_speedup")
-        ]
-        stored = f"{mean['stored_bytes'][i]:,.0f}"
-        rows.append((*point, *quality, f"{mean['change'][i]:+.2g}", *ratios, stored))
+        )
+        ratios = [f"{row[ratio]:.2f}×" for ratio in _RATIOS]
+        change, stored = f"{row['change']:+.2g}", f"{row['stored_bytes']:,.0f}"
+        rows.append((*point, before, after, change, *ratios, stored))
     header = ("method", "sparsity", "seeds", "before", "after", "change", "compression")
     return Table((*header, "FLOPs", "time", "bytes"), rows)
