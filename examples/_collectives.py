@@ -28,7 +28,7 @@ class Array(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One operation, and the arrays that it gives to a device."""
+    """An operation, and the arrays that a device receives."""
 
     kind: str
     arrays: tuple[Array, ...]
@@ -36,7 +36,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> Iterator[Collective]:
-    """Yields every collective in ``compiled.as_text()``, one in a loop once."""
+    """Yields each collective of ``compiled.as_text()``; one in a loop is yielded once."""
     for line in text.splitlines():
         match = re.search(rf" = (.+?) ({KINDS})(-start)?\(", line)
         if match:

@@ -67,11 +67,16 @@ def nine_methods(net):
 
 
 def draw(table, out):
-    """Draws accuracy against compression and against measured speed-up."""
+    """Draws accuracy against compression and against the reduction of FLOPs."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     jp.plot.curves(table, axes=left).get_legend().remove()
-    jp.plot.curves(table, "measured_speedup", axes=right).set_ylabel("")
+    jp.plot.curves(table, "theoretical_speedup", axes=right).set_ylabel("")
     left.set_ylabel("test accuracy after fine-tuning")
+    compressions = sorted({round(1 / (1 - s)) for s in table["sparsity"]})
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_xticks(compressions, [f"{c}×" for c in compressions])
+        axes.minorticks_off()
     for kind in ("png", "svg"):
         figure.savefig(out / f"curves.{kind}", dpi=150)
     plt.close(figure)

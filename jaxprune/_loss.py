@@ -24,11 +24,9 @@ def checked(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Returns a decorator that checks the arguments of a criterion before it is traced.
 
-    Args:
-      name: the name of the criterion in messages.
-      examples: whether all arrays of the batch must have the examples along their first axis.
-      curvature: whether the criterion returns ``(result, largest)``, where ``largest`` comes from
-        :func:`largest`; it is checked, and the decorated criterion returns the result.
+    With ``examples``, all arrays of the batch must have the examples along their first axis. With
+    ``curvature``, the criterion returns ``(result, largest)``, where ``largest`` comes from
+    :func:`largest` and is checked; the decorated criterion returns the result.
     """
 
     def decorate(criterion: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,5 @@
 """Reports: the results of pruning in one HTML file."""
 
-import contextlib
 import hashlib
 import html
 import io
@@ -8,7 +7,7 @@ import os
 import pathlib
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -89,32 +88,19 @@ def report(
       True
     """
     sections: dict[str, str] = {}
-    for name, part, kind in (
-        ("Summary", summary, Summary),
-        ("Layers", layers, Layers),
-        ("Groups", groups, Groups),
-        ("Plan", plan, Plan),
-    ):
-        if part is None:
-            continue
-        if not isinstance(part, kind):
-            raise TypeError(
-                f"report: {name.lower()} must be of type {kind.__name__}, got "
-                f"{type(part).__name__}."
-            )
-        sections[name] = part._repr_html_()
+    kinds = (Summary, Layers, Groups, Plan)
+    for part, kind in zip((summary, layers, groups, plan), kinds, strict=True):
+        name, given = kind.__name__, type(part).__name__
+        if part is not None:
+            if not isinstance(part, kind):
+                raise TypeError(f"report: {name.lower()} must be of type {name}, got {given}.")
+            sections[name] = part._repr_html_()
     if curves is not None:
         sections = {"Curves": _curve_section(curves)} | sections
     if groups is not None:
-        with _ink():
-            sections["Groups"] = (
-                f"<figure>{_svg(plot.groups(groups))}</figure>" + sections["Groups"]
-            )
-    facts = {
-        "Settings": _pairs(settings or {}),
-        "Data": _data(data),
-        "Versions": _pairs(_versions()),
-    }
+        sections["Groups"] = _figure(plot.groups, groups) + sections["Groups"]
+    facts = {"Settings": _pairs(settings or {}), "Data": _data(data)}
+    facts["Versions"] = _pairs(_versions())
     sections |= {name: table._repr_html_() for name, table in facts.items() if table.rows}
     body = "".join(
         f'<section class="{"wrap" if name in facts else ""}"><h2>{name}</h2>{part}</section>'
@@ -135,20 +121,15 @@ def report(
 
 
 def _curve_section(table: _curves.Curves) -> str:
+    def draw(x: str) -> Any:
+        axes = plot.curves(table, x)
+        axes.figure.set_size_inches(4.6, 4.6)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 3}
+        axes.legend(frameon=False, fontsize="small", **below)
+        return axes
+
     columns = ("compression", "theoretical_speedup", "measured_speedup", "stored_bytes")
-    with _ink():
-        pictures = []
-        for x in columns:
-            axes = plot.curves(table, x)
-            axes.figure.set_size_inches(4.6, 4.6)
-            axes.legend(
-                frameon=False,
-                fontsize="small",
-                loc="upper center",
-                bbox_to_anchor=(0.5, -0.2),
-                ncols=3,
-            )
-            pictures.append(f"<figure>{_svg(axes)}</figure>")
+    figures = "".join(_figure(draw, x) for x in columns)
     failed = [
         (str(name), f"{sparsity:.4g}", str(seed), str(error))
         for name, sparsity, seed, error in zip(
@@ -159,30 +140,25 @@ def _curve_section(table: _curves.Curves) -> str:
     parts: list[Shown] = [_curves.summary(table)]
     if failed:
         parts.append(Table(("failed", "sparsity", "seed", "error"), failed, left=(0, 3)))
-    return f'<div class="grid">{"".join(pictures)}</div>' + "".join(p._repr_html_() for p in parts)
+    return f'<div class="grid">{figures}</div>' + "".join(p._repr_html_() for p in parts)
 
 
-@contextlib.contextmanager
-def _ink() -> Iterator[None]:
-    import matplotlib
+def _figure(draw: Callable[[Any], Any], data: Any) -> str:
+    """Draws data as SVG, with the text colour of the page and with ids that are unique."""
+    from matplotlib import pyplot, rc_context
 
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     settings: Any = dict.fromkeys(names, _INK) | {"svg.fonttype": "none"}
-    with matplotlib.rc_context(settings):
-        yield
-
-
-def _svg(axes: Any) -> str:
-    """Returns a figure as SVG, with the text colour of the page and with ids that are unique."""
-    from matplotlib import pyplot
-
     text = io.StringIO()
-    axes.figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    pyplot.close(axes.figure)
+    with rc_context(settings):
+        figure = draw(data).figure
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        pyplot.close(figure)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     prefix = f"i{hashlib.sha256(svg.encode()).hexdigest()[:8]}-"
-    return re.sub(r'(?<=\bid=")|(?<=url\(#)|(?<=href="#)', prefix, svg)
+    svg = re.sub(r'(?<=\bid=")|(?<=url\(#)|(?<=href="#)', prefix, svg)
+    return f"<figure>{svg}</figure>"
 
 
 def _pairs(facts: Mapping[str, Any]) -> Table:

@@ -353,21 +353,15 @@ def _iterate(
 
 
 def whole_masks(params: Params, select: Select, scores: Scores | None = None) -> Masks:
-    """Returns masks that keep everything, for the leaves that a selection would mask.
+    """Returns masks that keep all weights of the leaves that a selection would mask.
 
-    ``select(scores, 0.0)`` would not do as a start: n:m prunes its share all the same.
-
-    Args:
-      params: the params; the masks have their shardings.
-      select: maps ``(scores, sparsity)`` to masks.
-      scores: arrays or shapes, `None` for leaves without a score; by default every floating leaf
-        has one.
+    ``select(scores, 0.0)`` is not a valid start, because n:m prunes its share regardless. Scores
+    may be abstract; by default every floating leaf has some.
     """
     if scores is None:
         _tree.check_params(params)
-        scores = _tree.map_floating(
-            lambda w: jax.ShapeDtypeStruct(jnp.shape(w), jnp.float32), params
-        )
+        like = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+        scores = _tree.map_floating(lambda w: like(jnp.shape(w)), params)
     masks = jax.eval_shape(lambda scores: select(scores, 0.0), scores)
     pairs = zip(jax.tree.leaves(params), _tree.align(params, masks, "scores"), strict=True)
     return _tree.rebuild(masks, [jnp.ones_like(w, bool) for w, m in pairs if m is not None])

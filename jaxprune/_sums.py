@@ -1,8 +1,8 @@
-"""Sums in no order: floating addition that no mesh, and no compiler, changes in the last bit.
+"""Sums that do not depend on the order of their terms, so a mesh does not change the last bit.
 
-Devices add their shards first and these sums later, so a plain sum depends on the mesh. Here the
-terms are rounded to multiples of one power of two, which is small enough for float32 results, and
-large enough for the sum of all to fit the mantissa: then every partial sum is exact.
+Each device adds its shard first, so a plain sum of floats depends on the mesh. Here all terms are
+rounded to multiples of one power of two: small enough for a float32 result, and large enough that
+every partial sum fits a mantissa and is exact.
 """
 
 import functools
@@ -18,9 +18,9 @@ import jax.numpy as jnp
 def exact_sum(x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
     """Sums over axes to float32, independent of the order of the terms.
 
-    The unit is chosen so that n terms of the largest size make at most 2⁴⁶ of it. Float64 adds
-    such numbers exactly, also on TPUs, where it is two float32. The rounding is finer than that of
-    float32 for up to millions of terms.
+    Terms are rounded to multiples of a power of two, of which n terms of the largest size make at
+    most 2⁴⁶. Float64 adds such numbers exactly, also on TPUs, where it is two float32. The rounding
+    is finer than that of float32 for up to millions of terms.
     """
     with jax.enable_x64(True):
         x = x.astype(jnp.float32)
@@ -44,13 +44,13 @@ def exact_sum(x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
 def exact_block_sum(x: jax.Array, block: tuple[int, ...]) -> jax.Array:
     """Sums blocks of the last axes to float32, independent of the order of the terms.
 
-    A block is a window of ``reduce_window``, for which devices exchange only the blocks that they
-    share: a reshape to blocks would gather an axis whose shards are not multiples of the block.
-    TPUs have no windows of float64, so the sum is made of int32 sums:
+    Blocks are windows of ``reduce_window``, for which devices exchange only the blocks that they
+    share; a reshape to blocks would gather an axis whose shards are not multiples of the block.
+    TPUs have no float64 windows, so the terms are cut into digits of ``width`` bits, and each digit
+    is summed in int32::
 
-        |x| / 2**e  =  0.b₁b₂b₃…         e: the exponent of the largest term of the block
-        digit 1 of each term: the first `width` bits, as an integer; their sum fits int32
-        digit 2: the next `width` bits; …; until 24 bits of the sum, those of float32, are covered
+        x / 2**e  =  0.ddd ddd ddd …     e: the exponent of the largest term of the block
+                       1   2   3         digits, until they cover the 24 bits of a float32 sum
     """
     window = (1,) * (x.ndim - len(block)) + block
     pad = [(0, -size % length) for size, length in zip(x.shape, window, strict=True)]

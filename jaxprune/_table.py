@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Shown:
-    """What shows as tables: a class says with ``_show`` which text and tables."""
+    """Base of classes that display as tables; ``_show`` returns their texts and tables."""
 
     def _show(self) -> "Sequence[str | Table]":
         raise NotImplementedError
@@ -40,7 +40,7 @@ class Table(Shown):
     Attributes:
       header: the names of the columns.
       rows: the cells, as text.
-      left: the columns that align left; the others align right.
+      left: the columns that are aligned left; the others are aligned right.
       total: whether the last row holds totals.
     """
 
@@ -67,7 +67,7 @@ class Table(Shown):
         return "\n".join([head, rule, *lines])
 
     def html(self) -> str:
-        """Gives a ``<table>``; its look is left to the page."""
+        """Returns a ``<table>``; the page determines its style."""
 
         def row(cells: Sequence[str], tag: str) -> str:
             aligned = (
@@ -83,17 +83,17 @@ class Table(Shown):
         return f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody>{foot}</table>"
 
     def rich(self) -> Any:
-        """Gives a ``rich`` table."""
+        """Returns a ``rich`` table."""
         from rich import box, table, text
 
-        made = table.Table(box=box.SIMPLE_HEAD, show_footer=self.total, pad_edge=False)
+        rich_table = table.Table(box=box.SIMPLE_HEAD, show_footer=self.total, pad_edge=False)
         foot = self.rows[-1] if self.total else self.header
         for i, (name, last) in enumerate(zip(self.header, foot, strict=True)):
             justify: Any = "left" if i in self.left else "right"
-            made.add_column(text.Text(name), text.Text(last), justify=justify)
+            rich_table.add_column(text.Text(name), text.Text(last), justify=justify)
         for cells in self.rows[: -1 if self.total else None]:
-            made.add_row(*map(text.Text, cells))
-        return made
+            rich_table.add_row(*map(text.Text, cells))
+        return rich_table
 
 
 def spell(shape: Sequence[int]) -> str:

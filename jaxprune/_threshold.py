@@ -1,18 +1,18 @@
-r"""The largest scores of a pytree, exactly: no sort, no concatenation, no gather across devices.
+r"""Finds the largest scores of a pytree exactly, without sorting, concatenating or gathering.
 
-Floats order as integers once the negative ones are reflected. The threshold that keeps the right
-number is then found two bits at a time, from the top: a round counts what lies above each of three
-candidates in one pass over the leaves, and needs one scalar sum across a mesh. Scores that tie at
-the threshold are ranked by a hash of their index, in the same way; the search ends as soon as the
-count is right.
+The bits of floats order like integers once the negative ones are reflected. The threshold that
+keeps the right number is found two bits at a time, from the top: each round counts the scores above
+three candidates in one pass over the leaves, and needs one scalar sum across a mesh. Scores that
+tie at the threshold are ranked by a hash of their index, found in the same way. The search ends as
+soon as the count is right.
 
-Shapes: ``g`` groups that compete apart, ``c`` candidates. Everything here is traced under
-``jax.enable_x64(True)``, because counts pass :math:`2^{31}`.
+Shapes: ``g`` pools that compete separately, ``c`` candidates. Everything here is traced under
+``jax.enable_x64(True)``, because counts exceed :math:`2^{31}`.
 """
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,22 +21,25 @@ from jax import lax
 
 _BITS = 2  # settled per round; more candidates a round cost more than the rounds they save
 _INFINITY = 0xFF800000  # the key of +inf
-_INT32_END, UINT32_END = 2**31, 2**32  # from here on counts and indices take 64 bits
+_INT32_END, UINT32_END = 2**31, 2**32  # from here on, counts and indices take 64 bits
+
+Marks = list[jax.Array]  # (c,) bool arrays of the shape of a leaf
+State = tuple[jax.Array, jax.Array, jax.Array]  # shift, lower bound (g,), its count (g,)
 
 
 def largest(
     scores: Sequence[jax.Array],
     within: Sequence[jax.Array | None],
     keep: jax.Array,
-    group: tuple[int, ...],
+    pool: tuple[int, ...],
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Marks the ``keep[g]`` largest scores of every group; NaN counts as lowest.
+    """Marks the ``keep[g]`` largest scores of every pool; NaN counts as lowest.
 
     Args:
       scores: float32 leaves, of any shapes.
-      within: for each leaf which scores compete at all; ``None`` for all of them.
-      keep: shape (g,), int64; more than compete keeps them all.
-      group: for each leaf the group it belongs to.
+      within: for each leaf, which scores compete; `None` for all of them.
+      keep: shape (g,), int64; a number above that of the competing scores keeps them all.
+      pool: for each leaf, the pool in which it competes.
 
     Returns:
       One bool array per leaf; the number of competing scores per leaf that are not finite.
@@ -46,27 +49,29 @@ def largest(
         offsets.append(offsets[-1] + s.size)
     index_dtype = jnp.uint32 if offsets[-1] < UINT32_END else jnp.uint64
 
-    def total(counts):  # one (c,) per leaf -> (g, c)
+    def total(counts: Sequence[jax.Array]) -> jax.Array:  # one (c,) per leaf -> (g, c)
         zeros = jnp.zeros((*keep.shape, *counts[0].shape), jnp.int64)
-        return zeros.at[jnp.array(group)].add(jnp.stack(counts))
+        return zeros.at[jnp.array(pool)].add(jnp.stack(counts))
 
-    def search(marks, dtype, count):
-        """Finds for each group the largest threshold whose marks still number ``keep``."""
+    def search(
+        marks: Callable[..., Marks], dtype: Any, count: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Finds the largest threshold of each pool that still marks at least ``keep`` scores."""
         steps = jnp.arange(1, 2**_BITS, dtype=dtype)
 
-        def narrow(state):
+        def narrow(state: State) -> State:
             shift, low, count = state
             candidates = low[:, None] + (steps[None] << shift.astype(dtype))
             # False, but XLA cannot see it: it would compute the keys and hashes of all leaves
             # before the loop and keep them, since they do not change.
             never = count[0] < 0
-            counts = total([_count(marks(i, candidates[g], never)) for i, g in enumerate(group)])
+            counts = total([_count(marks(i, candidates[g], never)) for i, g in enumerate(pool)])
             passed = jnp.sum(counts >= keep[:, None], axis=1)  # counts fall along c
             counts = jnp.concatenate([count[:, None], counts], axis=1)
             count = jnp.take_along_axis(counts, passed[:, None], axis=1)[:, 0]
             return shift - _BITS, low + (passed.astype(dtype) << shift.astype(dtype)), count
 
-        def unsettled(state):
+        def unsettled(state: State) -> jax.Array:
             shift, _, count = state
             return (shift >= 0) & jnp.any(count > keep)
 
@@ -74,32 +79,32 @@ def largest(
         _, threshold, count = lax.while_loop(unsettled, narrow, start)
         return threshold, count
 
-    def above(i, thresholds, never):
+    def above(i: int, thresholds: jax.Array, never: Any) -> Marks:
         key = ordered(jnp.where(never, 0, scores[i]), within[i])
         return [key >= t for t in thresholds]
 
-    def kept(i, ranks, never):
+    def kept(i: int, ranks: jax.Array, never: Any) -> Marks:
         key = ordered(jnp.where(never, 0, scores[i]), within[i])
         order = hashed(scores[i].shape, index_dtype(offsets[i]) + never)
-        tie, more = key == thresholds[group[i]], key > thresholds[group[i]]
+        tie, more = key == thresholds[pool[i]], key > thresholds[pool[i]]
         return [more | (tie & (order >= rank)) for rank in ranks]
 
-    def competing(i):
+    def competing(i: int) -> Marks:  # and those of them that are not finite
         (valid,) = above(i, jnp.ones(1, jnp.uint32), False)
         return [valid, valid & ~jnp.isfinite(scores[i])]
 
-    firsts = [_count(competing(i)) for i in range(len(scores))]
-    count = total(firsts)[:, 0]
+    first = [_count(competing(i)) for i in range(len(scores))]
+    count = total(first)[:, 0]
     keep = jnp.minimum(keep, count)
     thresholds, count = search(above, jnp.uint32, count)
-    thresholds = jnp.maximum(thresholds, 1)  # 0, if nothing had to go, is what does not compete
+    thresholds = jnp.maximum(thresholds, 1)  # 0 is the key of scores that do not compete
     ranks, count = search(kept, index_dtype, count)
-    masks = [kept(i, ranks[g][None], count[0] < 0)[0] for i, g in enumerate(group)]
-    return masks, jnp.stack(firsts)[:, 1]
+    masks = [kept(i, ranks[g][None], count[0] < 0)[0] for i, g in enumerate(pool)]
+    return masks, jnp.stack(first)[:, 1]
 
 
 def ordered(scores: jax.Array, within: jax.Array | None) -> jax.Array:
-    """Maps float32 to uint32 in order: 0 for what does not compete, then NaN, -inf, …, inf."""
+    """Maps float32 to uint32 in order: 0 for scores that do not compete, then NaN, -inf, …, inf."""
     bits = lax.bitcast_convert_type(scores, jnp.uint32)
     key = jnp.where(bits >> 31 == 1, -bits, bits | 0x80000000)  # -0.0 and 0.0 both give 0x80000000
     key = jnp.where(key > _INFINITY, jnp.uint32(1), key)
@@ -133,10 +138,10 @@ def _count(marks: Sequence[jax.Array]) -> jax.Array:
     """Counts the true entries of arrays of one shape, in one pass: shape (c,), int64."""
     dtype = jnp.int32 if marks[0].size < _INT32_END else jnp.int64
 
-    def apart(*ones):
+    def separate(*ones: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(jnp.sum(o, dtype=dtype) for o in ones)
 
-    def together(*ones):
+    def joint(*ones: jax.Array) -> Any:
         add = lambda a, b: tuple(map(operator.add, a, b))  # noqa: E731
         return tuple(lax.reduce(ones, (dtype(0),) * len(ones), add, tuple(range(ones[0].ndim))))
 
@@ -144,7 +149,7 @@ def _count(marks: Sequence[jax.Array]) -> jax.Array:
     # on a mesh, it makes one all-reduce only of plain sums.
     ones = [m.astype(dtype) for m in marks]
     if jax.device_count() > 1:
-        counts = apart(*ones)
+        counts = separate(*ones)
     else:
-        counts = lax.platform_dependent(*ones, cpu=together, default=apart)
+        counts = lax.platform_dependent(*ones, cpu=joint, default=separate)
     return jnp.stack(counts).astype(jnp.int64)

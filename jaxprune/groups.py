@@ -47,7 +47,7 @@ class Groups(Shown):
     """The units of a network, from :func:`find_groups`; prints as tables.
 
     Attributes:
-      like: the shapes of the params.
+      like: the shapes of the params; like ``terms`` and ``options``, for use inside the package.
       unit: for each path and axis, the number of the unit of each index, from 1; 0 is pinned.
       groups: groups of identical units, in the order in which the program uses them.
       pinned: ``(path, axis, indices, reasons)`` for indices that cannot be removed.
@@ -156,7 +156,9 @@ class Groups(Shown):
         if not isinstance(round_to, int) or round_to < 1:
             raise ValueError(f"round_to must be a positive integer, got {round_to!r}.")
         if not self.groups:
-            raise ValueError(f"groups: no unit can be removed; the table says why.\n{self}")
+            raise ValueError(
+                f"groups must have at least one unit, got none; the table says why.\n{self}"
+            )
         score = _reduce.reduce(self, scores, reduce)
         present = None if within is None else self._kept(within)
         pools, fractions = self._pools(scope, sparsity)
@@ -182,9 +184,11 @@ class Groups(Shown):
         kept = jnp.zeros(len(self) + 1, bool)
         aligned = _tree.align_masks(self.like, masks)
         for (path, _), mask in zip(_tree.named_leaves(self.like), aligned, strict=True):
-            slices = [True] * len(self.unit[path]) if mask is None else _ranks.kept_slices(mask)
-            for unit, stay in zip(self.unit[path], slices, strict=True):
-                kept = kept.at[unit].max(_mesh.replicated(stay) if mask is not None else stay)
+            units = self.unit[path]
+            dense = [jnp.ones(len(unit), bool) for unit in units]
+            slices = dense if mask is None else _ranks.kept_slices(mask)
+            for unit, stay in zip(units, slices, strict=True):
+                kept = kept.at[unit].max(_mesh.replicated(stay))
         return kept[1:]
 
     def _pools(self, scope: str | Mapping[str, float], sparsity: Any) -> tuple[np.ndarray, Any]:

@@ -205,7 +205,7 @@ def _unpacked(path: str, leaf: Any, entry: Any) -> Any:
     return _mesh.follow(mask, leaf) if _tree.is_traced(leaf) else _mesh.place(mask, leaf)
 
 
-def save(path: str | os.PathLike[str], params: Any, masks: Masks) -> None:
+def save(path: str | os.PathLike[str], params: Params, masks: Masks) -> None:
     r"""Saves a sparse model compactly: the kept weights, and one bit per weight for the masks.
 
     A leaf of n weights of b bytes each, k of them kept, takes :math:`k b + n / 8` bytes.
@@ -238,7 +238,7 @@ def save(path: str | os.PathLike[str], params: Any, masks: Masks) -> None:
     _files.write(path, params, masks)
 
 
-def load(path: str | os.PathLike[str], like: Any) -> tuple[Any, Masks]:
+def load(path: str | os.PathLike[str], like: Params) -> tuple[Params, Masks]:
     """Loads the params and masks that :func:`save` wrote.
 
     A checksum covers everything that is loaded. Nothing is executed, because the file holds only

@@ -37,9 +37,7 @@ _LABELS = {
 
 def _matplotlib() -> Any:
     try:
-        import matplotlib.colors
         import matplotlib.pyplot
-        import matplotlib.ticker
     except ImportError as error:
         raise ImportError(
             'jaxprune.plot needs matplotlib: pip install "jaxprune[plot]".'
@@ -98,7 +96,6 @@ def curves(
         if name not in _LABELS:
             raise ValueError(f"x and y must be among {', '.join(_LABELS)}, got {name!r}.")
     axes = _new(axes, (7.5, 4.5))
-    ticker = _matplotlib().ticker
     lines = itertools.cycle(np.repeat(("-", "--", ":"), len(_COLORS)))
     styles = zip(itertools.cycle(_COLORS), itertools.cycle("osD^vPX<>"), lines, strict=False)
     for name in dict.fromkeys(mean["method"].tolist()):
@@ -124,6 +121,7 @@ def curves(
     if x == "sparsity":
         _percent(axes.xaxis)
     elif x in ("params", "flops", "stored_bytes"):
+        ticker = _matplotlib().ticker
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(ticker.EngFormatter())
@@ -141,14 +139,9 @@ def curves(
 
 def _few(table: Mapping[str, np.ndarray], mean: Mapping[str, np.ndarray]) -> str:
     """Returns a note on failed points, and on too few points for a comparison."""
-    finished = [
-        seeds[seeds > 0]
-        for method in np.unique(mean["method"])
-        if method != _curves.DENSE
-        for seeds in [mean["seeds"][mean["method"] == method]]
-    ]
-    points = min((len(s) for s in finished if len(s)), default=0)
-    seeds = min((s.min() for s in finished if len(s)), default=0)
+    rows = (mean["method"] != _curves.DENSE) & (mean["seeds"] > 0)
+    points = min(np.unique(mean["method"][rows], return_counts=True)[1], default=0)
+    seeds = min(mean["seeds"][rows], default=0)
     failed = int((table["error"] != "").sum())
     notes = [f"failed points: {failed}"] if failed else []
     if points < 5 or seeds < 3:
@@ -166,12 +159,7 @@ def _doublings(axes: Any) -> None:
 
 
 def sparsity(masks: Masks, *, before: Masks = None, axes: Any = None) -> Any:
-    """Draws the sparsity of every leaf that has a mask, and its earlier sparsity.
-
-    Args:
-      masks: the masks.
-      before: earlier masks, such as those of the previous round.
-      axes: the axes to draw into.
+    """Draws the sparsity of every leaf that has a mask, and that in the masks ``before``.
 
     Examples:
       >>> axes = sparsity({"w": np.array([True, False])})
@@ -187,9 +175,8 @@ def sparsity(masks: Masks, *, before: Masks = None, axes: Any = None) -> Any:
         earlier = {path: 1 - float(np.mean(m)) for path, m in _tree.named_leaves(before)}
         marks = [earlier.get(path, np.nan) for path in removed]
         axes.plot(marks, rows, "D", color=_COLORS[4], markeredgecolor=_ink(), label="before")
-        axes.legend(
-            frameon=False, fontsize="small", ncols=2, loc="lower right", bbox_to_anchor=(1, 1)
-        )
+        above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2}
+        axes.legend(frameon=False, fontsize="small", **above)
     axes.set_yticks(rows, [_tree.show(path) for path in removed], fontsize="small")
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15)
@@ -201,21 +188,16 @@ def sparsity(masks: Masks, *, before: Masks = None, axes: Any = None) -> Any:
 
 
 def mask(mask: Any, *, axes: Any = None) -> Any:
-    """Draws the kept weights of one leaf in colour.
+    """Draws the mask of one leaf: kept weights in colour.
 
     The last two axes of the leaf span the figure. The other axes are drawn inside its entries: a
     convolution kernel (height, width, inputs, outputs) appears as a grid of small filters, inputs ×
     outputs. If there are more weights than pixels, the shade is the share of kept weights.
 
-    Args:
-      mask: the mask of a leaf.
-      axes: the axes to draw into.
-
     Examples:
       >>> mask(np.array([[True, False]])).get_title()
       '50% of 2 kept'
     """
-    colors = _matplotlib().colors
     kept = np.asarray(mask)
     *inside, rows, columns = (1,) * (4 - kept.ndim) + kept.shape
     down, across = math.prod(inside[:-1]), inside[-1]
@@ -224,13 +206,10 @@ def mask(mask: Any, *, axes: Any = None) -> Any:
     tiles = kept.reshape(down, across, rows, columns).transpose(2, 0, 3, 1)
     image = _pooled(_pooled(tiles.reshape(rows * down, columns * across), 0), 1)
     axes = _new(axes, (6, 4.5 if kept.ndim > 1 else 1.6))
-    shades = colors.LinearSegmentedColormap.from_list(
-        "kept", [(*colors.to_rgb(_COLORS[0]), 0), _COLORS[0]]
-    )
-    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
-    axes.imshow(
-        image, shades, vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest"
-    )
+    colors = [f"{_COLORS[0]}00", _COLORS[0]]  # from transparent
+    shades = _matplotlib().colors.LinearSegmentedColormap.from_list("kept", colors)
+    options = {"vmin": 0, "vmax": 1, "aspect": "auto", "interpolation": "nearest"}
+    axes.imshow(image, shades, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5), **options)
     cell = f", {down}×{across} in each" if down * across > 1 else ""
     axes.set_xlabel(f"index of the last axis{cell}")
     axes.set_ylabel("index of the second-to-last axis" if kept.ndim > 1 else "")
@@ -250,13 +229,8 @@ def _pooled(image: np.ndarray, axis: int, pixels: int = 1024) -> np.ndarray:
 def scores(scores: Scores, masks: Masks, *, axes: Any = None) -> Any:
     """Draws a histogram of the scores of kept and pruned weights, with the threshold between them.
 
-    The threshold is drawn if all leaves share one (``scope="global"``). With one threshold per leaf
-    the two histograms overlap.
-
-    Args:
-      scores: the scores.
-      masks: the masks made from them by :func:`jaxprune.select`.
-      axes: the axes to draw into.
+    The threshold is drawn if all leaves share one, as in masks of :func:`jaxprune.select` with
+    ``scope="global"``. With one threshold per leaf the two histograms overlap.
 
     Raises:
       ValueError: for masks of other paths or shapes.
@@ -302,10 +276,6 @@ def groups(groups: Groups, *, axes: Any = None) -> Any:
     The dot shows the axes along which the units of the group lie. Leaves are listed in the order in
     which the program uses them. Squares in the first column are pinned axes.
 
-    Args:
-      groups: the result of :func:`jaxprune.find_groups`.
-      axes: the axes to draw into.
-
     Examples:
       >>> import jaxprune as jp
       >>> params = {"in": jax.ShapeDtypeStruct((3, 8), "float32")}
@@ -332,11 +302,8 @@ def groups(groups: Groups, *, axes: Any = None) -> Any:
         for path, cut in members.items():
             axes.plot(column, row[path], "o", color=color, markersize=13)
             axes.text(column, row[path], ",".join(map(str, sorted(set(cut)))), color="white", **dot)
-    axes.set_xticks(
-        range(len(groups.groups) + 1),
-        ["pinned", *(f"{len(group.units):,}\nunits" for group in groups.groups)],
-        fontsize="small",
-    )
+    labels = ["pinned", *(f"{len(group.units):,}\nunits" for group in groups.groups)]
+    axes.set_xticks(range(len(labels)), labels, fontsize="small")
     axes.xaxis.tick_top()
     axes.set_yticks(range(len(paths)), [_tree.show(path) for path in paths], fontsize="small")
     axes.set_xlim(-0.6, len(groups.groups) + 0.6)

@@ -1,6 +1,7 @@
-r"""Sparsity as an ``optax.Schedule``: step to the fraction of weights removed.
+r"""Sparsity schedules: each is an ``optax.Schedule`` from the step to the fraction removed.
 
-:math:`t` is the progress from ``begin`` to ``end``, clipped to [0, 1].
+:math:`t` is the progress from ``begin`` to ``end``, clipped to [0, 1]. A `ValueError` is raised for
+a final sparsity outside [0, 1), and unless begin < end.
 
 >>> float(cubic(0.8, begin=0, end=10)(5)), float(cubic(0.8, begin=0, end=10)(99))
 (0.699999988079071, 0.800000011920929)
@@ -25,7 +26,7 @@ def one_shot(final: float, begin: int = 0) -> optax.Schedule:
 
 
 def linear(final: float, begin: int, end: int) -> optax.Schedule:
-    """Rises evenly: :math:`s_f t`.
+    """Rises linearly: :math:`s_f t`.
 
     Examples:
       >>> float(linear(0.5, begin=0, end=10)(5))
@@ -36,7 +37,7 @@ def linear(final: float, begin: int, end: int) -> optax.Schedule:
 
 
 def exponential(final: float, begin: int, end: int) -> optax.Schedule:
-    """Removes the same fraction of what is left at every step: :math:`1 - (1 - s_f)^t`.
+    """Removes the same fraction of the kept weights at every step: :math:`1 - (1 - s_f)^t`.
 
     Examples:
       >>> float(exponential(0.75, begin=0, end=10)(5))
@@ -47,7 +48,7 @@ def exponential(final: float, begin: int, end: int) -> optax.Schedule:
 
 
 def cubic(final: float, begin: int, end: int) -> optax.Schedule:
-    """Rises fast, then settles: :math:`s_f (1 - (1 - t)^3)`.
+    """Rises fast first, then slowly: :math:`s_f (1 - (1 - t)^3)`.
 
     Examples:
       >>> float(cubic(0.5, begin=0, end=10)(5))
@@ -61,7 +62,7 @@ def cubic(final: float, begin: int, end: int) -> optax.Schedule:
 
 
 def stepwise(final: float, begin: int, end: int, steps: int) -> optax.Schedule:
-    r"""Rises in equal steps, the first at ``begin``, the last at ``end``.
+    r"""Rises in equal steps, the first at ``begin`` and the last at ``end``.
 
     .. math:: s_f \lfloor (n - 1) t + 1 \rfloor / n
 
@@ -71,7 +72,7 @@ def stepwise(final: float, begin: int, end: int, steps: int) -> optax.Schedule:
       [0.0, 0.25, 0.25, 0.5]
     """
     if steps < 2:
-        raise ValueError(f"`stepwise` needs at least 2 steps, got {steps=}; or use `one_shot`.")
+        raise ValueError(f"stepwise: steps must be at least 2, got {steps}. Use `one_shot` for 1.")
     t = _progress("stepwise", final, begin, end)
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
@@ -84,11 +85,11 @@ def stepwise(final: float, begin: int, end: int, steps: int) -> optax.Schedule:
 
 def _progress(name: str, final: float, begin: int, end: int) -> optax.Schedule:
     if not begin < end:
-        raise ValueError(f"`{name}` needs begin < end, got {begin=} and {end=}.")
+        raise ValueError(f"{name}: begin must be below end, got {begin=} and {end=}.")
     check_sparsity(final, "final")
     return lambda step: (jnp.clip(jnp.asarray(step), begin, end) - begin) / (end - begin)
 
 
 def _ends(final: float, t: jax.Array, value: jax.Array) -> jax.Array:
-    """Ends at exactly the final value, whatever rounding made of it."""
+    """Returns exactly the final value at the end, without rounding errors."""
     return jnp.where(t >= 1, jnp.float32(final), value)

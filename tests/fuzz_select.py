@@ -1,8 +1,8 @@
-"""Fuzzes what becomes of scores: ``python tests/fuzz_select.py --cases 10000``.
+"""Fuzzes selection and masks: ``python tests/fuzz_select.py --cases 10000``.
 
 Most cases select, with any scope, pattern and earlier masks, from random trees of all floating
 dtypes, with ties, zeros, subnormals, NaN and infinities. The others apply and enforce masks where
-weights and gradients are random bits. What comes out is checked with NumPy.
+weights and gradients are random bits. NumPy checks the results.
 """
 
 import argparse
@@ -36,7 +36,7 @@ PATTERNS = {
 
 @functools.cache
 def structure(number):
-    """Gives a tree of shapes: of one to four leaves, and `None`."""
+    """Returns a tree of one to four shapes, and `None`."""
     rng = np.random.default_rng(number)
     first, *rest = (
         jax.ShapeDtypeStruct(SHAPES[rng.integers(len(SHAPES))], np.dtype(rng.choice(DTYPES)))
@@ -47,7 +47,7 @@ def structure(number):
 
 @st.composite
 def scored(draw, structures):
-    """Draws scores, of which some are not finite."""
+    """Draws scores, some of them not finite."""
     kind, rng = draw(st.sampled_from(["normal", "tie", "equal", "any size", "odd"])), np.random
     rng = rng.default_rng(draw(seeds))
 
@@ -74,7 +74,7 @@ def random_masks(seed, tree):
 
 
 def check_select(scores, sparsity, scope, name, within):
-    """Selects, says what the case was, and checks errors, counts, order, units and nesting."""
+    """Checks errors, counts, order, cells and nesting of a selection; returns the kind of case."""
     pattern = PATTERNS[name]
 
     def select(scores, sparsity=sparsity):
@@ -94,14 +94,14 @@ def check_select(scores, sparsity, scope, name, within):
     before = {p: np.ones(s.shape, bool) for p, s in read.items()}
     before |= {p: m for p, m in _tree.named_leaves(within) if p in read}
     compete = {p: u != 0 for p, u in pooled(before).items()}
-    units = pooled(read)
-    odd = [p for p, u in units.items() if (~np.isfinite(u) & compete[p]).any()]
+    cells = pooled(read)
+    odd = [p for p, u in cells.items() if (~np.isfinite(u) & compete[p]).any()]
     if odd:
         with pytest.raises(ValueError) as error:
             select(scores)
         assert str(error.value).split(": ")[0] in odd
         select = jax.jit(select)  # there NaN is lowest
-        units = {p: np.where(np.isnan(u), -np.inf, u) for p, u in units.items()}
+        cells = {p: np.where(np.isnan(u), -np.inf, u) for p, u in cells.items()}
     masks = {p: np.asarray(m) for p, m in _tree.named_leaves(select(scores))}
     assert masks.keys() == read.keys()
     assert all(m.dtype == bool and m.shape == read[p].shape for p, m in masks.items())
@@ -114,7 +114,7 @@ def check_select(scores, sparsity, scope, name, within):
             n = sum(kept[p].size for p in group)
             assert sum(int(kept[p].sum()) for p in group) <= n - round(sparsity * n)
         elif all(read[p].size for p in group):
-            check_units(*([x[p].ravel() for p in group] for x in (units, compete, kept)), sparsity)
+            check_cells(*([x[p].ravel() for p in group] for x in (cells, compete, kept)), sparsity)
     if name == "2:4":
         for m in masks.values():
             padded = np.pad(m, [(0, 0)] * (m.ndim - 1) + [(0, -m.shape[-1] % 4)])
@@ -125,8 +125,8 @@ def check_select(scores, sparsity, scope, name, within):
     return name + ", not finite" * bool(odd)
 
 
-def check_units(scores, compete, kept, sparsity):
-    """Checks that the largest units which compete are kept, as many as there should be."""
+def check_cells(scores, compete, kept, sparsity):
+    """Checks that the largest competing cells are kept, and how many."""
     scores, compete, kept = map(np.concatenate, (scores, compete, kept))
     kept = kept > 0
     assert kept.sum() == min(kept.size - round(sparsity * kept.size), compete.sum())
@@ -161,7 +161,7 @@ def check_masks(shapes, seed):
     return "masks"
 
 
-def fuzz(cases, found):
+def fuzz(cases, counts):
     """Runs four cases in five on `select`, a few hundred for each structure, which is compiled."""
     structures = st.integers(0, cases // 250).map(structure)
 
@@ -172,12 +172,12 @@ def fuzz(cases, found):
     )  # fmt: skip
     def selections(scores, sparsity, scope, name, seed):
         within = None if seed is None else random_masks(seed, scores)
-        found[check_select(scores, sparsity, scope, name, within)] += 1
+        counts[check_select(scores, sparsity, scope, name, within)] += 1
 
     @settings(cases // 5)
     @hypothesis.given(structures, seeds)
     def masks(shapes, seed):
-        found[check_masks(shapes, seed)] += 1
+        counts[check_masks(shapes, seed)] += 1
 
     selections()
     masks()
@@ -186,11 +186,11 @@ def fuzz(cases, found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=10_000)
-    found, start = collections.Counter(), time.perf_counter()
-    fuzz(parser.parse_args().cases, found)
-    for what, count in sorted(found.items()):
-        print(f"{what:26} {count:8,}")
-    print(f"{sum(found.values()):,} cases in {time.perf_counter() - start:.0f} s")
+    counts, start = collections.Counter(), time.perf_counter()
+    fuzz(parser.parse_args().cases, counts)
+    for kind, count in sorted(counts.items()):
+        print(f"{kind:26} {count:8,}")
+    print(f"{counts.total():,} cases in {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

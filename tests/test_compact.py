@@ -153,7 +153,7 @@ SAVES = {  # params and masks that cannot be saved, and the error
     "dtype": (
         {"w": jnp.ones(2, jnp.int4)},
         None,
-        "w: the dtype must be one that .*bool.*, got int4",
+        "w: the dtype must be one of .*bool.*, got int4",
     ),
     "key": ({"k": jax.random.key(0)}, {"k": ONE[0]}, "k: the mask of a PRNG key must be `None`"),
     "two of a name": ({"a": {"b": 1}, "a/b": 2}, None, "a/b: two leaves have this path"),

@@ -105,3 +105,9 @@ def test_summary_flags_stacks_of_biases():
     masks = jp.select(jp.scores.magnitude(params), 0.5)
     assert "stacked=" in str(jp.summary(params, masks)).splitlines()[2]
     assert jp.select(jp.scores.magnitude(params), 0.5, stacked=lambda p: True)["bias"] is None
+
+
+def test_summary_of_masks_alone():
+    masks = {"w": jnp.array([[True, False]] * 2), "b": None}
+    assert [(row.path, row.kept, row.size) for row in jp.summary(masks).rows] == [("w", 2, 4)]
+    assert not any(row.masked for row in jp.summary({"w": jnp.ones((2, 2))}).rows)

@@ -23,7 +23,7 @@ def test_schedule_rises_to_its_end(name):
 
 @pytest.mark.parametrize("name", ["linear", "exponential", "cubic"])
 def test_schedule_needs_begin_before_end(name):
-    with pytest.raises(ValueError, match="needs begin < end"):
+    with pytest.raises(ValueError, match="begin must be below end"):
         getattr(jp.schedules, name)(0.5, begin=3, end=3)
     with pytest.raises(ValueError, match="final must be in"):
         getattr(jp.schedules, name)(1.0, begin=3, end=4)

@@ -1,9 +1,10 @@
-"""On meshes: every operation runs, gives the masks of one device where its leaves are, and gathers
-no leaf; and so do two processes."""
+"""Meshes: each operation gives the masks of one device, sharded as its leaves, and gathers no leaf.
+
+Two processes give the same masks.
+"""
 
 import functools
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -13,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import collectives, mesh, place
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from two_processes import digests
 
 import jaxprune as jp
-from jaxprune import _sums, _tree
+from jaxprune import _tree
 
 LAYOUTS = {  # a new layout adds one entry here: the mesh, and where every leaf is on it
     "data": ({"data": 8}, {"up": P(), "bias": P(), "down": P()}),
@@ -132,39 +134,33 @@ def on_one_device(name):
 
 def spread(layout, kind):
     sizes, specs = LAYOUTS[layout]
-    types = (KINDS[kind],) * len(sizes)
-    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
-    placed = {k: jax.device_put(w, NamedSharding(mesh, specs[k])) for k, w in network().items()}
-    return mesh, placed
+    on = mesh(KINDS[kind], **sizes)
+    return on, place(network(), on, specs)
 
 
-def gathered(text, least):
-    """Lists what devices send each other that is as large as a leaf."""
-    sent = "all-gather|all-to-all|all-reduce|collective-permute|collective-broadcast|reduce-scatter"
-    found = []
-    for match in re.finditer(rf"= (.*?) (?:{sent})(?:-start)?\(", text):
-        for dims in re.findall(r"\w+\[([\d,]*)\]", match[1]):
-            if np.prod([int(n) for n in dims.split(",") if n], initial=1) >= least:
-                found.append(match[0])
-    return found
+def large(compiled):
+    """Returns the collectives of a program that send at least as much as a leaf."""
+    sent = collectives(compiled.as_text())
+    return [c for c in sent if any(array.size >= SIZE for array in c.arrays)]
 
 
 def check(result, expected, placed):
-    found, wanted = _tree.named_leaves(result), _tree.named_leaves(expected)
-    assert [path for path, _ in found] == [path for path, _ in wanted]
-    for (path, leaf), (_, other) in zip(found, wanted, strict=True):
+    leaves, others = _tree.named_leaves(result), _tree.named_leaves(expected)
+    assert [path for path, _ in leaves] == [path for path, _ in others]
+    for (path, leaf), (_, other) in zip(leaves, others, strict=True):
         np.testing.assert_array_equal(leaf, other, err_msg=path)
         sharding = placed[path.split("/")[-1]].sharding
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), (path, leaf.sharding)
 
 
-EVERYWHERE = ("2:4", "units")  # others on two of the six: compiling takes long
+EVERYWHERE = ("2:4", "units")  # others on two of the six meshes, because compiling takes long
+TWO = (("fsdp", "auto"), ("tensor", "explicit"))
 CASES = [
-    (name, layout, kind)
+    pytest.param(*case, marks=() if case in fast else pytest.mark.slow)
     for name in OPERATIONS
-    for layout in LAYOUTS
-    for kind in KINDS
-    if name in EVERYWHERE or (layout, kind) in (("fsdp", "auto"), ("tensor", "explicit"))
+    for fast in [[(name, *on) for on in TWO[: 1 + (name in EVERYWHERE)]]]
+    for case in [(name, layout, kind) for layout in LAYOUTS for kind in KINDS]
+    if name in EVERYWHERE or case[1:] in TWO
 ]
 
 
@@ -173,23 +169,33 @@ def test_operation_on_a_mesh(name, layout, kind):
     _, placed = spread(layout, kind)
     compiled = jax.jit(OPERATIONS[name]).lower(placed).compile()
     check(compiled(placed), on_one_device(name), placed)
-    assert not gathered(compiled.as_text(), SIZE)
+    assert not large(compiled)
 
 
 def test_a_gather_is_seen():
     _, placed = spread("fsdp", "auto")
-    text = (
-        jax.jit(lambda p: p["up"].reshape(-1)[::-1].reshape(32, 16) @ p["up"])
-        .lower(placed)
-        .compile()
-        .as_text()
-    )
-    assert gathered(text, SIZE)
+    gather = jax.jit(lambda p: p["up"].reshape(-1)[::-1].reshape(32, 16) @ p["up"])
+    assert large(gather.lower(placed).compile())
 
 
-def placed_network(mesh):
-    """Gives the function as a user writes it for a mesh with explicit axes."""
-    everywhere, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+def test_collectives_are_read():
+    text = """
+  %all-reduce.1 = (f32[]{:T(128)}, bf16[2,4]{1,0}) all-reduce(%a, %b), channel_id=3, to_apply=%add
+  %start.2 = (f32[2,4]{1,0}, f32[8,4]{1,0}, u32[], u32[]) all-gather-start(%c), channel_id=12
+  %done.3 = f32[8,4]{1,0} all-gather-done(%start.2)
+  %fusion.4 = pred[8]{0} fusion(%d), calls=%all-to-all
+"""
+    reduce, gather = collectives(text)
+    assert (reduce.kind, reduce.channel, gather.kind, gather.channel) == (
+        "all-reduce", 3, "all-gather", 12,
+    )  # fmt: skip
+    assert list(map(str, reduce.arrays + gather.arrays)) == ["f32[]", "bf16[2,4]", "f32[8,4]"]
+    assert [a.nbytes for a in reduce.arrays + gather.arrays] == [4, 16, 128]
+
+
+def placed_network(on):
+    """Returns the function as a user writes it for a mesh with explicit axes."""
+    everywhere, rows = NamedSharding(on, P()), NamedSharding(on, P("data"))
 
     def fn(params, x):
         params = {k: jax.sharding.reshard(params[k], everywhere) for k in ("up", "bias", "down")}
@@ -204,20 +210,20 @@ def normalized(groups):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_structure_on_a_mesh(kind):
-    mesh, placed = spread("tensor", kind)
-    fn, x = placed_network(mesh) if kind == "explicit" else (apply_fn, jnp.ones((8, 16)))
+    on, placed = spread("tensor", kind)
+    fn, x = placed_network(on) if kind == "explicit" else (apply_fn, jnp.ones((8, 16)))
     here = network(), np.asarray(x)
-    loss = lambda p, x: jnp.mean(fn(p, x) ** 2)  # noqa: E731
-    plain = lambda p, x: jnp.mean(apply_fn(p, x) ** 2)  # noqa: E731
-    with jax.set_mesh(mesh):
-        found = jp.find_groups(fn, placed, x)
-        assert found.groups[0].members == groups().groups[0].members
+    loss = lambda p, x: jnp.mean(fn(p, x) ** 2)
+    plain = lambda p, x: jnp.mean(apply_fn(p, x) ** 2)
+    with jax.set_mesh(on):
+        on_mesh = jp.find_groups(fn, placed, x)
+        assert on_mesh.groups[0].members == groups().groups[0].members
         for score, expected in (
-            (jp.units.taylor_gates(found, loss), jp.units.taylor_gates(groups(), plain)),
-            (jp.units.taylor(found, loss), jp.units.taylor(groups(), plain)),
-            (jp.units.activation(found, fn), jp.units.activation(groups(), apply_fn)),
-            (jp.search.oracle(found, loss), jp.search.oracle(groups(), plain)),
-            (normalized(found), normalized(groups())),
+            (jp.units.taylor_gates(on_mesh, loss), jp.units.taylor_gates(groups(), plain)),
+            (jp.units.taylor(on_mesh, loss), jp.units.taylor(groups(), plain)),
+            (jp.units.activation(on_mesh, fn), jp.units.activation(groups(), apply_fn)),
+            (jp.search.oracle(on_mesh, loss), jp.search.oracle(groups(), plain)),
+            (normalized(on_mesh), normalized(groups())),
         ):
             np.testing.assert_allclose(score(placed, x), expected(*here), rtol=1e-3, atol=1e-5)
         curved = jp.scores.fisher(loss)(placed, x)["up"]  # one example of a sharded batch at a time
@@ -225,9 +231,9 @@ def test_structure_on_a_mesh(kind):
         expected = jp.scores.fisher(plain)(*here)["up"]
         np.testing.assert_allclose(curved, expected, rtol=1e-3, atol=1e-5)
         for cost in ("params", "flops"):
-            masks = found.select(jp.scores.magnitude(placed), 0.3, cost=cost)
+            masks = on_mesh.select(jp.scores.magnitude(placed), 0.3, cost=cost)
             check(masks, groups().select(jp.scores.magnitude(here[0]), 0.3, cost=cost), placed)
-        small_fn, small, plan = jp.shrink(fn, placed, found.select(placed, 0.5), x)
+        small_fn, small, plan = jp.shrink(fn, placed, on_mesh.select(placed, 0.5), x)
         assert not plan.inexact and small["up"].shape == (16, 16)
         for path, leaf in small.items():  # 16 units on 2 and on 4 devices
             assert leaf.sharding.is_equivalent_to(placed[path].sharding, leaf.ndim), path
@@ -235,40 +241,9 @@ def test_structure_on_a_mesh(kind):
         assert plan.take(state)[0].mu["up"].sharding == small["up"].sharding
         back = plan.put(small)
         assert back["up"].sharding.is_equivalent_to(placed["up"].sharding, 2)
-        _, small, _ = jp.shrink(fn, placed, found.select(placed, 0.5 + 1 / 32), x)
+        _, small, _ = jp.shrink(fn, placed, on_mesh.select(placed, 0.5 + 1 / 32), x)
     assert small["up"].shape == (16, 15)  # which the two devices along "model" cannot divide
-    assert small["up"].sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 2)
-
-
-def of_axis(x):
-    return _sums.exact_sum(x, x.ndim - 1)
-
-
-def of_blocks(x):
-    return _sums.exact_block_sum(x, x.shape[-1:])[..., 0]
-
-
-@pytest.mark.parametrize("total", [of_axis, of_blocks])
-@pytest.mark.parametrize("size", [16, 4096, 2**17])
-def test_sums_have_no_order(total, size):
-    random = np.random.default_rng(0)
-    values = random.normal(size=(3, size)) * np.exp(random.normal(size=(3, size)) * 5)
-    values = values.astype(np.float32)
-    sums = [np.asarray(total(jnp.asarray(v))) for v in (values, values[:, ::-1])]
-    np.testing.assert_array_equal(*sums)
-    values = values.astype(np.float64)
-    assert (np.abs(sums[0] - values.sum(1)) < 2e-7 * np.abs(values).sum(1)).all()
-    for scale in (1e-35, 1e35):  # the power of two that makes integers is beyond float32
-        found = total(jnp.array([1.0, 2.0, -0.5]) * jnp.float32(scale))
-        np.testing.assert_allclose(found, np.float32(2.5) * np.float32(scale), rtol=3e-7)
-    odd = jnp.array([[1.0, jnp.nan], [jnp.inf, 1.0], [-jnp.inf, 1.0], [jnp.inf, -jnp.inf]])
-    np.testing.assert_array_equal(total(odd), odd.sum(1))
-    assert total(jnp.zeros((2, 3))).tolist() == [0, 0]
-
-
-def test_sums_of_nothing():
-    assert _sums.exact_sum(jnp.zeros((2, 0)), 1).tolist() == [0, 0]
-    assert _sums.exact_block_sum(jnp.zeros((2, 0)), (2,)).shape == (2, 0)
+    assert small["up"].sharding.is_equivalent_to(NamedSharding(on, P("data")), 2)
 
 
 def test_arrays_on_different_devices_are_named():
@@ -276,13 +251,14 @@ def test_arrays_on_different_devices_are_named():
     scores = jp.scores.magnitude(placed) | {
         "down": jax.device_put(jnp.ones((2, 2)), jax.devices()[1])
     }
-    with pytest.raises(ValueError, match="^up: lies on other devices .*than down .*Put all on one"):
+    with pytest.raises(ValueError, match="^up: lies on other devices .*than down .*Put all arrays"):
         jp.select(scores, 0.5)
     masks = jax.device_put(jax.tree.map(lambda w: w > 0, network()), jax.devices()[0])
     with pytest.raises(ValueError, match="^the mask of bias: lies on other devices"):
         jp.apply_masks(placed, masks)
 
 
+@pytest.mark.slow
 def test_two_processes_select_the_masks_of_one():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -69,7 +69,7 @@ def test_indices_beyond_32_bits_hash_as_in_select():
     first = 2**32 + 5
     with jax.enable_x64(True):
         wanted = np.asarray(_threshold.hashed((6,), jnp.uint64(first)))
-    np.testing.assert_array_equal(stream._ranks([(0, 2), (2, 6)], first, True), wanted)
+    np.testing.assert_array_equal(stream._ranks([(0, 2), (2, 6)], np.uint64(first)), wanted)
 
 
 def test_a_threshold_of_64_bits():

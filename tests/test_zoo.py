@@ -2,24 +2,28 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import zoo
+from helpers import assert_close, slow_unless
 
 import jaxprune as jp
 
-
-def assert_close(actual, expected, tolerance):
-    """Compares trees, to a fraction of the largest entry of all."""
-    pairs = list(zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True))
-    pairs = [[np.asarray(x, np.float64) for x in pair] for pair in pairs]
-    scale = max(np.abs(b).max() for _, b in pairs)
-    for a, b in pairs:
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
+# Together they run every line of `_program` and use every primitive of the zoo.
+FAST = """
+    equinox_feature_pyramid equinox_group_norm haiku_resnet_blocks jax_cond jax_custom_vjp
+    jax_gqa_decoder jax_mixture_of_experts jax_rope_interleaved jax_scan_decoder jax_sorted_channels
+    jax_state_space jax_swin_window jax_while_loop linen_bfloat16 linen_channel_shuffle
+    linen_densenet linen_group_norm linen_lenet linen_lstm linen_mixer linen_mobilenet_v2
+    linen_scan_remat linen_zero_pad_shortcut nnx_vit
+""".split()
+# Of these, the derivatives take rules of their own: for the others they follow from the outputs.
+DERIVATIVES = "jax_cond jax_custom_vjp jax_scan_decoder linen_lstm linen_scan_remat".split()
+NO_DERIVATIVES = ["jax_while_loop"]  # no reverse mode
+OUTPUTS = [name for name in FAST if name not in DERIVATIVES]
 
 
 def outputs_and_grads(fn, params, inputs):
-    """Gives the outputs, and the gradient of their sum with fixed weights, so that sizes differ."""
+    """Returns the outputs, and the gradient of their sum with weights that tell entries apart."""
 
     def loss(floats, params):
         outs = fn(jp._tree.merge(floats, params), *inputs)
@@ -33,8 +37,8 @@ def outputs_and_grads(fn, params, inputs):
     return outs, grads
 
 
-@pytest.mark.parametrize("name", zoo.NETWORKS)
-def test_masked_is_shrunk(name):
+def halve(name):
+    """Prunes half of the units of a network; returns its shrunk and its masked form."""
     net = zoo.NETWORKS[name]()
     groups = jp.find_groups(net.fn, net.params, *net.inputs)
     for path, axis in net.prunable:
@@ -49,15 +53,52 @@ def test_masked_is_shrunk(name):
     assert plan.inexact == ()
     sizes = [sum(x.size for x in jax.tree.leaves(p)) for p in (net.params, small)]
     assert sizes[1] < 0.8 * sizes[0]
-    masked = jp.apply_masks(net.params, masks)
-    tolerance = 3e-2 if "bfloat16" in name else 1e-4
-    if name == "jax_while_loop":  # no reverse mode
-        assert_close(small_fn(small, *net.inputs), net.fn(masked, *net.inputs), tolerance)
-        return
+    return net, jp.apply_masks(net.params, masks), small_fn, small, plan
+
+
+def tolerance(name):
+    return 3e-2 if "bfloat16" in name else 1e-4
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_masked_is_shrunk(name):
+    net, masked, small_fn, small, _ = halve(name)
+    expected = jax.jit(net.fn)(masked, *net.inputs)
+    assert_close(jax.jit(small_fn)(small, *net.inputs), expected, tolerance(name))
+
+
+@pytest.mark.parametrize(
+    "name", slow_unless(DERIVATIVES, [n for n in zoo.NETWORKS if n not in NO_DERIVATIVES])
+)
+def test_masked_is_shrunk_with_its_derivatives(name):
+    net, masked, small_fn, small, plan = halve(name)
     expected, dense_grads = outputs_and_grads(net.fn, masked, net.inputs)
     outs, grads = outputs_and_grads(small_fn, small, net.inputs)
-    assert_close(outs, expected, tolerance)
-    assert_close(grads, plan.take(dense_grads), 10 * tolerance)
+    assert_close(outs, expected, tolerance(name))
+    assert_close(grads, plan.take(dense_grads), 10 * tolerance(name))
+
+
+def primitives(jaxpr):
+    """Lists the primitives of a program and of those inside it."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_program):
+            if is_program(inner):
+                yield from primitives(getattr(inner, "jaxpr", inner))
+
+
+def is_program(x):
+    return hasattr(getattr(x, "jaxpr", x), "eqns")
+
+
+@pytest.mark.slow
+def test_the_fast_networks_use_every_primitive_of_the_zoo():
+    used = {}
+    for name, build in zoo.NETWORKS.items():
+        net = build()
+        used[name] = set(primitives(jax.make_jaxpr(net.fn)(net.params, *net.inputs).jaxpr))
+    assert len(used) == 96
+    assert set.union(*used.values()) == set.union(*(used[name] for name in FAST))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def digests() -> Iterator[str]:
         sharding = NamedSharding(mesh, spec)
         params[name] = jax.make_array_from_callback(shape, sharding, whole.__getitem__)
 
-    def tell(name, masks):
+    def describe(name, masks):
         for path, mask in masks.items():
             assert mask.sharding.is_equivalent_to(params[path].sharding, 2), (name, path)
             whole = np.asarray(multihost_utils.process_allgather(mask, tiled=True))
@@ -38,7 +38,7 @@ def digests() -> Iterator[str]:
 
     scores = jp.scores.magnitude(params)
     for scope in ("global", "layer", "erk", {"up": 0.8}):
-        yield from tell(str(scope), jp.select(scores, 0.6, scope=scope))
+        yield from describe(str(scope), jp.select(scores, 0.6, scope=scope))
     for name, pattern in (
         ("2:4", jp.patterns.n_of_m(2, 4)),
         ("n:8", jp.patterns.n_of_m(None, 8, -1)),
@@ -46,20 +46,20 @@ def digests() -> Iterator[str]:
         ("uneven block", jp.patterns.block((5, 3))),
         ("axis", jp.patterns.axis(-1)),
     ):
-        yield from tell(name, jp.select(scores, 0.5, pattern=pattern))
+        yield from describe(name, jp.select(scores, 0.5, pattern=pattern))
     masks = jp.select_iteratively(jp.scores.magnitude, params, 0.8, rounds=3)
-    yield from tell("iteratively", masks)
+    yield from describe("iteratively", masks)
 
-    apply_fn = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"]  # noqa: E731
+    apply_fn = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"]
     x = jax.make_array_from_callback(
         (8, 16), NamedSharding(mesh, P("data")), np.ones((8, 16), np.float32).__getitem__
     )
     masks = jp.find_groups(apply_fn, params, x).select(scores, 0.5)
-    yield from tell("units", masks)
+    yield from describe("units", masks)
     _, small, plan = jp.shrink(apply_fn, params, masks, x)
     assert small["up"].sharding.is_equivalent_to(params["up"].sharding, 2) and not plan.inexact
 
-    halve = lambda p: jp.select(jp.scores.magnitude(p), 0.5)  # noqa: E731
+    halve = lambda p: jp.select(jp.scores.magnitude(p), 0.5)
     schedule = jp.schedules.linear(0.8, 0, 3)
     for name, tx in (
         ("enforce", jp.enforce(optax.sgd(0.1), halve)),
@@ -69,8 +69,8 @@ def digests() -> Iterator[str]:
         trained, state = params, jax.jit(tx.init)(params)
         for _ in range(4):
             trained, state = step(trained, state)
-        yield from tell(name, jp.get_masks(state))
-        yield from tell(f"{name}, not zero", jax.tree.map(lambda w: w != 0, trained))
+        yield from describe(name, jp.get_masks(state))
+        yield from describe(f"{name}, not zero", jax.tree.map(lambda w: w != 0, trained))
 
 
 def _step(tx, params, state):

@@ -38,13 +38,25 @@ def errors(mean, method):
     return mean["compression"][rows], 100 * (1 - mean["after"][rows]), 100 * mean["after_std"][rows]
 
 
+def spread(heights, gap=1.35):
+    """Moves labels on a logarithmic axis apart, so that neighbours differ by a factor."""
+    names = sorted(heights, key=heights.get)
+    for low, high in zip(names, names[1:], strict=False):
+        missing = max(gap * heights[low] / heights[high], 1) ** 0.5
+        heights[low] /= missing
+        heights[high] *= missing
+    return heights
+
+
 def draw_errors(axes, mean):
     """Draws test error against compression, mean ± standard deviation over seeds."""
     dense = 100 * (1 - mean["after"][mean["method"] == "dense"][0])
     axes.axhline(dense, color=INK, linestyle=(0, (4, 3)), linewidth=1)
     axes.text(108, dense, "dense", color=INK, va="center", backgroundcolor="white")
-    for method, (color, marker) in METHODS.items():
-        compression, error, std = errors(mean, method)
+    lines = {method: errors(mean, method) for method in METHODS}
+    heights = spread({method: error[-1] for method, (_, error, _) in lines.items()})
+    for method, (compression, error, std) in lines.items():
+        color, marker = METHODS[method]
         low = np.minimum(std, error - 0.1)  # keeps the lower end positive, for the logarithm
         axes.errorbar(
             compression,
@@ -57,7 +69,7 @@ def draw_errors(axes, mean):
             elinewidth=1,
             capsize=2.5,
         )
-        at = compression[-1] * 1.13, error[-1]
+        at = compression[-1] * 1.13, heights[method]
         axes.text(*at, method, color=color, va="center", fontweight="bold")
     axes.set(xscale="log", yscale="log", xlim=(3.4, 178), ylim=(0.45, 120))
     axes.set_xticks(COMPRESSIONS, [f"{c}×" for c in COMPRESSIONS])

@@ -13,7 +13,7 @@ from jaxprune import _atomic
 
 # Maps a tensor to its new entries as `(start, entries)`, or to `None` to copy it.
 Edit = Callable[["Tensor"], "Iterable[tuple[int, np.ndarray]] | None"]
-Tick = Callable[[int], object]  # is called with the number of bytes that were just read
+Tick = Callable[[int], object]  # is called with a number of bytes
 
 
 class FileError(ValueError):
@@ -23,6 +23,7 @@ class FileError(ValueError):
 class Tensor(NamedTuple):
     """One tensor of a checkpoint; its entries are uint8 for bool and packed types."""
 
+    file: str  # the path of the checkpoint
     path: str
     dtype: str
     shape: tuple[int, ...]
@@ -50,28 +51,19 @@ class Checkpoint(NamedTuple):
     metadata: dict[str, Any]
     save: Callable[[Path, Edit], None]  # writes a copy with edited tensors
 
-    def ordered(self) -> list[Tensor]:
-        """Lists the tensors in the order of the leaves of a tree."""
-        if self.format == "orbax":
-            return self.tensors
-        return sorted(self.tensors, key=lambda t: t.path)
-
 
 def check_output(path: str, format: str) -> None:
     """Raises a `FileError` if a checkpoint cannot, or should not, be written to a path."""
     out = Path(os.path.realpath(path))
     if not out.parent.is_dir():
         raise FileError(f"{path}: the folder {out.parent} does not exist. Create it first.")
-    if format == "safetensors" and out.exists() and not out.is_file():
-        raise FileError(
-            f"{path}: is not a regular file and will not be overwritten. Choose another path."
-        )
-    if format == "orbax" and out.exists():
-        if not out.is_dir() or (any(out.iterdir()) and not (out / "_METADATA").exists()):
-            raise FileError(
-                f"{path}: is not an Orbax checkpoint and will not be overwritten. Choose a new "
-                "folder."
-            )
+    if format == "safetensors":
+        kind, fits = "a regular file", out.is_file()
+    else:
+        kind, is_empty = "an Orbax checkpoint", out.is_dir() and not any(out.iterdir())
+        fits = is_empty or (out / "_METADATA").exists()
+    if out.exists() and not fits:
+        raise FileError(f"{path}: is not {kind} and will not be overwritten. Choose another path.")
 
 
 @contextlib.contextmanager
@@ -81,9 +73,8 @@ def saving(path: Path) -> Iterator[Path]:
         with _atomic.replacing(path) as new:
             yield new
     except OSError as error:
-        raise FileError(
-            f"{path}: could not be written ({reason(error)}). Nothing was changed."
-        ) from None
+        message = f"{path}: could not be written ({reason(error)}). Nothing was changed."
+        raise FileError(message) from None
 
 
 def reason(error: BaseException) -> str:

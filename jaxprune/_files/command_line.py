@@ -1,9 +1,11 @@
 """Command-line interface for checkpoint files: ``python -m jaxprune inspect|prune|diff``.
 
-A command collects numbers from its files, then prints them: as one JSON object, or as a table.
+A command returns its exit code, one object for JSON, and the same numbers as tables; :func:`main`
+prints one of the two.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import fnmatch
 import json
@@ -18,10 +20,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxprune import _progress, _select
-from jaxprune._files import FileError, compact, opened, stream
-from jaxprune._files.checkpoint import Checkpoint, Tensor, check_output
+from jaxprune._files import compact, orbax, safetensors, stream
+from jaxprune._files.checkpoint import Checkpoint, FileError, Tensor, Tick, check_output
 from jaxprune._table import Table, spell
 from jaxprune.metrics import Row, Summary
+
+Result = tuple[int, dict[str, Any], Any]  # exit code, object for JSON, tables
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     checkpoint = "a .safetensors file or an Orbax checkpoint folder"
 
-    def command(run: Callable[[argparse.Namespace], int], text: str) -> Callable[..., Any]:
+    def command(run: Callable[[argparse.Namespace], Result], text: str) -> Callable[..., Any]:
         name = run.__name__[1:]
         parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         parser.set_defaults(run=run)
@@ -49,7 +53,6 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = command(_inspect, "List the tensors with their shapes, zeros and bytes.")
     inspect("file", metavar="FILE", help=checkpoint)
-
     text = (
         "Set the weights of smallest magnitude to zero, in floating-point tensors with two or more "
         "axes. Names, dtypes, metadata and all other tensors are copied."
@@ -60,16 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     prune("--sparsity", type=float, metavar="S", help="the fraction of these weights to prune")
     text = "rank weights globally, per tensor, or per tensor with ERK densities (default: global)"
     prune("--scope", choices=_select.SCOPES, default="global", help=text)
-    text = (
-        "keep at most N of every M weights along an axis; --sparsity may then be omitted "
-        "(default: unstructured)"
-    )
-    prune("--pattern", type=_pattern, default=None, metavar="N:M", help=text)
+    text = "keep at most N of M weights along an axis, --sparsity optional (default: unstructured)"
+    prune("--pattern", type=_pattern, metavar="N:M", help=text)
     text = "the axis of N:M (default: -2, the input axis of Flax kernels; PyTorch weights need -1)"
     prune("--axis", type=int, help=text)
     text = "leave out tensors whose name matches, such as 'embed*' or 'opt_state/*'"
     prune("--exclude", nargs="+", action="extend", default=[], metavar="GLOB", help=text)
-
     text = (
         "List the differences between two checkpoints. The exit code is 0 if there are none, 1 if "
         "there are some, and 2 after an error."
@@ -80,26 +79,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pattern(text: str) -> tuple[int, int] | None:
+def _pattern(text: str) -> stream.NOfM | None:
     if text == "unstructured":
         return None
     match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text, re.ASCII)
     n, m = map(int, match.groups()) if match else (0, 0)
     if not 0 < n <= m:
-        raise argparse.ArgumentTypeError(
-            f"must be unstructured or N:M with 0 < N <= M, got {text!r}"
-        )
-    return n, m
+        raise argparse.ArgumentTypeError(f"must be unstructured or N:M, 0 < N <= M, got {text!r}")
+    return stream.NOfM(n, m)
 
 
 def _bar(arguments: argparse.Namespace) -> Any:
     """Returns a progress bar over bytes; its total grows with every pass."""
-    shown = not arguments.json
-    return _progress.bar(shown=shown, total=0, unit="B", unit_scale=True, leave=False)
+    return _progress.bar(shown=not arguments.json, total=0, unit="B", unit_scale=True, leave=False)
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
-    with _bar(arguments) as bar, opened(arguments.file, bar.update) as source:
+def _opened(path: str, tick: Tick) -> contextlib.AbstractContextManager[Checkpoint]:
+    return (orbax if os.path.isdir(path) else safetensors).opened(path, tick)
+
+
+def _inspect(arguments: argparse.Namespace) -> Result:
+    with _bar(arguments) as bar, _opened(arguments.file, bar.update) as source:
         bar.total += sum(t.bytes for t in source.tensors)
         rows: list[tuple[Any, ...]] = [
             (leaf.path, leaf.values.dtype, leaf.shape, leaf.size, _zeros(leaf), leaf.bytes)
@@ -110,17 +110,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     names = ("path", "dtype", "shape", "size", "zeros", "bytes")
     tensors = [dict(zip(names, row, strict=True)) for row in rows]
     total = {name: sum(t[name] or 0 for t in tensors) for name in names[3:]}
-    if arguments.json:
-        _print_json(
-            file=arguments.file,
-            format=source.format,
-            tensors=tensors,
-            total=total,
-            metadata=metadata,
-        )
-    else:
-        print(_inspect_text(rows, total, metadata))
-    return 0
+    report = {"file": arguments.file, "format": source.format, "tensors": tensors, "total": total}
+    return 0, report | {"metadata": metadata}, _inspect_text(rows, total, metadata)
 
 
 def _zeros(leaf: compact.Leaf) -> int | None:
@@ -143,10 +134,10 @@ def _inspect_text(rows: Sequence[Any], total: dict[str, int], metadata: dict[str
     return "\n\n".join(map(str, tables))
 
 
-def _prune(arguments: argparse.Namespace) -> int:
+def _prune(arguments: argparse.Namespace) -> Result:
     pattern, sparsity = _target(arguments)
     kept: dict[str, int] = {}
-    with _bar(arguments) as bar, opened(arguments.file, bar.update) as source:
+    with _bar(arguments) as bar, _opened(arguments.file, bar.update) as source:
         if compact.is_compact(source):
             raise FileError(
                 f"{arguments.file}: stores only the kept weights. Prune it further with "
@@ -159,12 +150,7 @@ def _prune(arguments: argparse.Namespace) -> int:
             bar.total += size
 
         expect(sum(t.bytes for t in source.tensors))  # the pass that writes
-        try:
-            thresholds = stream.thresholds(tensors, sparsity, arguments.scope, pattern, expect)
-        except FileError:
-            raise
-        except ValueError as error:
-            raise FileError(f"{arguments.file}: {error}") from None
+        thresholds = stream.thresholds(tensors, sparsity, arguments.scope, pattern, expect)
 
         def edit(tensor: Tensor) -> Any:
             threshold = thresholds.get(tensor.path)
@@ -175,85 +161,72 @@ def _prune(arguments: argparse.Namespace) -> int:
         Row(t.path, t.shape, n := math.prod(t.shape), kept.get(t.path, n), t.path in kept, t.bytes)
         for t in source.tensors
     ]
-    if arguments.json:
-        names = ("path", "shape", "size", "kept")
-        share = sum(kept.values()) / sum(t.size for t in tensors)
-        size, stays = (sum(getattr(row, name) for row in rows) for name in ("size", "kept"))
-        _print_json(
-            file=arguments.file,
-            out=arguments.out,
-            tensors=[{n: getattr(r, n) for n in names} | {"pruned": r.masked} for r in rows],
-            total={"size": size, "kept": stays, "sparsity": 1 - share},
-        )
-    else:
-        print(Summary(tuple(dataclasses.replace(r, path=_printable(r.path)) for r in rows)))
-    return 0
+    summary = Summary(tuple(dataclasses.replace(row, path=_printable(row.path)) for row in rows))
+    share = sum(kept.values()) / sum(t.size for t in tensors)
+    total = {"size": summary.size, "kept": summary.kept, "sparsity": 1 - share}
+    names = ("path", "shape", "size", "kept")
+    entries = [{n: getattr(r, n) for n in names} | {"pruned": r.masked} for r in rows]
+    report = {"file": arguments.file, "out": arguments.out, "tensors": entries, "total": total}
+    return 0, report, summary
 
 
-def _target(arguments: argparse.Namespace) -> tuple[stream.NOfM | None, float]:
+def _target(arguments: argparse.Namespace) -> tuple[stream.NOfM, float]:
     """Returns the pattern and the sparsity that were asked for."""
-    pattern, sparsity = None, arguments.sparsity
-    if arguments.pattern is not None:
-        n, m = arguments.pattern
-        pattern = stream.NOfM(n, m, axis=-2 if arguments.axis is None else arguments.axis)
-        sparsity = 0.0 if sparsity is None else sparsity
-    elif arguments.axis is not None:
+    pattern, axis, sparsity = arguments.pattern, arguments.axis, arguments.sparsity
+    if pattern is None and axis is not None:
         raise FileError("--axis must come with a pattern. Add one, such as --pattern 2:4.")
-    if sparsity is None:
+    if pattern is None and sparsity is None:
         raise FileError("--sparsity or --pattern must be given. Add one, such as --sparsity 0.9.")
     try:
-        return pattern, _select.check_sparsity(sparsity)
+        sparsity = _select.check_sparsity(0.0 if sparsity is None else sparsity)
     except ValueError as error:
         raise FileError(str(error)) from None
+    pattern = pattern or stream.NOfM(1, 1, axis=-1)
+    return pattern if axis is None else pattern._replace(axis=axis), sparsity
 
 
 def _prunable(
-    file: str, source: Checkpoint, globs: Sequence[str], pattern: stream.NOfM | None
+    file: str, source: Checkpoint, globs: Sequence[str], pattern: stream.NOfM
 ) -> list[Tensor]:
     """Lists the tensors to prune, in the order of the leaves of a tree."""
+    excluded: set[str] = set()
     for glob in globs:
-        if not any(fnmatch.fnmatchcase(t.path, glob) for t in source.tensors):
+        paths = {t.path for t in source.tensors if fnmatch.fnmatchcase(t.path, glob)}
+        if not paths:
             raise FileError(
                 f"{file}: no tensor matches --exclude {glob!r}. List the names with `inspect`."
             )
-    tensors = [
-        t
-        for t in source.ordered()
-        if t.prunable and not any(fnmatch.fnmatchcase(t.path, glob) for glob in globs)
-    ]
+        excluded |= paths
+    tensors = [t for t in source.tensors if t.prunable and t.path not in excluded]
+    if source.format == "safetensors":  # a file has no tree; its names order as those of a dict
+        tensors.sort(key=lambda t: t.path)
     if not tensors:
         raise FileError(
             f"{file}: no floating-point tensor with two or more axes to prune. List the tensors "
             "with `inspect`."
         )
-    if pattern is not None:
-        n, m, axis = pattern
-        for t in tensors:
-            if not -len(t.shape) <= axis < len(t.shape) or t.shape[axis] % m:
-                raise FileError(
-                    f"{file}: {t.path}: axis {axis} must be divisible by {m} for {n}:{m}, got "
-                    f"shape {t.shape}. Leave out this tensor with --exclude {t.path!r}, or choose "
-                    "another --axis."
-                )
+    n, m, axis = pattern
+    for t in tensors:
+        if not -len(t.shape) <= axis < len(t.shape) or t.shape[axis] % m:
+            raise FileError(
+                f"{file}: {t.path}: axis {axis} must be divisible by {m} for {n}:{m}, got shape "
+                f"{t.shape}. Leave out this tensor with --exclude {t.path!r}, or choose another "
+                "--axis."
+            )
     return tensors
 
 
-def _diff(arguments: argparse.Namespace) -> int:
-    with (
-        _bar(arguments) as bar,
-        opened(arguments.a, bar.update) as a,
-        opened(arguments.b, bar.update) as b,
-    ):
+def _diff(arguments: argparse.Namespace) -> Result:
+    bar = _bar(arguments)
+    with bar, _opened(arguments.a, bar.update) as a, _opened(arguments.b, bar.update) as b:
         before, after = ({t.path: t for t in source.tensors} for source in (a, b))
         kinds = {path: _kinds(before[path], after[path]) for path in before if path in after}
         same = [path for path, kind in kinds.items() if not kind]
         bar.total += 2 * sum(before[path].bytes for path in same)
         changes = {path: stream.changes(before[path], after[path]) for path in same}
     changes = {path: c for path, c in changes.items() if c.zeroed or c.revived or c.changed}
-    total = {
-        name: sum(getattr(c, name) for c in changes.values())
-        for name in ("zeroed", "revived", "changed")
-    }
+    numbers = ("zeroed", "revived", "changed")
+    total = {name: sum(getattr(c, name) for c in changes.values()) for name in numbers}
     finite = [c.largest for c in changes.values() if not math.isnan(c.largest)]
     keys = dict.fromkeys([*a.metadata, *b.metadata]) if a.format == b.format else {}
     differences: dict[str, Any] = {
@@ -265,13 +238,9 @@ def _diff(arguments: argparse.Namespace) -> int:
         "metadata": [key for key in keys if a.metadata.get(key) != b.metadata.get(key)],
     }
     equal = not any(differences[name] for name in differences if name != "total")
-    if arguments.json:
-        _print_json(equal=equal, **differences)
-    elif equal:
-        print(f"no difference in {len(same):,} tensors")
-    else:
-        print(_diff_table({path: before[path].shape for path in same}, differences))
-    return 0 if equal else 1
+    table = _diff_table({path: before[path].shape for path in same}, differences)
+    shown = f"no difference in {len(same):,} tensors" if equal else table
+    return 0 if equal else 1, {"equal": equal, **differences}, shown
 
 
 def _kinds(a: Tensor, b: Tensor) -> dict[str, tuple[Any, Any]]:
@@ -301,30 +270,24 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _print_json(**report: Any) -> None:
-    def valid(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: valid(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [valid(v) for v in value]
-        finite = not isinstance(value, float) or math.isfinite(value)
-        return value if finite else str(value)  # JSON has no NaN
-
-    print(json.dumps(valid(report)))
-
-
-def _stop(number: int, frame: Any) -> NoReturn:
-    raise SystemExit(128 + number)  # so that unfinished files are removed
+def _finite(value: Any) -> Any:
+    """Replaces NaN and infinity with text, because JSON does not have them."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line, and returns its exit code."""
     in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _stop) if in_main_thread else None
+    if in_main_thread:  # where a signal may be handled; exits, so that unfinished files are removed
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         arguments = _parser().parse_args(argv)
-        code = arguments.run(arguments)
-        sys.stdout.flush()
+        code, report, tables = arguments.run(arguments)
+        print(json.dumps(_finite(report)) if arguments.json else tables, flush=True)
         return code
     except FileError as error:
         message = str(error)

@@ -5,6 +5,7 @@ It is a safetensors file. A leaf with a mask becomes two tensors, ``path/values`
 version, a checksum, the shapes of the leaves with a mask, and the implementations of PRNG keys.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -58,15 +59,10 @@ def is_compact(source: Checkpoint) -> bool:
 
 
 def leaves(path: Any, source: Checkpoint) -> list[Leaf]:
-    """Lists the leaves in a checkpoint; without bitmaps, these are its tensors.
-
-    Raises:
-      FileError: for another version, or if tensors and metadata do not match.
-    """
+    """Lists the leaves in a checkpoint; without bitmaps, these are its tensors."""
     if not is_compact(source):
         return [Leaf(t.path, t.shape, t, None) for t in source.tensors]
-    version = source.metadata.get("version")
-    if version != VERSION:
+    if (version := source.metadata.get("version")) != VERSION:
         raise FileError(
             f"{path}: the version of the format must be {VERSION!r}, got {version!r:.20}. If a "
             "newer jaxprune wrote this file, upgrade jaxprune."
@@ -74,9 +70,8 @@ def leaves(path: Any, source: Checkpoint) -> list[Leaf]:
     tensors = {t.path: t for t in source.tensors}
     masked = []
     for name, shape in _json_metadata(path, source, "shapes").items():
-        is_shape = isinstance(shape, list) and all(type(i) is int and i >= 0 for i in shape)
         values, bitmap = (tensors.pop(f"{name}/{part}", None) for part in ("values", "bitmap"))
-        if not is_shape or values is None or bitmap is None:
+        if not safetensors.is_sizes(shape) or values is None or bitmap is None:
             raise _damaged(path, f"{name!r} must have a shape, values and a bitmap")
         size = math.prod(shape)
         if len(values.shape) != 1 or values.packed or values.size > size:
@@ -88,13 +83,10 @@ def leaves(path: Any, source: Checkpoint) -> list[Leaf]:
 
 
 def _json_metadata(path: Any, source: Checkpoint, name: str) -> dict[str, Any]:
-    try:
-        contents = json.loads(source.metadata.get(name, ""))
-    except (ValueError, RecursionError):
-        contents = None
-    if not isinstance(contents, dict):
-        raise _damaged(path, f"its metadata must have {name!r}, a JSON object")
-    return contents
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(contents := json.loads(source.metadata.get(name, "")), dict):
+            return contents
+    raise _damaged(path, f"its metadata must have {name!r}, a JSON object")
 
 
 def _damaged(path: Any, message: str) -> FileError:
@@ -117,22 +109,17 @@ def _bytes(entries: np.ndarray) -> memoryview:
 
 def write(path: str | os.PathLike[str], params: Params, masks: Masks) -> None:
     """Writes params and masks; see :func:`jaxprune.masks.save`."""
-    tensors: list[_NewTensor] = []
-    shapes: dict[str, list[int]] = {}
-    keys: dict[str, str] = {}
     named = _unique_leaves(params)
-    for (name, leaf), mask in zip(named, _tree.align_masks(params, masks), strict=True):
-        tensors += _new_tensors(name, leaf, mask)
-        if (implementation := _key_implementation(leaf)) is not None:
-            keys[name] = str(implementation)
-        if mask is not None:
-            shapes[name] = list(np.shape(leaf))
-    twice = safetensors.repeated(["__metadata__", *(tensor.name for tensor in tensors)])
-    if twice is not None:
+    aligned = list(zip(named, _tree.align_masks(params, masks), strict=True))
+    tensors = [tensor for pair, mask in aligned for tensor in _new_tensors(*pair, mask)]
+    shapes = {name: np.shape(leaf) for (name, leaf), mask in aligned if mask is not None}
+    implementations = {name: _key_implementation(leaf) for name, leaf in named}
+    keys = {name: str(i) for name, i in implementations.items() if i is not None}
+    if (twice := safetensors.repeated(["__metadata__", *(t.name for t in tensors)])) is not None:
         raise ValueError(f"{twice}: two tensors of the file would have this name. Rename a leaf.")
     # As the safetensors library does, so that all are aligned.
     tensors.sort(key=lambda tensor: -np.dtype(tensor.dtype).itemsize)
-    entries = [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
+    entries = [tensor[:3] for tensor in tensors]
     metadata = {"format": FORMAT, "version": VERSION, "checksum": "0" * 64}
     metadata |= {"shapes": json.dumps(shapes), "keys": json.dumps(keys)}
     check_output(os.fspath(path), "safetensors")
@@ -166,32 +153,21 @@ def _new_tensors(name: str, leaf: Any, mask: Any) -> Iterator[_NewTensor]:
     """Yields the tensor of a leaf, or its values and its bitmap."""
     path = _tree.show(name)
     if not isinstance(leaf, _tree.ARRAYS) or isinstance(leaf, jax.ShapeDtypeStruct):
-        raise TypeError(
-            f"{path}: params to save must be arrays, got {type(leaf).__name__}. Save other leaves "
-            "separately."
-        )
+        kind = type(leaf).__name__
+        raise TypeError(f"{path}: params to save must be arrays, got {kind}. Save it separately.")
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        raise ValueError(
-            f"{path}: params to save must be on this process entirely, but others hold parts of "
-            "this leaf. Save with Orbax."
-        )
+        raise ValueError(f"{path}: the leaf must be on one process, got a part. Save with Orbax.")
     if _key_implementation(leaf) is not None:
         leaf = jax.random.key_data(leaf)  # type: ignore[arg-type]
     shape, dtype = np.shape(leaf), np.dtype(_tree.dtype(leaf)).name
-    names = safetensors.DTYPES.values()
-    if dtype not in names:
-        raise TypeError(
-            f"{path}: the dtype must be one that safetensors has ({', '.join(names)}), got "
-            f"{dtype}. Convert the leaf with `astype`."
-        )
+    if dtype not in safetensors.DTYPES.values():
+        names = ", ".join(safetensors.DTYPES.values())
+        raise TypeError(f"{path}: the dtype must be one of {names}, got {dtype}. Use `astype`.")
     if mask is None:
         yield _NewTensor(name, dtype, shape, lambda: np.asarray(leaf, dtype))
         return
     if np.shape(mask) != shape:
-        raise ValueError(
-            f"{path}: the mask of a PRNG key must be `None`, got an array of shape "
-            f"{np.shape(mask)}."
-        )
+        raise ValueError(f"{path}: the mask of a PRNG key must be `None`, got {np.shape(mask)}.")
     kept = int(np.count_nonzero(np.asarray(mask)))
 
     def values() -> np.ndarray:

@@ -16,12 +16,8 @@ from jaxprune._files.checkpoint import Checkpoint, Edit, FileError, Tensor, Tick
 
 
 @contextlib.contextmanager
-def opened(path: str, tick: Tick = lambda size: None) -> Iterator[Checkpoint]:
-    """Opens the checkpoint of a tree, and calls ``tick`` with the size of every read.
-
-    Raises:
-      FileError: if this is not an Orbax checkpoint, or Orbax cannot read it.
-    """
+def opened(path: str, tick: Tick) -> Iterator[Checkpoint]:
+    """Opens the checkpoint of a tree, and calls ``tick`` with the size of every read."""
     folder = Path(path).absolute()
     if not (folder / "_METADATA").exists():
         inner = sorted(p.parent for n in ("*", "*/*") for p in folder.glob(f"{n}/_METADATA"))
@@ -30,15 +26,12 @@ def opened(path: str, tick: Tick = lambda size: None) -> Iterator[Checkpoint]:
     try:
         import orbax.checkpoint as ocp  # slow to import, and not needed for files
     except ImportError as error:
-        raise FileError(
-            f"{path}: Orbax could not be imported ({reason(error)}). Install it with "
-            "`pip install 'jaxprune[orbax]'`."
-        ) from None
+        message = f"{path}: Orbax could not be imported ({reason(error)})."
+        raise FileError(f"{message} Install it with `pip install 'jaxprune[orbax]'`.") from None
     with _quiet(path):
         checkpointer = ocp.PyTreeCheckpointer()
         description: Any = checkpointer.metadata(folder)
-        item = description.item_metadata
-        if item is None:
+        if (item := description.item_metadata) is None:
             raise ValueError("its metadata cannot be read")
         args = jax.tree.map(
             # NumPy arrays need none of the devices that wrote the checkpoint. Text has no storage.
@@ -48,22 +41,19 @@ def opened(path: str, tick: Tick = lambda size: None) -> Iterator[Checkpoint]:
         tree = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=args))
         names = [leaf.name for leaf in jax.tree.leaves(item.tree)]
         keys = _key_implementations(folder)
-    tensors, positions = [], {}
-    for position, (name, leaf) in enumerate(_tree.named_leaves(tree)):
-        array = np.asarray(leaf)
-        if array.dtype.kind not in "OSU":  # text is copied
-            tensors.append(_tensor(name, array, tick))
-            positions[name] = position
+    tensors = {}  # by position; text is copied
+    for i, (name, leaf) in enumerate(_tree.named_leaves(tree)):
+        if (array := np.asarray(leaf)).dtype.kind not in "OSU":
+            tensors[i] = _tensor(path, name, array, tick)
 
     def save(out: Path, edit: Edit) -> None:
         leaves, treedef = jax.tree.flatten(tree)
-        for tensor in tensors:
-            pieces = edit(tensor)
-            if pieces is not None:
+        for i, tensor in tensors.items():
+            if (pieces := edit(tensor)) is not None:
                 flat = np.empty(tensor.size, tensor.entries)
                 for start, entries in pieces:
                     flat[start : start + len(entries)] = entries
-                leaves[positions[tensor.path]] = flat.reshape(tensor.shape)
+                leaves[i] = flat.reshape(tensor.shape)
         with saving(out) as new, _quiet(path):
             leaves = [
                 jax.random.wrap_key_data(leaf, impl=keys[name]) if name in keys else leaf
@@ -74,10 +64,10 @@ def opened(path: str, tick: Tick = lambda size: None) -> Iterator[Checkpoint]:
             checkpointer.save(new, args, custom_metadata=description.custom_metadata or None)
 
     metadata = {**(description.custom_metadata or {}), **(item.custom_metadata or {})}
-    yield Checkpoint("orbax", tensors, metadata, save)
+    yield Checkpoint("orbax", list(tensors.values()), metadata, save)
 
 
-def _tensor(name: str, array: np.ndarray, tick: Tick) -> Tensor:
+def _tensor(path: str, name: str, array: np.ndarray, tick: Tick) -> Tensor:
     flat = np.ascontiguousarray(array).reshape(-1)
     flat = flat.view(np.uint8) if array.dtype == bool else flat
 
@@ -85,7 +75,7 @@ def _tensor(name: str, array: np.ndarray, tick: Tick) -> Tensor:
         tick((stop - start) * flat.itemsize)
         return flat[start:stop].copy()
 
-    return Tensor(name, array.dtype.name, array.shape, flat.dtype, flat.size, read)
+    return Tensor(path, name, array.dtype.name, array.shape, flat.dtype, flat.size, read)
 
 
 @contextlib.contextmanager
@@ -101,20 +91,15 @@ def _quiet(path: str) -> Iterator[None]:
     except OSError:  # is reported with the name of its file
         raise
     except Exception as error:
-        raise FileError(
-            f"{path}: Orbax could not process this checkpoint ({reason(error)}). Check that it is "
-            "complete."
-        ) from None
+        message = f"{path}: Orbax could not process this checkpoint ({reason(error)})."
+        raise FileError(f"{message} Check that it is complete.") from None
     finally:
         logger.setLevel(level)
 
 
 def _key_implementations(folder: Path) -> dict[str, str]:
     """Maps the names of PRNG keys to their implementations, which NumPy arrays lose."""
-    implementations = {}
-    for file in folder.glob("array_metadatas/*"):
-        for entry in json.loads(file.read_text())["array_metadatas"]:
-            metadata = entry["array_metadata"]
-            key = (metadata["ext_metadata"] or {}).get("random_key_impl")
-            implementations[metadata["param_name"]] = key
-    return {name: key for name, key in implementations.items() if key}
+    files = [json.loads(file.read_text()) for file in folder.glob("array_metadatas/*")]
+    entries = [e["array_metadata"] for file in files for e in file["array_metadatas"]]
+    keys = {e["param_name"]: (e["ext_metadata"] or {}).get("random_key_impl") for e in entries}
+    return {name: key for name, key in keys.items() if key}

@@ -10,6 +10,7 @@
 Pruning changes nothing that the header states, so :func:`opened` saves copies with the same header.
 """
 
+import collections
 import contextlib
 import io
 import json
@@ -19,7 +20,7 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -36,63 +37,51 @@ DTYPES = {
 }  # fmt: skip
 PACKED = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # bits; several share a byte: read as bytes
 _KINDS = {name: kind for kind, name in DTYPES.items()}
-
-
-class Entry(NamedTuple):
-    """A tensor in a header; its bytes are ``start`` to ``stop`` after the header."""
-
-    name: str
-    kind: str  # a key of `DTYPES` or `PACKED`
-    shape: tuple[int, ...]
-    start: int
-    stop: int
+Entry = dict[str, Any]  # of a header: dtype, shape, data_offsets, which count from its end
 
 
 @contextlib.contextmanager
 def opened(path: str, tick: Tick = lambda size: None) -> Iterator[Checkpoint]:
-    """Opens a safetensors file, and calls ``tick`` with the size of every read.
-
-    Raises:
-      FileError: if this is not a safetensors file, or a damaged one.
-    """
+    """Opens a safetensors file, and calls ``tick`` with the size of every read."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
-        raise FileError(
-            f"{path}: {reason(error)}. Pass a safetensors file or an Orbax checkpoint folder."
-        ) from None
+        fix = "Pass a safetensors file or an Orbax checkpoint folder."
+        raise FileError(f"{path}: {reason(error)}. {fix}") from None
     if not stat.S_ISREG(mode):  # a pipe can be read only once
         raise FileError(f"{path}: is not a regular file. Copy its contents to a file first.")
     with open(path, "rb") as file:
         header, entries, metadata = read_header(path, file)
-        tensors = [_tensor(path, file, len(header), entry, tick) for entry in entries]
+        tensors = [_tensor(file, len(header), *item, tick) for item in entries.items()]
 
         def save(out: Path, edit: Edit) -> None:
             with writing(out) as copy:
                 copy.write(header)
-                for tensor, entry in zip(tensors, entries, strict=True):
-                    pieces = edit(tensor)
+                for tensor in tensors:
+                    start, pieces = entries[tensor.path]["data_offsets"][0], edit(tensor)
                     for first, array in _unchanged(tensor) if pieces is None else pieces:
-                        copy.seek(len(header) + entry.start + first * array.itemsize)
+                        copy.seek(len(header) + start + first * array.itemsize)
                         copy.write(array.view(np.uint8).data)
 
         yield Checkpoint("safetensors", tensors, metadata, save)
 
 
-def _tensor(path: str, file: io.BufferedReader, offset: int, entry: Entry, tick: Tick) -> Tensor:
-    dtype = np.dtype("uint8" if entry.kind in ("BOOL", *PACKED) else DTYPES[entry.kind])
+def _tensor(file: io.BufferedReader, offset: int, name: str, entry: Entry, tick: Tick) -> Tensor:
+    kind, shape, (first, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    packed = kind in PACKED
+    dtype = np.dtype("uint8" if packed or kind == "BOOL" else DTYPES[kind])
 
     def read(start: int, stop: int) -> np.ndarray:
         array = np.empty((stop - start) * dtype.itemsize, np.uint8)
-        file.seek(offset + entry.start + start * dtype.itemsize)
+        file.seek(offset + first + start * dtype.itemsize)
         if file.readinto(array.data) < array.size:
-            raise FileError(f"{path}: became shorter while it was read.")
+            raise FileError(f"{file.name}: became shorter while it was read.")
         tick(array.size)
         return array.view(dtype)
 
-    size = (entry.stop - entry.start) // dtype.itemsize
-    name = DTYPES.get(entry.kind, entry.kind)
-    return Tensor(entry.name, name, entry.shape, dtype, size, read, entry.kind in PACKED)
+    size = (end - first) // dtype.itemsize
+    kind = kind if packed else DTYPES[kind]
+    return Tensor(file.name, name, kind, shape, dtype, size, read, packed)
 
 
 def _unchanged(tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
@@ -127,91 +116,83 @@ def write_header(
     file.write(len(text).to_bytes(8, "little") + text)
 
 
-def read_header(path: str, file: BinaryIO) -> tuple[bytes, list[Entry], dict[str, str]]:
-    """Reads a header and checks it against the size of the file; returns its bytes, too."""
+def read_header(path: str, file: BinaryIO) -> tuple[bytes, dict[str, Entry], dict[str, str]]:
+    """Reads a header and checks it; returns its bytes, its entries by position, its metadata."""
     total = os.fstat(file.fileno()).st_size
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > min(total - 8, _HEADER):
-        raise FileError(
-            f"{path}: is not a safetensors file, or is truncated: its {total:,} bytes do not "
-            f"contain a header of at most {_HEADER:,} bytes."
-        )
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(total - 8, _HEADER):
+        message = f"its {total:,} bytes do not contain a header of at most {_HEADER:,} bytes"
+        raise FileError(f"{path}: is not a safetensors file, or is truncated: {message}.")
     text = file.read(length)
     contents = _json_object(path, text)
     metadata = contents.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FileError(f"{path}: __metadata__ must map strings to strings.")
     space = total - 8 - length
-    entries = [_entry(path, name, value, space) for name, value in contents.items()]
-    entries.sort(key=lambda entry: (entry.start, entry.stop))
+    for name, entry in contents.items():
+        _check_entry(path, name, entry, space)
+    entries = dict(sorted(contents.items(), key=lambda item: item[1]["data_offsets"]))
     end = 0
-    for entry in entries:
-        if entry.start != end:
-            word = "overlaps" if entry.start < end else "leaves a gap after"
-            raise FileError(
-                f"{path}: the tensor {entry.name!r} {word} the previous one, at byte "
-                f"{entry.start:,}."
-            )
-        end = entry.stop
+    for name, entry in entries.items():
+        start, stop = entry["data_offsets"]
+        if start != end:
+            fault = "overlaps" if start < end else "leaves a gap after"
+            message = f"{fault} the previous one, at byte {start:,}"
+            raise FileError(f"{path}: the tensor {name!r} {message}.")
+        end = stop
     if end != space:
-        raise FileError(
-            f"{path}: the header describes {end:,} bytes of tensors, but {space:,} bytes follow it."
-        )
-    return start + text, entries, metadata
+        message = f"describes {end:,} bytes of tensors, but {space:,} bytes follow it"
+        raise FileError(f"{path}: the header {message}.")
+    return prefix + text, entries, metadata
 
 
 def _json_object(path: str, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if (name := repeated(name for name, _ in pairs)) is not None:
-            raise FileError(f"{path}: the header has the key {name!r} twice.")
+            raise ValueError(f"it has the key {name!r} twice")
         return dict(pairs)
 
     try:
         contents = json.loads(text.decode(), object_pairs_hook=unique)
-    except FileError:
-        raise
+        if not isinstance(contents, dict):
+            raise ValueError(f"it is a {type(contents).__name__}")
+        return contents
     except (ValueError, RecursionError) as error:
-        raise FileError(
-            f"{path}: is not a safetensors file: its header is not a JSON object ({reason(error)})."
-        ) from None
-    if not isinstance(contents, dict):
-        raise FileError(f"{path}: is not a safetensors file: its header is not a JSON object.")
-    return contents
+        message = f"its header is not a JSON object with unique keys ({reason(error)})"
+        raise FileError(f"{path}: is not a safetensors file: {message}.") from None
 
 
-def _entry(path: str, name: str, value: Any, space: int) -> Entry:
+def _check_entry(path: str, name: str, entry: Any, space: int) -> None:
     """Checks the header entry of one tensor; ``space`` bytes follow the header."""
     place = f"{path}: the header entry of {name!r}"
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FileError(f"{place} must have dtype, shape and data_offsets, and nothing else.")
-    kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(kind, str) or kind not in (*DTYPES, *PACKED):
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if kind not in (*DTYPES, *PACKED):
         raise FileError(f"{place} has the unknown dtype {kind!r:.60}. Upgrade jaxprune.")
     for word, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or not all(type(i) is int and i >= 0 for i in numbers):
-            raise FileError(
-                f"{place}: {word} must be a list of whole numbers, got {numbers!r:.60}."
-            )
+        if not is_sizes(numbers):
+            message = f"{word} must be a list of whole numbers, got {numbers!r:.60}"
+            raise FileError(f"{place}: {message}.")
     if len(offsets) != 2 or not offsets[0] <= offsets[1] <= space:
         raise FileError(
             f"{place}: data_offsets must lie within the {space:,} bytes after the header, got "
             f"{offsets!r:.60}. The file is truncated or damaged; copy or save it again."
         )
     bits = PACKED.get(kind) or 8 * np.dtype(DTYPES[kind]).itemsize
-    if bits * math.prod(shape) != 8 * (offsets[1] - offsets[0]):
-        raise FileError(
-            f"{place} has {offsets[1] - offsets[0]:,} bytes, which do not hold {kind} of shape "
-            f"{shape!r:.60}."
-        )
-    return Entry(name, kind, tuple(shape), *offsets)
+    size = offsets[1] - offsets[0]
+    if bits * math.prod(shape) != 8 * size:
+        message = f"{size:,} bytes, which do not hold {kind} of shape {shape!r:.60}"
+        raise FileError(f"{place} has {message}.")
+
+
+def is_sizes(numbers: Any) -> bool:
+    """Returns whether a JSON value is a list of whole numbers."""
+    return isinstance(numbers, list) and all(type(i) is int and i >= 0 for i in numbers)
 
 
 def repeated(names: Iterable[str]) -> str | None:
-    """Returns the first name that occurs a second time, or `None`."""
-    earlier: set[str] = set()
-    for name in names:
-        if name in earlier:
-            return name
-        earlier.add(name)
-    return None
+    """Returns the first name that occurs more than once, or `None`."""
+    counts = collections.Counter(names)
+    return next((name for name, count in counts.items() if count > 1), None)

@@ -7,6 +7,7 @@ of equal magnitude are ranked by a hash of their index, which is searched in the
 passes end as soon as the count is right.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _select, _threshold
-from jaxprune._files.checkpoint import Tensor
+from jaxprune._files.checkpoint import FileError, Tensor, Tick
 
 _PIECE = 1 << 20  # entries that are in memory at a time
 _INFINITY = 0xFF800000  # the key of +inf
@@ -24,11 +25,11 @@ Runs = list[tuple[int, int]]  # of entries of a flat tensor, as (start, stop)
 
 
 class NOfM(NamedTuple):
-    """At most ``n`` kept of every ``m`` along an axis, as in ``patterns.n_of_m``."""
+    """At most ``n`` kept of every ``m`` along an axis, as in ``patterns.n_of_m``; 1:1 keeps all."""
 
     n: int
     m: int
-    axis: int
+    axis: int = -2
 
 
 class Threshold(NamedTuple):
@@ -36,75 +37,54 @@ class Threshold(NamedTuple):
 
     key: int
     rank: int
-    first: int  # index of the tensor's first weight among all weights to prune
-    wide: bool  # whether these indices need 64 bits
+    first: Any  # index of the tensor's first weight among all weights to prune: uint32 or uint64
 
 
 def thresholds(
-    tensors: Sequence[Tensor],
-    sparsity: float,
-    scope: str,
-    pattern: NOfM | None = None,
-    expect: Callable[[int], object] = lambda size: None,
+    tensors: Sequence[Tensor], sparsity: float, scope: str, pattern: NOfM, expect: Tick
 ) -> dict[str, Threshold]:
     """Finds which weights to keep, for tensors in the order of the leaves of a tree.
 
     Before a pass over tensors, ``expect`` is called with the number of bytes that it will read.
-
-    Raises:
-      ValueError: if weights are not finite.
     """
-    share = 1.0 if pattern is None else pattern.n / pattern.m
+    n, m, _ = pattern
     paths, sizes = [t.path for t in tensors], [t.size for t in tensors]
-    budget = _select.budget(scope, sparsity, paths, sizes, [t.shape for t in tensors], share)
-    firsts = np.cumsum([0, *sizes]).tolist()
-    wide = firsts[-1] >= _threshold.UINT32_END
+    budget = _select.budget(scope, sparsity, paths, sizes, [t.shape for t in tensors], n / m)
+    firsts = np.cumsum([0, *sizes], dtype=_index_dtype(sum(sizes)))
     members = list(zip(tensors, firsts[:-1], strict=True))
     pools = [members] if scope == "global" else [[member] for member in members]
-    found: dict[str, Threshold] = {}
+    result: dict[str, Threshold] = {}
     for pool, keep in zip(pools, budget.tolist(), strict=True):
-        key, rank = _key_and_rank(pool, keep, pattern, wide, expect)
-        found |= {t.path: Threshold(key, rank, first, wide) for t, first in pool}
-    return found
+        keep = min(keep, sum(t.size // m * n for t, _ in pool))
+        key, rank = _key_and_rank(pool, keep, pattern, expect)
+        result |= {t.path: Threshold(key, rank, first) for t, first in pool}
+    return result
 
 
 def _key_and_rank(
-    pool: Sequence[tuple[Tensor, int]],
-    keep: int,
-    pattern: NOfM | None,
-    wide: bool,
-    expect: Callable[[int], object],
+    pool: Sequence[tuple[Tensor, Any]], keep: int, pattern: NOfM, expect: Tick
 ) -> tuple[int, int]:
-    def keys() -> Iterator[np.ndarray]:
-        expect(sum(t.bytes for t, _ in pool))
-        for tensor, _ in pool:
-            for _, _, key in _pieces(tensor, pattern):
-                yield key.reshape(-1)
-
-    def ranks_of_ties() -> Iterator[np.ndarray]:
+    def keys_or_ranks(tie: int | None) -> Iterator[np.ndarray]:
+        """Yields the keys of all weights, or the ranks of those that have this key."""
         expect(sum(t.bytes for t, _ in pool))
         for tensor, first in pool:
             for runs, _, key in _pieces(tensor, pattern):
-                yield _ranks(runs, first, wide)[(key == threshold).reshape(-1)]
+                key = key.reshape(-1)
+                yield key if tie is None else _ranks(runs, first)[key == tie]
 
-    sizes = [t.size if pattern is None else t.size // pattern.m * pattern.n for t, _ in pool]
-    keep = min(keep, sum(sizes))
     # As float32, bfloat16 and shorter types have zeros in the lower half of their bits.
     short = all(jnp.finfo(t.entries).nmant <= 7 for t, _ in pool)
-    threshold, reaching, above = _search(keys, (16,) if short else (16, 0), keep)
+    key, reaching, above = _search(lambda: keys_or_ranks(None), (16,) if short else (16, 0), keep)
     if reaching == keep:
-        return threshold if keep else _NOTHING, 0
-    return threshold, _search(ranks_of_ties, (48, 32, 16, 0) if wide else (16, 0), keep - above)[0]
+        return key if keep else _NOTHING, 0
+    shifts = (48, 32, 16, 0) if pool[0][1].dtype == np.uint64 else (16, 0)
+    return key, _search(lambda: keys_or_ranks(key), shifts, keep - above)[0]
 
 
 def _search(
     read: Callable[[], Iterable[np.ndarray]], shifts: Sequence[int], keep: int
 ) -> tuple[int, int, int]:
-    """Finds the largest threshold that at least ``keep`` values reach.
-
-    Returns:
-      The threshold, the number of values that reach it, and the number of those above it.
-    """
+    """Returns the largest threshold that ``keep`` values reach, how many reach and exceed it."""
     threshold, above = 0, 0
     for shift in shifts:
         counts = np.zeros(1 << 16, np.int64)
@@ -123,15 +103,14 @@ def _search(
 
 
 def pruned(
-    tensor: Tensor, threshold: Threshold, pattern: NOfM | None, kept: dict[str, int]
+    tensor: Tensor, threshold: Threshold, pattern: NOfM, kept: dict[str, int]
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields the pruned tensor as ``(start, entries)``, and adds the number of kept weights."""
     kept[tensor.path] = 0
     for runs, entries, key in _pieces(tensor, pattern):
         mask, tie = key > threshold.key, key == threshold.key
         if threshold.rank and tie.any():
-            ranks = _ranks(runs, threshold.first, threshold.wide)
-            tie &= (ranks >= threshold.rank).reshape(key.shape)
+            tie &= (_ranks(runs, threshold.first) >= threshold.rank).reshape(key.shape)
         mask |= tie
         kept[tensor.path] += int(np.count_nonzero(mask))
         bits = entries.view(f"u{entries.itemsize}")  # times a bit: -1.0 becomes 0.0, not -0.0
@@ -141,16 +120,14 @@ def pruned(
             entries = entries[stop - start :]
 
 
-def _pieces(tensor: Tensor, pattern: NOfM | None) -> Iterator[tuple[Runs, np.ndarray, np.ndarray]]:
+def _pieces(tensor: Tensor, pattern: NOfM) -> Iterator[tuple[Runs, np.ndarray, np.ndarray]]:
     """Yields where a piece is, its entries, and their keys, of shape (chunks, m, width).
 
     The key is the magnitude as bits of float32, and one more bit. It is 0 for weights that the
     pattern removes, so that they do not compete.
     """
-    m, width = 1, 1
-    if pattern is not None:
-        m, axis = pattern.m, pattern.axis % len(tensor.shape)
-        width = int(np.prod(tensor.shape[axis + 1 :], dtype=np.int64))
+    n, m, axis = pattern
+    width = math.prod(tensor.shape[axis % len(tensor.shape) + 1 :])
     for runs in _runs(tensor.size, m, width):
         parts = [tensor.read(start, stop) for start, stop in runs]
         entries = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -158,14 +135,14 @@ def _pieces(tensor: Tensor, pattern: NOfM | None) -> Iterator[tuple[Runs, np.nda
             key = entries.astype(np.float32).view(np.uint32)
         key |= 0x80000000
         if key.max() >= _INFINITY:
-            raise ValueError(
-                f"{tensor.path}: weights must be finite in float32, got NaN or infinity. Repair "
-                "them, or leave out this tensor with --exclude."
+            raise FileError(
+                f"{tensor.file}: {tensor.path}: weights must be finite in float32, got NaN or "
+                "infinity. Repair them, or leave out this tensor with --exclude."
             )
         key = key.reshape(-1, m, width if len(runs) == 1 else len(parts[0]))
-        if pattern is not None:
-            ranks = _ranks(runs, 0, tensor.size >= _threshold.UINT32_END)
-            key *= _largest(pattern.n, key, ranks.reshape(key.shape))
+        if n < m:
+            ranks = _ranks(runs, _index_dtype(tensor.size)(0))
+            key *= _largest(n, key, ranks.reshape(key.shape))
         yield runs, entries, key
 
 
@@ -201,11 +178,14 @@ def _largest(n: int, key: np.ndarray, ranks: np.ndarray) -> np.ndarray:
     return larger < n
 
 
-def _ranks(runs: Runs, first: int, wide: bool) -> np.ndarray:
+def _index_dtype(size: int) -> type[np.unsignedinteger[Any]]:
+    return np.uint32 if size < _threshold.UINT32_END else np.uint64
+
+
+def _ranks(runs: Runs, first: Any) -> np.ndarray:
     """Returns the ranks of entries among equal ones: hashes of their indices, from ``first`` on."""
-    dtype = np.uint64 if wide else np.uint32
-    indices = [np.arange(first + start, first + stop, dtype=dtype) for start, stop in runs]
-    return _threshold.mix(np.concatenate(indices))
+    indices = [np.arange(start, stop, dtype=first.dtype) for start, stop in runs]
+    return _threshold.mix(first + np.concatenate(indices))
 
 
 def zeros(tensor: Tensor) -> int | None:
@@ -227,7 +207,7 @@ class Changes(NamedTuple):
 
 def changes(a: Tensor, b: Tensor) -> Changes:
     """Counts the entries that became zero, were zero, or have other bits."""
-    zeroed = revived = changed = 0
+    counts = np.zeros(3, np.int64)
     largest: float = 0
     for ((start, stop),) in _runs(a.size):
         before, after = a.read(start, stop), b.read(start, stop)
@@ -237,13 +217,11 @@ def changes(a: Tensor, b: Tensor) -> Changes:
             continue
         before, after = before[differ], after[differ]
         to_zero, from_zero = (before != 0) & (after == 0), (before == 0) & (after != 0)
-        zeroed += int(np.count_nonzero(to_zero))
-        revived += int(np.count_nonzero(from_zero))
-        changed += int(np.count_nonzero(~(to_zero | from_zero)))
+        counts += [np.count_nonzero(s) for s in (to_zero, from_zero, ~(to_zero | from_zero))]
         largest = np.maximum(largest, _distance(before, after)).item()  # NaN stays
     if a.packed:
-        return Changes(0, 0, zeroed + revived + changed, float("nan"))
-    return Changes(zeroed, revived, changed, largest)
+        return Changes(0, 0, int(counts.sum()), float("nan"))
+    return Changes._make([*counts.tolist(), largest])
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> Any:

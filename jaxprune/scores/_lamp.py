@@ -49,6 +49,6 @@ def _shares(w: jax.Array) -> jax.Array:
     order = jnp.argsort(size)
     # Divided by the largest, so that no square overflows; tiny is for a leaf of zeros.
     squares = (size[order] / jnp.maximum(jnp.max(size, initial=0), tiny)) ** 2
-    left = jnp.cumsum(squares[::-1], dtype=jnp.float64)[::-1]
-    shares = (squares / jnp.maximum(left, tiny)).astype(jnp.float32)
+    larger = jnp.cumsum(squares[::-1], dtype=jnp.float64)[::-1]
+    shares = (squares / jnp.maximum(larger, tiny)).astype(jnp.float32)
     return jnp.zeros_like(size).at[order].set(shares).reshape(w.shape)

@@ -116,7 +116,7 @@ def _obd(loss: _loss.Loss, params: Params, *batch: Any) -> tuple[_Orders, Tree]:
     scalar, floats = _loss.of_floats("obd", loss, params, *batch)
     with _loss.differentiating("obd", scalar, floats):
         grads, product = jax.linearize(jax.grad(scalar), floats)
-    leaves, rebuild = _flat(floats)
+    leaves, rebuild = jax.tree.leaves(floats), functools.partial(_tree.rebuild, floats)
 
     def diagonal(k: int) -> jax.Array:
         index = jnp.arange(leaves[k].size).reshape(leaves[k].shape)
@@ -150,13 +150,13 @@ def _add(
 ) -> list[jax.Array]:
     """Adds the products of one sample, a vector of signs, to the estimate of every leaf."""
     scalar, floats = _loss.of_floats("obd_hutchinson", loss, params, *batch)
-    leaves, rebuild = _flat(floats)
+    leaves = jax.tree.leaves(floats)
     signs = [  # zeros_like has the sharding of w
         jnp.zeros_like(w) + jax.random.rademacher(k, w.shape, w.dtype)
         for w, k in zip(leaves, jax.random.split(keys[i], len(leaves)), strict=True)
     ]
     with _loss.differentiating("obd_hutchinson", scalar, floats):
-        _, products = jax.jvp(jax.grad(scalar), (floats,), (rebuild(signs),))
+        _, products = jax.jvp(jax.grad(scalar), (floats,), (_tree.rebuild(floats, signs),))
     return [
         t + v.astype(jnp.float32) * hv.astype(jnp.float32)
         for t, v, hv in zip(total, signs, jax.tree.leaves(products), strict=True)
@@ -170,11 +170,6 @@ def _estimate(
     scalar, floats = _loss.of_floats("obd_hutchinson", loss, params, *batch)
     curvature = _tree.rebuild(floats, [t / samples for t in total])
     return _orders(floats, jax.grad(scalar)(floats), curvature)
-
-
-def _flat(floats: Tree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Tree]]:
-    """Returns the leaves, and the function that rebuilds the tree from others."""
-    return jax.tree.leaves(floats), functools.partial(_tree.rebuild, floats)
 
 
 def _orders(floats: Tree, grads: Tree, curvature: Tree) -> tuple[_Orders, Tree]:

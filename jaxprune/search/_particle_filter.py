@@ -98,7 +98,9 @@ def particle_filter(
     if not 0 <= mutation <= 1:
         raise ValueError(f"mutation must be in [0, 1], got {mutation!r}.")
     if not len(groups):
-        raise ValueError(f"groups: no unit can be removed; the table says why.\n{groups}")
+        raise ValueError(
+            f"groups must have at least one unit, got none; the table says why.\n{groups}"
+        )
     sparsity = _select.check_sparsity(sparsity)
     _ranks.check_params(groups, params)
     first, *keys = jax.random.split(key, rounds + 1)
