@@ -14,6 +14,9 @@ from jaxprune import _program, _tree
 from jaxprune._table import Shown, Table, spell
 from jaxprune._tree import Masks, Params
 
+__all__ = ["Latency", "Layer", "Layers", "Memory", "Row", "Summary", "Timing", "compression"]
+__all__ += ["flops", "latency", "layers", "memory", "sparsity", "stored_bytes", "summary"]
+
 
 def sparsity(masks: Masks) -> float | jax.Array:
     """Returns the fraction of prunable weights that are pruned.
