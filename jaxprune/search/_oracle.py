@@ -7,7 +7,7 @@ as removing the unit alone, and all other entries are dense. Both are computed o
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,8 @@ import numpy as np
 
 from jaxprune import _loss, _program, _progress, _ranks, _tree
 from jaxprune._tree import Params
-
-if TYPE_CHECKING:
-    from jaxprune.groups import Groups
+from jaxprune.groups import Groups
+from jaxprune.units._activation import evaluate
 
 _KNOWN, _SLICED, _MIXED = range(3)  # does not depend on the group, is sliced, or neither
 
@@ -25,11 +24,7 @@ _Without = Callable[[jax.Array], jax.Array]  # the masked unit -> the loss
 
 
 def oracle(
-    groups: "Groups",
-    loss: Callable[..., jax.Array],
-    *,
-    absolute: bool = False,
-    memory: float = 0,
+    groups: Groups, loss: Callable[..., jax.Array], *, absolute: bool = False, memory: float = 0
 ) -> Callable[..., jax.Array]:
     r"""Scores a unit by how much the loss rises without it, measured.
 
@@ -86,7 +81,7 @@ def oracle(
 @functools.partial(jax.jit, static_argnames=("loss", "groups", "absolute", "memory"))
 def _scores(
     loss: Callable[..., jax.Array],
-    groups: "Groups",
+    groups: Groups,
     absolute: bool,
     memory: float,
     bar: jax.Array | None,
@@ -98,20 +93,12 @@ def _scores(
         return checked(floats)
 
     options: dict[str, Any] = {key: groups.options[key] for key in ("exact", "split")}
-    structure = _program.analyse(scalar, params, batch, **options)
-    flat = _program.Flat()
-    args = jax.tree.leaves((params, batch))
-    ins = [flat.add(v, x) for v, x in zip(structure.program.ins, args, strict=True)]
-    (out,) = flat.run(structure.program, ins)
-    leaves = [groups.unit[path] for path, _ in _tree.named_leaves(params)]
-    unit = structure.spread(leaves)
-    others = [tuple(unit[axis] for axis in v.axes) for v in flat.values[len(leaves) :]]
-    separate = _separate(structure, leaves, unit, len(groups))
+    flat, (out,), units, separate = evaluate(groups, scalar, params, batch, **options)
+    count = len(jax.tree.leaves(params))
     losses = jnp.zeros(len(groups), jnp.float32)
     for group in groups.groups:
-        values = _seen(flat, leaves + others, group.units, len(leaves))
-        sliced = bool(separate[group.units].all())
-        without, size = _without(flat, out, values, group.units, sliced)
+        values = _seen(flat, units, group.units, count)
+        without, size = _without(flat, out, values, sliced=bool(separate[group.units].all()))
 
         def measure(unit: jax.Array, without: _Without = without) -> jax.Array:
             if bar is not None:
@@ -123,21 +110,6 @@ def _scores(
         losses = losses.at[group.units - 1].set(measured)
     change = losses - flat.arrays[out].astype(jnp.float32)
     return jnp.abs(change) if absolute else change
-
-
-def _separate(
-    structure: _program.Structure,
-    leaves: list[tuple[np.ndarray, ...]],
-    unit: np.ndarray,
-    count: int,
-) -> np.ndarray:
-    """Returns for each unit whether the loss keeps it separate from other units, as its groups."""
-    separate = np.ones(count + 1, bool)
-    for leaf, axes in zip(structure.leaves, leaves, strict=True):
-        for axis, numbers in zip(leaf.axes, axes, strict=True):
-            differ = unit[axis] != numbers
-            separate[unit[axis[differ]]] = separate[numbers[differ]] = False
-    return separate
 
 
 class _Seen(NamedTuple):
@@ -165,19 +137,17 @@ def _seen(
 ) -> list[_Seen]:
     """Lists the values of the evaluated loss, in which the leaves alone are sliced so far."""
     values = []
-    for i, (own, dense) in enumerate(zip(units, flat.arrays, strict=True)):
-        axes = tuple(axis for axis, unit in enumerate(own) if np.isin(unit, group).any())
-        value = _Seen(_KNOWN, own, axes, dense, dense)
+    for i, (numbers, dense) in enumerate(zip(units, flat.arrays, strict=True)):
+        axes = tuple(axis for axis, unit in enumerate(numbers) if np.isin(unit, group).any())
+        value = _Seen(_KNOWN, numbers, axes, dense, dense)
         if i < leaves and axes:  # a masked leaf is zero
-            value = value._replace(kind=_SLICED, bare=jnp.zeros((), dense.dtype))
-            value = value._replace(bare=value.without(group))
+            zero = value._replace(kind=_SLICED, bare=jnp.zeros((), dense.dtype))
+            value = zero._replace(bare=zero.without(group))
         values.append(value)
     return values
 
 
-def _without(
-    flat: Any, out: int, values: list[_Seen], group: np.ndarray, sliced: bool
-) -> tuple[_Without, int]:
+def _without(flat: Any, out: int, values: list[_Seen], sliced: bool) -> tuple[_Without, int]:
     """Returns a function from the masked unit to the loss, and its memory use in bytes.
 
     A result is sliced if it and its operands have the units of the group on one axis each: a

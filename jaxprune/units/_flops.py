@@ -13,10 +13,9 @@ if TYPE_CHECKING:
 def flops(groups: "Groups") -> jax.Array:
     """Returns the FLOPs that the removal of each unit alone saves.
 
-    FLOPs are counted for the example inputs passed to ``find_groups``, as in
-    :func:`jaxprune.metrics.flops`: the most expensive branch of a `cond`, and one iteration of a
-    `while` loop, with a warning. Molchanov et al subtract them from the scores of :func:`taylor`,
-    times a small number.
+    They are counted as in :func:`jaxprune.metrics.flops`, for the example inputs that
+    ``find_groups`` got. Molchanov et al subtract them from the scores of :func:`taylor`, times a
+    small number.
 
     Args:
       groups: from ``find_groups``.

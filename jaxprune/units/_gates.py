@@ -1,5 +1,6 @@
 """Gates: the leaves whose slices scale with a unit, and the derivative of a loss to them."""
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ def gates(groups: "Groups", where: Where | None) -> Gates:
     """Chooses the leaves that make the gates: by default those that produce the unit."""
     leaves = dict(_tree.named_leaves(groups.like))
     chosen = [
-        [(path, axis) for path, axis, _ in group.members if where and where(path, leaves[path])]
+        tuple((p, axis) for p, axis, _ in group.members if where and where(p, leaves[p]))
         for group in groups.groups
     ]
     if where and not any(chosen):
@@ -29,13 +30,11 @@ def gates(groups: "Groups", where: Where | None) -> Gates:
             f"where: must choose a leaf of at least one group, got none of {paths[:10]}. "
             "Choose from print(groups)."
         )
-    return tuple(
-        tuple(gate or _producer(group, leaves))
-        for group, gate in zip(groups.groups, chosen, strict=True)
-    )
+    pairs = zip(groups.groups, chosen, strict=True)
+    return tuple(gate or _producer(group, leaves) for group, gate in pairs)
 
 
-def _producer(group: "Group", leaves: dict[str, Any]) -> list[tuple[str, int]]:
+def _producer(group: "Group", leaves: dict[str, Any]) -> tuple[tuple[str, int], ...]:
     """Lists the first member, and the biases that follow in its module."""
     (path, first, _), *others = group.members
     kernel = leaves[path].shape
@@ -45,14 +44,14 @@ def _producer(group: "Group", leaves: dict[str, Any]) -> list[tuple[str, int]]:
         # A bias has some of the axes of its kernel, in order: (heads, dims) of (in, heads, dims).
         sizes, rest = [n for n in bias if n > 1], iter(kernel)
         fewer = len(sizes) < len(kernel) and all(n in rest for n in sizes)
-        if not (fewer and (axis == first or len(bias) < len(kernel))):
-            break
-        if other.rpartition("/")[0] != path.rpartition("/")[0]:
+        sibling = other.rpartition("/")[0] == path.rpartition("/")[0]
+        if not (sibling and fewer and (axis == first or len(bias) < len(kernel))):
             break
         gate.append((other, axis))
-    return gate
+    return tuple(gate)
 
 
+@functools.partial(jax.jit, static_argnames=("name", "loss", "groups", "gates"))
 def derivatives(
     name: str,
     loss: Callable[..., jax.Array],
@@ -68,8 +67,7 @@ def derivatives(
     for group, gate in zip(groups.groups, gates, strict=True):
         for path, axis in gate:
             product = grads[path].astype(jnp.float32) * jnp.asarray(weights[path], jnp.float32)
-            others = _tree.other_axes(product.ndim, axis)
-            slices = _mesh.replicated(jnp.sum(product, others))
+            slices = _mesh.replicated(jnp.sum(product, _tree.other_axes(product.ndim, axis)))
             unit = groups.unit[path][axis]
             places = np.flatnonzero(np.isin(unit, group.units))
             total = total.at[unit[places] - 1].add(slices[places])

@@ -33,9 +33,8 @@ def taylor(
     produces the unit (its first member, e.g. the kernel) and the bias-shaped members after it in
     the same module (the same path up to the last part). In attention the first member is the query,
     in a recurrent cell one of its kernels. ``where`` chooses other leaves: the scale and the bias
-    of a batch norm, or the slices that read the unit, such as the output projection of attention,
-    which gate what they read, after any activation. All slices of a unit that ``where`` chooses
-    form one gate.
+    of a batch norm, or the slices that read the unit, such as the output projection of attention.
+    All slices of a unit that ``where`` chooses form one gate.
 
     The paper takes the mean over positions, and this function the sum. The two differ by one factor
     per layer, which ``normalize="l2"`` divides out.
@@ -82,7 +81,7 @@ def taylor(
         add = functools.partial(_add, loss, groups, chosen, params, batch)
         zeros = jnp.zeros(len(groups), jnp.float32)
         scores = _loss.fold(add, zeros, count, _tree.is_traced(params, batch)) / count
-        return scores if normalize is None else normalized(groups, scores, normalize)
+        return normalized(groups, scores, normalize)
 
     return score
 
