@@ -5,7 +5,7 @@ import jax
 
 from jaxprune import _ranks
 from jaxprune._tree import Params, Where
-from jaxprune.units._gates import derivatives, gates
+from jaxprune.units._taylor import derivatives, gates
 
 if TYPE_CHECKING:
     from jaxprune.groups import Groups
