@@ -68,14 +68,14 @@ class Groups(Shown):
         if self.choices:
             parts.append("\n".join(self.choices))
         rows = []
-        shapes = {path: leaf.shape for path, leaf in _tree.named_leaves(self.like)}
+        leaves = dict(_tree.named_leaves(self.like))
         for number, group in enumerate(self.groups):
-            size = sum(math.prod(shapes[p]) // shapes[p][axis] * n for p, axis, n in group.members)
+            sizes = [leaves[p].size // leaves[p].shape[axis] * n for p, axis, n in group.members]
             first, *others = [
                 f"{_tree.show(path)} {axis}" + (f" ×{n}" if n > 1 else "")
                 for path, axis, n in group.members
             ]
-            rows.append((str(number), str(len(group.units)), first, f"{size:,}"))
+            rows.append((str(number), str(len(group.units)), first, f"{sum(sizes):,}"))
             rows += [("", "", member, "") for member in others]
         rows.append(("total", f"{len(self)}", "", ""))
         header = ("group", "units", "members (path, axis, indices per unit)", "params per unit")
@@ -179,10 +179,9 @@ class Groups(Shown):
         if isinstance(scope, Mapping):
             rest = 0.0 if sparsity is None else _select.check_sparsity(sparsity)
             wanted: dict[int, float] = {}
+            paths = [{path for path, *_ in group.members} for group in self.groups]
             for path, fraction in scope.items():
-                owners = [
-                    i for i, g in enumerate(self.groups) if path in {p for p, *_ in g.members}
-                ]
+                owners = [i for i in range(count) if path in paths[i]]
                 if not owners:
                     raise ValueError(
                         f"scope: a path must be in a group, got {path!r}. print(groups) lists them."
@@ -256,9 +255,8 @@ class Groups(Shown):
     ) -> None:
         if kept.all() and np.any(np.asarray(fractions) > 0):
             warnings.warn(
-                f"groups.select removed no unit at a sparsity of {sparsity}: there are "
-                f"{len(self)} units in {len(self.groups)} groups, and each group keeps at least "
-                "one.",
+                f"groups.select removed no unit at a sparsity of {sparsity}: there are {len(self)} "
+                f"units in {len(self.groups)} groups, and each group keeps at least one.",
                 stacklevel=3,
             )
         if round_to == 1:
@@ -304,9 +302,6 @@ def find_groups(
         taken along the factor with more of them. ``split={path: factor}`` chooses another factor
         for the merged axes of a leaf, 0 for the slowest.
 
-    Returns:
-      The :class:`Groups`, with a method ``select``.
-
     Raises:
       TypeError: for params or inputs that are not arrays.
       ValueError: for a split that does not name an ambiguous axis.
@@ -335,7 +330,7 @@ def find_groups(
     _tree.check_params(params)
     options: dict[str, Any] = {"exact": exact, "has_aux": has_aux, "split": split}
     structure = _program.analyse(apply_fn, params, inputs, **options)
-    names, atoms = [path for path, _ in _tree.named_leaves(params)], structure.walk.atoms
+    atoms, names = structure.walk.atoms, [path for path, _ in _tree.named_leaves(params)]
     unit = _grouping.number(structure, names)
     groups = _grouping.identical(unit)
     spread = structure.spread([unit[path] for path in names])

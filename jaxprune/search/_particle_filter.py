@@ -62,7 +62,7 @@ def particle_filter(
       rounds: the number of times that all particles are evaluated.
       temperature: the :math:`T` of the equation; lower values prefer the best particles more.
       mutation: the probability that a child flips a unit.
-      batch_size: how many networks are evaluated in parallel; 1 is faster for convolutions on a
+      batch_size: the number of networks evaluated in parallel; 1 is faster for convolutions on a
         CPU.
 
     Returns:

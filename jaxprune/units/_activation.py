@@ -27,7 +27,7 @@ def activation(
       each example, then the norm over examples (the first axis of :math:`a`)
 
     If nothing sums over the unit, :math:`a` is the last value that carries it. Activations are read
-    from the traced program, so layers need not return them. Heads are read where their outputs are
+    from the traced program, so layers need not return them; heads where their outputs are
     projected. Values inside a scan, a while loop or a cond are not seen.
 
     Args:
@@ -39,8 +39,7 @@ def activation(
       A function of ``(params, *inputs)`` that returns a float32 array of shape ``(len(groups),)``.
 
     Raises:
-      ValueError: for an unknown statistic, groups of another function, or units that no activation
-        carries.
+      ValueError: for an unknown statistic, groups of another function, or units in no activation.
 
     Examples:
       >>> import jaxprune as jp
@@ -56,8 +55,7 @@ def activation(
       <https://arxiv.org/abs/1611.06440>`_, 2016 (mean and standard deviation)
 
       Muralidharan et al, `Compact Language Models via Pruning and Knowledge Distillation
-      <https://arxiv.org/abs/2407.14679>`_, 2024 (mean over the sequence, norm over the batch; there
-      with norms of head outputs)
+      <https://arxiv.org/abs/2407.14679>`_, 2024 (``mean_l2``; there with norms of head outputs)
     """
     _tree.check_word("statistic", statistic, ("mean", "std", "mean_l2"))
 

@@ -29,8 +29,8 @@ def reduce(
 
     where the members m of unit u are its slices, one per leaf and axis that it spans. With
     ``scores.magnitude(params)`` and ``how="first"`` this is the filter pruning of Li et al.
-    ``groups.select(scores, sparsity, reduce=how)`` does the same with the default leaves. Call
-    ``reduce`` to choose the leaves, to normalize, or to add other scores of units.
+    ``groups.select(scores, sparsity, reduce=how)`` does the same. Call ``reduce`` to choose the
+    leaves, to normalize, or to add other scores of units.
 
     Args:
       groups: from ``find_groups``.
@@ -40,16 +40,16 @@ def reduce(
         program uses first: the filter that makes the unit.
       where: ``where(path, score)`` returns whether a leaf counts. By default only leaves with two
         or more axes count, if there are any.
-      normalize: divides the scores of each group by their ``"mean"``, ``"max"``, ``"sum"``, or by
-        their ``"l2"`` norm.
+      normalize: divides the scores of each group by their ``"mean"``, ``"max"``, ``"sum"`` or
+        ``"l2"`` norm.
 
     Returns:
       A float32 array of shape ``(len(groups),)``. A group without a counted leaf has the score
       +inf: ``groups.select`` keeps its units, and counts them in no budget.
 
     Raises:
-      ValueError: for scores of other paths or shapes, NaN or infinite scores, scores that are in no
-        group, an unknown ``how`` or ``normalize``, or ``how`` or ``where`` with one score per unit.
+      ValueError: for scores of other paths or shapes, that are not finite, or in no group; for an
+        unknown word; or for ``how`` or ``where`` with one score per unit.
 
     Examples:
       >>> import jaxprune as jp
@@ -60,8 +60,7 @@ def reduce(
       [2. 3.] [1.         0.33333334]
 
     References:
-      Li et al, `Pruning Filters for Efficient ConvNets
-      <https://arxiv.org/abs/1608.08710>`_, 2016
+      Li et al, `Pruning Filters for Efficient ConvNets <https://arxiv.org/abs/1608.08710>`_, 2016
     """
     _tree.check_word("how", how, HOW)
     _tree.check_word("normalize", normalize, NORMS)
