@@ -245,8 +245,7 @@ def _check_follows(groups: Groups, masked: Removed) -> None:
     keeping: dict[int, str] = {}
     for path, axes in groups.unit.items():
         for axis, unit in enumerate(axes):
-            removed = np.zeros(len(unit), bool)
-            removed[masked.get((path, axis), [])] = True
+            removed = np.isin(np.arange(len(unit)), masked.get((path, axis), []))
             member = f"{_tree.show(path)} axis {axis}"
             removing |= dict.fromkeys(unit[removed & (unit > 0)].tolist(), member)
             keeping |= dict.fromkeys(unit[~removed & (unit > 0)].tolist(), member)

@@ -104,12 +104,10 @@ def particle_filter(
     first, *keys = jax.random.split(key, rounds + 1)
     kept = _repair(groups, jax.random.uniform(first, (particles, len(groups))), sparsity)
     state = _State(kept, kept[0], jnp.float32(jnp.inf))
-    errors = []
-    evolve = functools.partial(_round, loss, groups, batch_size)
+    numbers, errors = (sparsity, temperature, mutation), []
     for key in keys:
-        numbers = sparsity, temperature, mutation
-        state, scores, losses = evolve(state, key, numbers, params, *batch)
-        errors.append(losses)
+        state, scores, error = _round(loss, groups, batch_size, state, key, numbers, params, *batch)
+        errors.append(error)
     if not jnp.isfinite(state.least):
         raise ValueError(
             f"loss must be finite, got NaN or infinity for all {particles} particles in all "
