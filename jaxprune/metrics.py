@@ -15,7 +15,7 @@ from jaxprune._table import Shown, Table, spell
 from jaxprune._tree import Masks, Params
 
 __all__ = ["Latency", "Layer", "Layers", "Memory", "Row", "Summary", "Timing", "compression"]
-__all__ += ["flops", "latency", "layers", "memory", "sparsity", "stored_bytes", "summary"]
+__all__ += ["Table", "flops", "latency", "layers", "memory", "sparsity", "stored_bytes", "summary"]
 
 
 def sparsity(masks: Masks) -> float | jax.Array:
