@@ -19,14 +19,11 @@ from jaxprune._tree import Params, Tree
 Loss = Callable[..., jax.Array]  # (params, *batch) -> scalar
 
 
-def checked(
-    name: str, *, examples: bool = False, curvature: bool = False
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def checked(name: str, *, examples: bool = False, curvature: bool = False) -> Callable[..., Any]:
     """Returns a decorator that checks the arguments of a criterion before it is traced.
 
     With ``examples``, all arrays of the batch must have the examples along their first axis. With
-    ``curvature``, the criterion returns ``(result, largest)``, where ``largest`` comes from
-    :func:`largest` and is checked; the decorated criterion returns the result.
+    ``curvature``, the criterion also returns the :func:`largest` curvature, which is checked here.
     """
 
     def decorate(criterion: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,10 +32,10 @@ def checked(
             _tree.check_params(params)
             if examples:
                 check_examples(name, batch)
-            if not curvature:
-                return criterion(loss, params, *batch, **options)
-            result, largest = criterion(loss, params, *batch, **options)
-            check_curvature(name, largest)
+            result = criterion(loss, params, *batch, **options)
+            if curvature:
+                result, largest = result
+                _check_curvature(name, largest)
             return result
 
         return run
@@ -120,7 +117,7 @@ def largest(curvature: Tree) -> Tree:
     return jax.tree.map(lambda h: jnp.max(jnp.abs(h), initial=0), curvature)
 
 
-def check_curvature(name: str, largest: Tree) -> None:
+def _check_curvature(name: str, largest: Tree) -> None:
     """Raises a `ValueError`, outside jit, for a curvature that is not finite or 0 everywhere."""
     if _tree.is_traced(largest):
         return

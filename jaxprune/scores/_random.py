@@ -17,10 +17,6 @@ def random(params: Params, key: jax.Array) -> Scores:
     Returns:
       One float32 score per weight; higher is kept.
 
-    Raises:
-      ValueError: if params have no floating leaves.
-      TypeError: if a leaf is not an array.
-
     Examples:
       >>> random(jnp.ones((2, 3)), jax.random.key(0)).shape
       (2, 3)
