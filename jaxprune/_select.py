@@ -54,8 +54,8 @@ def select(
 
     Raises:
       ValueError: for a sparsity outside [0, 1), an unknown scope or path, no leaf to prune, masks
-        in ``within`` of other paths or shapes, or a leaf that the pattern does not fit; outside jit
-        also for scores that are not finite or lie on different devices.
+        of other paths or shapes, or a leaf that the pattern does not fit; outside jit also for
+        scores that are not finite or lie on different devices.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -69,12 +69,10 @@ def select(
     stacked = stacked or (lambda path: False)
     where = where or (lambda path, leaf: jnp.ndim(leaf) - stacked(path) >= 2)
     leaves = _tree.named_leaves(scores)
-    before: Sequence[Any] = (
-        [None] * len(leaves) if within is None else _tree.align_masks(scores, within)
-    )
+    masks = [None] * len(leaves) if within is None else _tree.align_masks(scores, within)
     chosen = [
         (i, path, leaf, mask)
-        for i, ((path, leaf), mask) in enumerate(zip(leaves, before, strict=True))
+        for i, ((path, leaf), mask) in enumerate(zip(leaves, masks, strict=True))
         if where(path, leaf) and (within is None or mask is not None)
     ]
     if not chosen:
@@ -107,8 +105,8 @@ def select(
                     f"{_tree.show(path)}: {count} scores are NaN or infinite. Check the loss and "
                     "the params, or exclude this leaf with `where=lambda path, score: ...`."
                 )
-    masks = dict(zip(numbers, kept, strict=True))
-    return _tree.rebuild(scores, [masks.get(i) for i in range(len(leaves))])
+    by_number = dict(zip(numbers, kept, strict=True))
+    return _tree.rebuild(scores, [by_number.get(i) for i in range(len(leaves))])
 
 
 @functools.cache  # a trace takes longer than the rest of the checks
@@ -220,9 +218,8 @@ def budget(
         return n - xp.round(xp.asarray(sparsity, np.float64) * n).astype(np.int64)
 
     if isinstance(scope, Mapping):
-        parts = [xp.asarray(scope.get(p, sparsity), np.float64) for p in paths]
-        return keep(xp.stack(parts), total)
-    if scope == "layer":
+        sparsity = xp.stack([xp.asarray(scope.get(p, sparsity), np.float64) for p in paths])
+    if isinstance(scope, Mapping) or scope == "layer":
         return keep(sparsity, total)
     kept = keep(sparsity, np.array([total.sum()]))
     if scope == "global":
@@ -275,7 +272,7 @@ def select_iteratively(
       select: ``functools.partial(jp.select, scope=..., where=...)`` for other choices.
 
     Returns:
-      Masks: bool leaves, `True` for kept, and `None` for leaves that are never pruned.
+      Masks, as :func:`select` returns them.
 
     Raises:
       ValueError: for a sparsity outside [0, 1) or fewer than one round; outside jit also for scores
@@ -289,8 +286,7 @@ def select_iteratively(
        [ True False]]
 
     References:
-      Tanaka et al, `Pruning neural networks without any data by iteratively conserving synaptic
-      flow <https://arxiv.org/abs/2006.05467>`_, 2020
+      Tanaka et al, `SynFlow <https://arxiv.org/abs/2006.05467>`_, 2020
     """
     _tree.check_params(params)
     if rounds < 1:

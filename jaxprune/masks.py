@@ -1,10 +1,4 @@
-"""Masks: pytrees of bools next to the params, ``True`` for kept, ``None`` for never pruned.
-
->>> import jax.numpy as jnp
->>> params = {"w": jnp.array([1.0, jnp.nan]), "b": jnp.ones(1)}
->>> apply_masks(params, {"w": jnp.array([True, False]), "b": None})["w"].tolist()
-[1.0, 0.0]
-"""
+"""Masks: pytrees of bools next to the params, ``True`` for kept, ``None`` for never pruned."""
 
 import functools
 import math
@@ -38,8 +32,9 @@ def apply_masks(params: Params, masks: Masks) -> Params:
       TypeError: if a mask is not bool.
 
     Examples:
-      >>> apply_masks(jnp.array([3.0, 4.0]), jnp.array([False, True])).tolist()
-      [0.0, 4.0]
+      >>> params = {"w": jnp.array([1.0, jnp.nan]), "b": jnp.ones(1)}
+      >>> apply_masks(params, {"w": jnp.array([True, False]), "b": None})["w"].tolist()
+      [1.0, 0.0]
     """
     return _tree.map_masks(lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), params, masks)
 
@@ -159,8 +154,7 @@ def unpack(packed: Tree, params: Tree) -> Tree:
       The tree with bool leaves in place of the packed ones, sharded like the leaves of ``params``.
 
     Raises:
-      ValueError: if a leaf has no entry, an entry has no leaf or the wrong number of bytes, or a
-        mesh does not divide a leaf.
+      ValueError: if paths or numbers of bytes differ, or a mesh does not divide a leaf.
 
     Examples:
       >>> state = {"count": jnp.array(5), "masks": jnp.array([True, False, True])}
@@ -214,8 +208,7 @@ def save(path: str | os.PathLike[str], params: Params, masks: Masks) -> None:
       masks: their masks.
 
     Raises:
-      ValueError: if paths or shapes differ, masked weights are not zero, or the file cannot be
-        written.
+      ValueError: if paths or shapes differ, pruned weights are not zero, or writing fails.
       TypeError: if safetensors does not support the dtype of a leaf, or a mask is not bool.
 
     Examples:
@@ -245,9 +238,8 @@ def load(path: str | os.PathLike[str], like: Params) -> tuple[Params, Masks]:
       The params, and their masks, with `None` for a leaf without one.
 
     Raises:
-      ValueError: if the file is missing, truncated, damaged or of a newer version, if paths, shapes
-        or dtypes differ from those of ``like``, or if a mesh does not divide a leaf. The message
-        names the file and the leaf.
+      ValueError: if the file is missing, damaged or of a newer version, if paths, shapes or dtypes
+        differ from those of ``like``, or if a mesh does not divide a leaf.
 
     Examples:
       >>> import tempfile

@@ -91,10 +91,8 @@ def _block(lengths: tuple[int, ...]) -> Pattern:
     def pool(scores: jax.Array) -> jax.Array:
         first = scores.ndim - len(lengths)
         if first < 0:
-            raise ValueError(
-                f"scores must have at least {len(lengths)} axes for blocks of {lengths}, got shape "
-                f"{scores.shape}."
-            )
+            needed = f"at least {len(lengths)} axes for blocks of {lengths}"
+            raise ValueError(f"scores must have {needed}, got shape {scores.shape}.")
         count = np.ones((1,) * first, np.float32)
         for n, length in zip(scores.shape[first:], lengths, strict=True):
             full = np.minimum(length, n - length * np.arange(-(-n // length)))
