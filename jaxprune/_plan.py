@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from jaxprune import _mesh, _program, _tree
 from jaxprune._table import Shown, Table, spell
 
 Shapes = Mapping[str, tuple[int, ...]]  # by path
-_Indices = Sequence[tuple[int, np.ndarray]]  # axes that lost indices, with those that are kept
+_Axes = Sequence[tuple[int, np.ndarray, int]]  # that lost indices: those kept, and the dense size
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -30,8 +31,6 @@ class Plan(Shown):
       [[0, 1], [4, 5]]
       >>> plan.put({"w": jnp.ones((2, 2))})["w"].tolist()
       [[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]
-      >>> Plan.from_json(plan.to_json()).kept
-      (('w', 0, (0, 2)),)
     """
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
@@ -41,13 +40,12 @@ class Plan(Shown):
     def _show(self) -> list[Table | str]:
         small = self._small()
         rows: list[tuple[str, ...]] = []
+        total = kept = 0
         for path, shape in self.shapes:
-            before, after = int(np.prod(shape)), int(np.prod(small[path]))
+            before, after = math.prod(shape), math.prod(small[path])
+            total, kept = total + before, kept + after
             share = f"{after / max(before, 1):.1%}" if before != after else ""
-            sizes = spell(shape), spell(small[path])
-            rows.append((_tree.show(path), *sizes, f"{after:,}", share))
-        total = sum(int(np.prod(shape)) for _, shape in self.shapes)
-        kept = sum(int(np.prod(shape)) for shape in small.values())
+            rows.append((_tree.show(path), spell(shape), spell(small[path]), f"{after:,}", share))
         rows.append(("total", f"{total:,}", "", f"{kept:,}", f"{kept / max(total, 1):.1%}"))
         header = ("path", "dense", "shrunk", "params", "")
         table = Table(header, rows, left=(0, 1, 2), total=True)
@@ -62,11 +60,9 @@ class Plan(Shown):
     def from_json(cls, text: str) -> "Plan":
         """Reads a plan from the text that :meth:`to_json` returned."""
         fields = json.loads(text)
-        return cls(
-            shapes=tuple((path, tuple(shape)) for path, shape in fields["shapes"]),
-            kept=tuple((path, axis, tuple(kept)) for path, axis, kept in fields["kept"]),
-            inexact=tuple(fields["inexact"]),
-        )
+        shapes = tuple((path, tuple(shape)) for path, shape in fields["shapes"])
+        kept = tuple((path, axis, tuple(kept)) for path, axis, kept in fields["kept"])
+        return cls(shapes, kept, tuple(fields["inexact"]))
 
     def take(self, tree: Any) -> Any:
         """Cuts a dense tree: params, an optimizer state, an EMA, batch statistics.
@@ -78,12 +74,7 @@ class Plan(Shown):
         Raises:
           ValueError: for an array that is not shaped as the params (e.g. Adafactor's factors).
         """
-        indices = self._indices()
-
-        def cut(path: str, x: Any) -> Any:
-            return _mesh.resized(_mesh.automatic(lambda x: _cut(x, indices.get(path, ())), x), x)
-
-        return self._map(tree, dict(self.shapes), cut, "dense")
+        return self._map(tree, dict(self.shapes), _cut, "dense")
 
     def put(self, small_tree: Any) -> Any:
         """Fills a small tree with zeros up to the dense shapes: the inverse of :meth:`take`.
@@ -91,20 +82,7 @@ class Plan(Shown):
         Raises:
           ValueError: for an array that is not shaped as the small params.
         """
-        indices, dense = self._indices(), dict(self.shapes)
-
-        def fill(path: str, x: Any) -> Any:
-            shape = dense.get(path, jnp.shape(x))
-            filled = _mesh.automatic(lambda x: _fill(x, indices.get(path, ()), shape), x)
-            return _mesh.resized(filled, x)
-
-        return self._map(small_tree, self._small(), fill, "shrunk")
-
-    def _indices(self) -> dict[str, list[tuple[int, np.ndarray]]]:
-        indices: dict[str, list[tuple[int, np.ndarray]]] = {}
-        for path, axis, kept in self.kept:
-            indices.setdefault(path, []).append((axis, np.asarray(kept)))
-        return indices
+        return self._map(small_tree, self._small(), _fill, "shrunk")
 
     def _small(self) -> dict[str, tuple[int, ...]]:
         small = {path: list(shape) for path, shape in self.shapes}
@@ -112,16 +90,24 @@ class Plan(Shown):
             small[path][axis] = len(kept)
         return {path: tuple(shape) for path, shape in small.items()}
 
-    def _map(self, tree: Any, shapes: Shapes, change: Callable[[str, Any], Any], kind: str) -> Any:
+    def _map(
+        self, tree: Any, shapes: Shapes, change: Callable[[Any, _Axes], Any], kind: str
+    ) -> Any:
         """Changes every part of a tree that has the paths and shapes of a part of the params."""
-        prefixes = _tree.prefixes(shapes)
+        prefixes, dense = _tree.prefixes(shapes), dict(self.shapes)
+        axes: dict[str, list[tuple[int, np.ndarray, int]]] = {path: [] for path in dense}
+        for path, axis, kept in self.kept:
+            axes[path].append((axis, np.asarray(kept), dense[path][axis]))
+
+        def resize(path: str, x: Any) -> Any:
+            return _mesh.resized(_mesh.automatic(lambda x: change(x, axes[path]), x), x)
 
         def visit(part: Any, path: str) -> Any:
             leaves = _tree.named_leaves(part)
             prefix = _prefix(leaves, path, shapes, prefixes)
             if prefix is not None:
-                changed = [change(_join(prefix, name), leaf) for name, leaf in leaves]
-                return _tree.rebuild(part, changed)
+                resized = [resize(_join(prefix, name), leaf) for name, leaf in leaves]
+                return _tree.rebuild(part, resized)
             children = _tree.children(part)
             if children is not None:
                 named, rebuild = children
@@ -152,12 +138,8 @@ def _prefix(
     path must end in that of the param: ``mu/a/w`` in ``a/w``.
     """
     for prefix in prefixes if leaves else ():
-        names = [_join(prefix, name) for name, _ in leaves]
-        fits = all(
-            shapes.get(name) == jnp.shape(leaf)
-            for name, (_, leaf) in zip(names, leaves, strict=True)
-        )
-        if fits and (not prefix or len(leaves) > 1 or path.endswith(names[0])):
+        fits = all(shapes.get(_join(prefix, name)) == jnp.shape(leaf) for name, leaf in leaves)
+        if fits and (not prefix or len(leaves) > 1 or path.endswith(_join(prefix, leaves[0][0]))):
             return prefix
     return None
 
@@ -166,14 +148,14 @@ def _join(prefix: str, name: str) -> str:
     return prefix + name if name else prefix.rstrip("/")
 
 
-def _cut(x: Any, indices: _Indices) -> Any:
-    for axis, kept in indices:
+def _cut(x: Any, axes: _Axes) -> Any:
+    for axis, kept, _ in axes:
         x = _program.take(x, kept, axis)
     return x
 
 
-def _fill(x: Any, indices: _Indices, dense: Sequence[int]) -> Any:
-    for axis, kept in indices:
-        shape = (*x.shape[:axis], dense[axis], *x.shape[axis + 1 :])
+def _fill(x: Any, axes: _Axes) -> Any:
+    for axis, kept, size in axes:
+        shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
         x = jnp.zeros(shape, x.dtype).at[(slice(None),) * axis + (kept,)].set(x)
     return x

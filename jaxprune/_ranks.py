@@ -22,13 +22,13 @@ class Order(NamedTuple):
     """Units ranked by score, inside their group and inside their pool."""
 
     group: np.ndarray  # shape=(u,), the group of each unit
+    sizes: np.ndarray  # shape=(g,), the units of each group
+    steps: np.ndarray  # shape=(g,), the kept units are rounded to a multiple of this
     pool: jax.Array  # shape=(u,), the pool of each unit; -1 if its group has no score
     rank_in_group: jax.Array  # shape=(u,), 0 is the lowest score
     rank_in_pool: jax.Array  # shape=(u,), 0 is removed first
     counts: jax.Array  # shape=(p,), the units of each pool
     limits: jax.Array  # shape=(p,), how many of them can be removed
-    sizes: np.ndarray  # shape=(g,), the units of each group
-    steps: np.ndarray  # shape=(g,), the kept units are rounded to a multiple of this
 
 
 def group_of(groups: "Groups") -> np.ndarray:
@@ -52,14 +52,10 @@ def order(
     within: jax.Array | None = None,
     round_to: int = 1,
 ) -> Order:
-    """Ranks units by their scores.
+    """Ranks units by one score each, +inf for all units of a group without scores.
 
-    Args:
-      groups: the groups of the units.
-      scores: one score per unit; NaN is removed first, +inf for all units of a group without one.
-      pools: for each group, the number of its pool.
-      within: for each unit, whether it is still there. Those that are not are removed first.
-      round_to: what the indices kept on an axis should be a multiple of.
+    ``pools`` holds the pool of each group, and ``within`` whether a unit was kept so far. Units
+    that were not, and units with the score NaN, are removed first.
     """
     group = group_of(groups)
     sizes = np.bincount(group, minlength=len(groups.groups))
@@ -69,8 +65,7 @@ def order(
     # In the order of their numbers, the first groups would lose all units of one score.
     ties = np.random.default_rng(0).permutation(len(group))
     ranks = _rank(scores, within, group, sizes, pools, ties, count=int(pools.max()) + 1)
-    pool, rank_in_group, rank_in_pool, counts, limits = ranks
-    return Order(group, pool, rank_in_group, rank_in_pool, counts, limits, sizes, steps)
+    return Order(group, sizes, steps, *ranks)
 
 
 @functools.partial(jax.jit, static_argnames="count")
@@ -88,12 +83,13 @@ def _rank(
     if within is not None:
         scores = jnp.where(within, scores, -jnp.inf)
     pool = jnp.where(scored, pools, -1)[group]
-    rank_in_group = _places(group, scores, ties) - _starts(sizes)[group]
+    rank_in_group = _places(group, scores, ties) - (jnp.cumsum(sizes) - sizes)[group]
     # The best unit of every group comes last in its pool, where `limits` never reaches, so that
     # no group is emptied, however low its scores are.
     best = (rank_in_group == sizes[group] - 1) & (pool >= 0)
     counts = jnp.bincount(pool + 1, length=count + 1)
-    rank_in_pool = _places(pool, best, scores, ties) - _starts(counts)[pool + 1]
+    starts = jnp.cumsum(counts) - counts
+    rank_in_pool = _places(pool, best, scores, ties) - starts[pool + 1]
     kept = jax.ops.segment_sum(best.astype(jnp.int32), pool + 1, count + 1)
     return pool, rank_in_group, rank_in_pool, counts[1:], (counts - kept)[1:]
 
@@ -102,10 +98,6 @@ def _places(*keys: jax.Array) -> jax.Array:
     """Returns the place of each unit when sorted by keys, the first one first."""
     order = jnp.lexsort(keys[::-1])
     return jnp.zeros(len(order), jnp.int32).at[order].set(jnp.arange(len(order), dtype=jnp.int32))
-
-
-def _starts(counts: jax.Array) -> jax.Array:
-    return jnp.cumsum(counts) - counts
 
 
 @jax.jit
@@ -141,18 +133,17 @@ def masks_like(groups: "Groups", kept: Any, tree: Any) -> Masks:
 @functools.partial(jax.jit, static_argnames="groups")
 def _masks(groups: "Groups", kept: jax.Array, follow: list[Any]) -> list[Any]:
     kept = jnp.concatenate([jnp.ones(1, bool), kept])
-    leaves: list[Any] = []
+    masks: list[Any] = []
     for (path, leaf), sharded in zip(_tree.named_leaves(groups.like), follow, strict=True):
         mask = None
         for axis, unit in enumerate(groups.unit[path]):
             if unit.any():
-                others = _tree.other_axes(len(leaf.shape), axis)
-                stay = jnp.broadcast_to(jnp.expand_dims(kept[unit], others), leaf.shape)
-                mask = stay if mask is None else mask & stay
+                stay = jnp.expand_dims(kept[unit], _tree.other_axes(leaf.ndim, axis))
+                mask = jnp.broadcast_to(stay if mask is None else mask & stay, leaf.shape)
         if mask is not None and sharded is not None:
             mask = _mesh.follow(mask, sharded)
-        leaves.append(mask)
-    return leaves
+        masks.append(mask)
+    return masks
 
 
 @jax.jit  # one mask at a time, so that those of identical layers share a program

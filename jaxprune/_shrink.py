@@ -65,8 +65,8 @@ def shrink(
       from those of masked params.
 
     Raises:
-      CannotShrink: a `ValueError`, for masks that remove slices of which none can be removed, and
-        for masks that would empty an axis; the message names the first leaf that blocks removal.
+      CannotShrink: a `ValueError` that names a leaf, for masks that empty one of its axes, and for
+        masks that remove slices of which none can be removed.
       ValueError: for masks of other paths or shapes, or masks that do not follow ``groups``.
       TypeError: for params or inputs that are not arrays, or masks that are not bool.
 
@@ -102,9 +102,12 @@ def shrink(
         warnings.warn(
             "shrink: the masks remove no entire slice, so the network keeps its size.", stacklevel=2
         )
-    elif not example.removed:
+    elif not example.kept:
         raise CannotShrink(_disagreement(example.structure, list(shapes), masked))
-    plan = _plan(example, shapes)
+    walk = example.structure.walk
+    changes = [*walk.inexact, *walk.redraws]
+    reasons = dict.fromkeys(why for axis, why in changes if example.cut.kept(axis) is not None)
+    plan = Plan(tuple(shapes.items()), example.kept, tuple(reasons))
     trace = functools.partial(_program.trace, apply_fn, like, has_aux=has_aux)
     small_fn = _small_fn(cut, trace, example, inputs, plan._small())
 
@@ -124,11 +127,11 @@ def shrink(
 
 
 class _Cutting(NamedTuple):
-    """A program, and what of it is removed."""
+    """A program, how to run it without what is removed, and the indices of leaves that remain."""
 
     structure: _program.Structure
     cut: _program.Cut
-    removed: Removed
+    kept: tuple[tuple[str, int, tuple[int, ...]], ...]  # as in a plan
 
 
 def _cut(
@@ -143,43 +146,27 @@ def _cut(
     )
     atoms = structure.walk.atoms
     roots = [atoms.find(axis)[atoms.free(axis)] for leaf in structure.leaves for axis in leaf.axes]
-    removed = {
-        (path, axis): np.flatnonzero(free)
+    kept = tuple(
+        (path, axis, tuple(np.flatnonzero(~free).tolist()))
         for (path, _), leaf in zip(_tree.named_leaves(like), structure.leaves, strict=True)
         for axis, numbers in enumerate(leaf.axes)
         if (free := atoms.free(numbers)).any()
-    }
-    cut = _program.Cut(np.isin(atoms.all_roots(), np.unique(np.concatenate(roots))))
-    return _Cutting(structure, cut, removed)
-
-
-def _plan(cutting: _Cutting, shapes: Shapes) -> Plan:
-    kept = tuple(
-        (path, axis, tuple(np.delete(np.arange(shapes[path][axis]), indices).tolist()))
-        for (path, axis), indices in cutting.removed.items()
     )
-    walk = cutting.structure.walk
-    reasons = [
-        why for axis, why in [*walk.inexact, *walk.redraws] if cutting.cut.kept(axis) is not None
-    ]
-    return Plan(tuple(shapes.items()), kept, tuple(dict.fromkeys(reasons)))
+    cut = _program.Cut(np.isin(atoms.all_roots(), np.unique(np.concatenate(roots))))
+    return _Cutting(structure, cut, kept)
 
 
 def _small_fn(
-    cut: Callable[[Any], _Cutting],
-    trace: Callable[..., Any],
+    cut: Callable[[Any], _Cutting],  # for other inputs than the examples
+    trace: Callable[..., Any],  # for inputs of symbolic sizes
     example: _Cutting,
     inputs: Any,
     shapes: Shapes,
 ) -> Callable[..., Any]:
-    """Returns the function of the small params, which have these shapes.
-
-    ``cut`` analyses the program on other inputs than the examples, and ``trace`` only traces it.
-    """
-    known = _signature(inputs)
+    """Returns the function of the small params, which have these shapes."""
     # For the first trace on these inputs, by `verify`: a second one may come under another matmul
     # precision or x64, and has to trace `apply_fn` under it.
-    walked = [example]
+    walked = [_signature(inputs)]
 
     def small_fn(small_params: Params, *inputs: Any) -> Any:
         for path, leaf in _tree.named_leaves(small_params):
@@ -188,22 +175,22 @@ def _small_fn(
                     f"{_tree.show(path)}: small params must have shape {shapes.get(path)}, got "
                     f"{jnp.shape(leaf)}. Cut dense params with `plan.take(params)`."
                 )
-        here, sizes = example, jax.tree.map(jnp.shape, inputs)
+        cutting, sizes = example, jax.tree.map(jnp.shape, inputs)
         if all(isinstance(n, int) for x in jax.tree.leaves(inputs) for n in jnp.shape(x)):
-            if walked and _signature(inputs) == known:
+            if _signature(inputs) in walked:
                 walked.clear()
             else:
-                here = cut(inputs)
-            if _listed(here.removed) != _listed(example.removed):
+                cutting = cut(inputs)
+            if cutting.kept != example.kept:
                 raise ValueError(_BRANCHES.format(sizes))
-            program = here.structure.program
+            program = cutting.structure.program
         else:
             try:  # atoms need sizes, so a program of symbolic ones has the atoms of the examples
                 program = example.structure.program.on(trace(inputs)[0])
             except _program.ProgramMismatch:
                 raise ValueError(_BRANCHES.format(sizes)) from None
         args = [*jax.tree.leaves(small_params), *jax.tree.leaves(inputs)]
-        return jax.tree.unflatten(here.structure.out_tree, here.cut.run(program, *args))
+        return jax.tree.unflatten(cutting.structure.out_tree, cutting.cut.run(program, *args))
 
     return jax.jit(small_fn)
 
@@ -225,10 +212,6 @@ def _shape(x: Any) -> Any:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
 
 
-def _listed(removed: Removed) -> dict[tuple[str, int], list[int]]:
-    return {key: indices.tolist() for key, indices in removed.items()}
-
-
 def _abstract(tree: Any) -> bool:
     return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
 
@@ -238,12 +221,10 @@ def _masked_slices(params: Params, masks: Masks) -> Removed:
     if _tree.is_traced(masks):
         raise TypeError("masks must have known values, got tracers. Call `shrink` outside of jit.")
     aligned = zip(_tree.named_leaves(params), _tree.align_masks(params, masks), strict=True)
-    floating = {
-        path: mask for (path, leaf), mask in aligned if mask is not None and _tree.is_floating(leaf)
-    }
     return {
         (path, axis): np.flatnonzero(~_mesh.read(kept))
-        for path, mask in floating.items()
+        for (path, leaf), mask in aligned
+        if mask is not None and _tree.is_floating(leaf)
         for axis, kept in enumerate(_ranks.kept_slices(mask))
     }
 
@@ -264,8 +245,7 @@ def _check_follows(groups: Groups, masked: Removed) -> None:
     keeping: dict[int, str] = {}
     for path, axes in groups.unit.items():
         for axis, unit in enumerate(axes):
-            removed = np.zeros(len(unit), bool)
-            removed[masked.get((path, axis), [])] = True
+            removed = np.isin(np.arange(len(unit)), masked.get((path, axis), []))
             member = f"{_tree.show(path)} axis {axis}"
             removing |= dict.fromkeys(unit[removed & (unit > 0)].tolist(), member)
             keeping |= dict.fromkeys(unit[~removed & (unit > 0)].tolist(), member)

@@ -24,22 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _grouping, _mesh, _program, _ranks, _select, _tree
+from jaxprune._grouping import Group
 from jaxprune._table import Shown, Table
 from jaxprune._tree import Masks, Params, Scores
 from jaxprune.units import _reduce
 
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Identical units: each has the same number of indices of the same axes.
-
-    Attributes:
-      units: the numbers of the units, from 1.
-      members: ``(path, axis, indices per unit)``, in the order in which the program uses them.
-    """
-
-    units: np.ndarray
-    members: tuple[tuple[str, int, int], ...]
+__all__ = ["Group", "Groups", "find_groups"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -54,14 +44,6 @@ class Groups(Shown):
       choices: the axes that could be cut along several factors, and how to choose another factor.
       terms: the matmuls and convolutions of the program, with the units of their axes.
       options: the keyword arguments of :func:`find_groups`.
-
-    Examples:
-      >>> params = {"in": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}
-      >>> groups = find_groups(lambda p, x: x @ p["in"] @ p["out"], params, jnp.ones((5, 3)))
-      >>> len(groups), groups.unit["out"][0].tolist()
-      (4, [1, 2, 3, 4])
-      >>> print(groups.masks(np.arange(4) != 2)["out"][:, 0])
-      [ True  True False  True]
     """
 
     like: Params
@@ -86,13 +68,15 @@ class Groups(Shown):
         if self.choices:
             parts.append("\n".join(self.choices))
         rows = []
-        shapes = {path: leaf.shape for path, leaf in _tree.named_leaves(self.like)}
+        leaves = dict(_tree.named_leaves(self.like))
         for number, group in enumerate(self.groups):
-            size = sum(math.prod(shapes[p]) // shapes[p][axis] * n for p, axis, n in group.members)
-            for row, (path, axis, n) in enumerate(group.members):
-                member = f"{_tree.show(path)} {axis}" + (f" ×{n}" if n > 1 else "")
-                head = (str(number), str(len(group.units))) if row == 0 else ("", "")
-                rows.append((*head, member, f"{size:,}" if row == 0 else ""))
+            sizes = [leaves[p].size // leaves[p].shape[axis] * n for p, axis, n in group.members]
+            first, *others = [
+                f"{_tree.show(path)} {axis}" + (f" ×{n}" if n > 1 else "")
+                for path, axis, n in group.members
+            ]
+            rows.append((str(number), str(len(group.units)), first, f"{sum(sizes):,}"))
+            rows += [("", "", member, "") for member in others]
         rows.append(("total", f"{len(self)}", "", ""))
         header = ("group", "units", "members (path, axis, indices per unit)", "params per unit")
         return [*parts, Table(header, rows, left=(0, 2), total=True)]
@@ -124,9 +108,9 @@ class Groups(Shown):
         At least one unit of every group is kept. Equal scores are broken by a fixed random order.
 
         Args:
-          scores: scores of the params, higher is kept; `None` for a leaf without scores. Or an
-            array of shape ``(len(self),)``, one score per unit, as :mod:`jaxprune.units` makes
-            them; a group whose units all score +inf is kept, and counts in no budget.
+          scores: scores of the params, higher is kept; `None` for a leaf without scores. Or one
+            score per unit, an array from :mod:`jaxprune.units` of shape ``(len(self),)``; a group
+            whose units all score +inf is kept, and counts in no budget.
           sparsity: the fraction removed, in [0, 1). It may be traced if ``cost="units"``.
           scope: the units that compete for one budget: ``"global"`` ranks all units together,
             ``"layer"`` each group separately (in :func:`jaxprune.select` it means a leaf), and
@@ -134,17 +118,16 @@ class Groups(Shown):
             in other layers). A dict sets the sparsity of the groups that contain a path; all other
             groups have ``sparsity``, or 0.
           round_to: rounds the number of indices kept on an axis to the nearest feasible multiple.
-          reduce: how the scores of the slices of a unit become one score: ``"mean"``, ``"sum"``,
-            ``"max"``, or ``"first"``, the slice that the program uses first. To choose the leaves
-            that count or to normalize, pass ``jp.units.reduce(self, scores, how, where=...,
-            normalize=...)`` as the scores.
+          reduce: how a unit is scored by the scores of its slices: ``"mean"``, ``"sum"``,
+            ``"max"``, or ``"first"``, as in :func:`jaxprune.units.reduce`. To choose the leaves
+            that count or to normalize, call that function, and pass its result as the scores.
           cost: what the sparsity is a fraction of: ``"units"``, removed exactly, or the
             ``"params"`` or ``"flops"`` of the network, of which at least this fraction is removed.
           within: masks. Units already removed there stay removed, and count towards the sparsity.
 
         Raises:
-          ValueError: for scores of other paths or shapes, NaN scores, a sparsity outside [0, 1) or
-            beyond what can be removed, a path of ``scope`` that is in no group, an unknown word,
+          ValueError: for scores of other paths or shapes, NaN scores, a sparsity that is outside
+            [0, 1) or cannot be reached, a path of ``scope`` that is in no group, an unknown word,
             or a ``reduce`` for one score per unit.
 
         References:
@@ -185,8 +168,7 @@ class Groups(Shown):
         aligned = _tree.align_masks(self.like, masks)
         for (path, _), mask in zip(_tree.named_leaves(self.like), aligned, strict=True):
             units = self.unit[path]
-            dense = [jnp.ones(len(unit), bool) for unit in units]
-            slices = dense if mask is None else _ranks.kept_slices(mask)
+            slices = [jnp.array(True)] * len(units) if mask is None else _ranks.kept_slices(mask)
             for unit, stay in zip(units, slices, strict=True):
                 kept = kept.at[unit].max(_mesh.replicated(stay))
         return kept[1:]
@@ -196,45 +178,40 @@ class Groups(Shown):
         count = len(self.groups)
         if isinstance(scope, Mapping):
             rest = 0.0 if sparsity is None else _select.check_sparsity(sparsity)
-            wanted: list[float | None] = [None] * count
+            wanted: dict[int, float] = {}
+            paths = [{path for path, *_ in group.members} for group in self.groups]
             for path, fraction in scope.items():
-                owners = [
-                    i for i, g in enumerate(self.groups) if any(p == path for p, *_ in g.members)
-                ]
+                owners = [i for i in range(count) if path in paths[i]]
                 if not owners:
                     raise ValueError(
                         f"scope: a path must be in a group, got {path!r}. print(groups) lists them."
                     )
                 for i in owners:
-                    wanted[i] = max(wanted[i] or 0.0, _select.check_sparsity(fraction))
-            return np.arange(count), np.array([rest if w is None else w for w in wanted])
+                    wanted[i] = max(wanted.get(i, 0.0), _select.check_sparsity(fraction))
+            return np.arange(count), np.array([wanted.get(i, rest) for i in range(count)])
         if sparsity is None:
             raise ValueError("sparsity must be a number in [0, 1), got None.")
-        if not _tree.is_traced(sparsity):
-            sparsity = _select.check_sparsity(sparsity)
-        if scope == "global":
-            pools = np.zeros(count, int)
-        elif scope == "layer":
-            pools = np.arange(count)
-        elif scope == "isomorphic":
-            shapes = {path: leaf.shape for path, leaf in _tree.named_leaves(self.like)}
-            kinds = [
-                str(sorted((p.split("/")[-1], len(shapes[p]), axis) for p, axis, _ in g.members))
+        kinds: dict[str, Any] = {  # groups of one kind compete
+            "global": np.zeros(count),
+            "layer": np.arange(count),
+            "isomorphic": [
+                str(sorted((p.split("/")[-1], len(self.unit[p]), axis) for p, axis, _ in g.members))
                 for g in self.groups
-            ]
-            pools = np.unique(kinds, return_inverse=True)[1]
-        else:
+            ],
+        }
+        if scope not in list(kinds):
             words = '"global", "layer", "isomorphic" or a dict of paths'
             raise ValueError(f"scope must be {words}, got {scope!r}.")
-        return pools, jnp.full(pools.max() + 1, sparsity, jnp.float32)
+        pools = np.unique(kinds[scope], return_inverse=True)[1]
+        return pools, jnp.full(pools.max() + 1, _select.check_sparsity(sparsity), jnp.float32)
 
     def costs(self, kept: np.ndarray, cost: str) -> float:
-        """Returns the params, or the FLOPs, of the network when only some units are kept.
+        """Returns the params or the FLOPs of the network with some units, as in :meth:`masks`.
 
         Warns of `while` loops, whose FLOPs are counted once.
 
         Args:
-          kept: for each of ``len(self)`` units whether it is kept.
+          kept: for each of ``len(self)`` units, whether it is kept.
           cost: ``"params"`` or ``"flops"``.
         """
         _tree.check_word("cost", cost, ("params", "flops"))
@@ -278,9 +255,8 @@ class Groups(Shown):
     ) -> None:
         if kept.all() and np.any(np.asarray(fractions) > 0):
             warnings.warn(
-                f"groups.select removed no unit at a sparsity of {sparsity}: there are "
-                f"{len(self)} units in {len(self.groups)} groups, and each group keeps at least "
-                "one.",
+                f"groups.select removed no unit at a sparsity of {sparsity}: there are {len(self)} "
+                f"units in {len(self.groups)} groups, and each group keeps at least one.",
                 stacklevel=3,
             )
         if round_to == 1:
@@ -326,9 +302,6 @@ def find_groups(
         taken along the factor with more of them. ``split={path: factor}`` chooses another factor
         for the merged axes of a leaf, 0 for the slowest.
 
-    Returns:
-      The :class:`Groups`, with a method ``select``.
-
     Raises:
       TypeError: for params or inputs that are not arrays.
       ValueError: for a split that does not name an ambiguous axis.
@@ -357,15 +330,21 @@ def find_groups(
     _tree.check_params(params)
     options: dict[str, Any] = {"exact": exact, "has_aux": has_aux, "split": split}
     structure = _program.analyse(apply_fn, params, inputs, **options)
-    names = [path for path, _ in _tree.named_leaves(params)]
+    atoms, names = structure.walk.atoms, [path for path, _ in _tree.named_leaves(params)]
     unit = _grouping.number(structure, names)
     groups = _grouping.identical(unit)
     spread = structure.spread([unit[path] for path in names])
+    pinned = tuple(
+        (path, axis, int((~free).sum()), tuple(atoms.reason(numbers)))
+        for path, leaf in zip(names, structure.leaves, strict=True)
+        for axis, numbers in enumerate(leaf.axes)
+        if not (free := atoms.free(numbers)).all()
+    )
     return Groups(
         like=jax.tree.map(lambda w: jax.ShapeDtypeStruct(jnp.shape(w), _tree.dtype(w)), params),
-        unit=dict(unit),
-        groups=tuple(Group(units, members) for units, members in groups),
-        pinned=_grouping.pinned(structure, names),
+        unit=unit,
+        groups=groups,
+        pinned=pinned,
         choices=_grouping.choices(structure, spread, groups),
         terms=tuple(_program.contractions_of_units(structure.program, spread)),
         options=options,

@@ -72,8 +72,7 @@ def merge(
     Examples:
       >>> import jax.numpy as jnp
       >>> model, x = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jnp.ones((5, 3))
-      >>> apply_fn, state = split(model)  # then `shrink` makes both smaller
-      >>> merge(model, apply_fn, state, x).kernel.shape
+      >>> merge(model, *split(model), x).kernel.shape  # `shrink` makes the second and third smaller
       (3, 2)
     """
     small = nnx.merge(nnx.graphdef(model), _copy(small_state))

@@ -1,5 +1,6 @@
 """Pruning and training in rounds, with your own train function."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -150,11 +151,9 @@ def iterative(
     sparsities = [_select.check_sparsity(s) for s in sparsities]
     last = params if isinstance(params, Round) else Round(0, -1.0, params, None)
     steps = [last.sparsity, *sparsities[last.round :]]
-    for before, after in zip(steps[:-1], steps[1:], strict=True):
-        if not before < after:
-            raise ValueError(
-                f"iterative: sparsities must be in ascending order, got {after} after {before}."
-            )
+    for low, high in itertools.pairwise(steps):
+        if not low < high:
+            raise ValueError(f"iterative: sparsities must be ascending, got {high} after {low}.")
     _tree.check_params(last.params)
 
     def iterate(last: Round) -> Iterator[Round]:  # a generator: it checks nothing when called

@@ -171,7 +171,8 @@ def test_particles_beat_random_masks():
 def test_every_particle_keeps_an_exact_number(problem):
     groups, params, batch = problem
     for sparsity, gone in ((0.0, 0), (0.3, 3), (0.5, 5), (0.8, 8), (0.99, 8)):
-        kept = _particle_filter._first(groups, 32, jax.random.key(0), sparsity)
+        wishes = jax.random.uniform(jax.random.key(0), (32, 10))
+        kept = _particle_filter._repair(groups, wishes, sparsity)
         state = _particle_filter._State(kept, kept[0], jnp.float32(jnp.inf))
         for i in range(3):
             assert (10 - np.asarray(state.kept).sum(1) == gone).all()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune.units import _gates
+from jaxprune.units import _taylor
 
 
 class CNN(nn.Module):
@@ -120,7 +120,7 @@ def test_gate_on_what_is_read():
 def test_biases_of_many_shapes():
     def producers(params, fn, x):
         groups = jp.find_groups(fn, params, x)
-        return [[path for path, _ in gate] for gate in _gates.gates(groups, None)]
+        return [[path for path, _ in gate] for gate in _taylor.gates(groups, None)]
 
     def layers(p, x):  # a stack, as of `nn.scan`
         body = lambda x, q: (x + jnp.tanh(x @ q["in"] + q["b"][None]) @ q["out"], None)  # noqa: E731

@@ -188,15 +188,12 @@ def sweep(
     Examples:
       >>> x = jax.random.normal(jax.random.key(0), (64, 4))
       >>> loss = lambda w, x: jnp.mean((x @ w - x) ** 2)
+      >>> train = trainer(loss, optax.adam(1e-2), x, steps=20)
       >>> table = sweep(
-      ...     {"SNIP": method(scores.snip(loss), x, trained=False)},
-      ...     sparsities=[0.5, 0.75],
-      ...     seeds=range(2),
-      ...     train=trainer(loss, optax.adam(1e-2), x, steps=20),
-      ...     evaluate=lambda w: -loss(w, x),
+      ...     {"SNIP": method(scores.snip(loss), x, trained=False)}, sparsities=[0.5, 0.75],
+      ...     seeds=range(2), train=train, evaluate=lambda w: -loss(w, x),
       ...     init=lambda key: jax.random.normal(key, (4, 4)),
-      ...     apply_fn=lambda w, x: x @ w,
-      ...     inputs=[x],
+      ...     apply_fn=lambda w, x: x @ w, inputs=[x],
       ... )
       >>> mean = over_seeds(table)
       >>> list(zip(mean["method"].tolist(), mean["compression"].tolist()))[-2:]

@@ -6,8 +6,8 @@ as removing the unit alone, and all other entries are dense. Both are computed o
 """
 
 import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +15,14 @@ import numpy as np
 
 from jaxprune import _loss, _program, _progress, _ranks, _tree
 from jaxprune._tree import Params
-
-if TYPE_CHECKING:
-    from jaxprune.groups import Groups
+from jaxprune.groups import Groups
+from jaxprune.units._activation import evaluate
 
 _KNOWN, _SLICED, _MIXED = range(3)  # does not depend on the group, is sliced, or neither
 
-_Without = Callable[[jax.Array], jax.Array]  # the masked unit -> the loss
-
 
 def oracle(
-    groups: "Groups",
-    loss: Callable[..., jax.Array],
-    *,
-    absolute: bool = False,
-    memory: float = 0,
+    groups: Groups, loss: Callable[..., jax.Array], *, absolute: bool = False, memory: float = 0
 ) -> Callable[..., jax.Array]:
     r"""Scores a unit by how much the loss rises without it, measured.
 
@@ -46,9 +39,8 @@ def oracle(
       loss: maps ``(params, *batch)`` to a scalar.
       absolute: whether to score :math:`|s_u|`, so that units whose removal improves the loss are
         kept as well; Molchanov et al found that better.
-      memory: memory budget in bytes for evaluating units in parallel, for all values that are
-        computed again. 0 evaluates one unit at a time, which is fastest on a CPU. More may use an
-        accelerator better.
+      memory: bytes for values that are computed again, by which units are evaluated in parallel.
+        0 evaluates one unit at a time, which is fastest on a CPU; more may suit an accelerator.
 
     Returns:
       A function of ``(params, *batch)`` that returns a float32 array of shape ``(len(groups),)``.
@@ -86,7 +78,7 @@ def oracle(
 @functools.partial(jax.jit, static_argnames=("loss", "groups", "absolute", "memory"))
 def _scores(
     loss: Callable[..., jax.Array],
-    groups: "Groups",
+    groups: Groups,
     absolute: bool,
     memory: float,
     bar: jax.Array | None,
@@ -98,22 +90,14 @@ def _scores(
         return checked(floats)
 
     options: dict[str, Any] = {key: groups.options[key] for key in ("exact", "split")}
-    structure = _program.analyse(scalar, params, batch, **options)
-    flat = _program.Flat()
-    args = jax.tree.leaves((params, batch))
-    ins = [flat.add(v, x) for v, x in zip(structure.program.ins, args, strict=True)]
-    (out,) = flat.run(structure.program, ins)
-    leaves = [groups.unit[path] for path, _ in _tree.named_leaves(params)]
-    unit = structure.spread(leaves)
-    others = [tuple(unit[axis] for axis in v.axes) for v in flat.values[len(leaves) :]]
-    separate = _separate(structure, leaves, unit, len(groups))
+    flat, (out,), units, separate = evaluate(groups, scalar, params, batch, **options)
+    count = len(jax.tree.leaves(params))
     losses = jnp.zeros(len(groups), jnp.float32)
     for group in groups.groups:
-        values = _seen(flat, leaves + others, group.units, len(leaves))
-        sliced = bool(separate[group.units].all())
-        without, size = _without(flat, out, values, group.units, sliced)
+        alone = bool(separate[group.units].all())
+        without, size = _without(flat, out, units, count, group.units, alone)
 
-        def measure(unit: jax.Array, without: _Without = without) -> jax.Array:
+        def measure(unit: jax.Array, without: Callable[..., jax.Array] = without) -> jax.Array:
             if bar is not None:
                 _progress.advance(bar, unit)
             return without(unit)
@@ -125,91 +109,61 @@ def _scores(
     return jnp.abs(change) if absolute else change
 
 
-def _separate(
-    structure: _program.Structure,
-    leaves: list[tuple[np.ndarray, ...]],
-    unit: np.ndarray,
-    count: int,
-) -> np.ndarray:
-    """Returns for each unit whether the loss keeps it separate from other units, as its groups."""
-    separate = np.ones(count + 1, bool)
-    for leaf, axes in zip(structure.leaves, leaves, strict=True):
-        for axis, numbers in zip(leaf.axes, axes, strict=True):
-            differ = unit[axis] != numbers
-            separate[unit[axis[differ]]] = separate[numbers[differ]] = False
-    return separate
-
-
-class _Seen(NamedTuple):
-    """A value of the evaluated loss, as one group sees it."""
-
-    kind: int  # _KNOWN, _SLICED or _MIXED
-    units: tuple[np.ndarray, ...]  # for each axis, the unit of each index, 0 for none
-    axes: tuple[int, ...]  # the axes that have units of the group
-    dense: jax.Array
-    bare: jax.Array  # without the entire group; as dense unless the kind is _SLICED
-
-    def without(self, unit: Any) -> jax.Array:
-        """Returns a sliced value without a unit, or without several."""
-        # Unit 2 of a value with units 1 to 3:   dense  d₁ d₂ d₃
-        #                                        bare   b₁ b₂ b₃   ->   d₁ b₂ d₃
-        where = jnp.zeros((1,) * len(self.units), bool)
-        for axis in self.axes:
-            others = _tree.other_axes(len(self.units), axis)
-            where |= jnp.expand_dims(jnp.isin(self.units[axis], unit), others)
-        return jnp.where(where, self.bare, self.dense)
-
-
-def _seen(
-    flat: Any, units: list[tuple[np.ndarray, ...]], group: np.ndarray, leaves: int
-) -> list[_Seen]:
-    """Lists the values of the evaluated loss, in which the leaves alone are sliced so far."""
-    values = []
-    for i, (own, dense) in enumerate(zip(units, flat.arrays, strict=True)):
-        axes = tuple(axis for axis, unit in enumerate(own) if np.isin(unit, group).any())
-        value = _Seen(_KNOWN, own, axes, dense, dense)
-        if i < leaves and axes:  # a masked leaf is zero
-            value = value._replace(kind=_SLICED, bare=jnp.zeros((), dense.dtype))
-            value = value._replace(bare=value.without(group))
-        values.append(value)
-    return values
-
-
 def _without(
-    flat: Any, out: int, values: list[_Seen], group: np.ndarray, sliced: bool
-) -> tuple[_Without, int]:
-    """Returns a function from the masked unit to the loss, and its memory use in bytes.
+    flat: Any,
+    out: int,
+    units: Sequence[tuple[np.ndarray, ...]],  # for each value and axis, the unit of each index
+    leaves: int,  # the first values are those of the params
+    group: np.ndarray,
+    separate: bool,  # whether the loss unites no units of the group
+) -> tuple[Callable[[jax.Array], jax.Array], int]:
+    """Returns a function from the masked unit of a group to the loss, and its memory use in bytes.
 
     A result is sliced if it and its operands have the units of the group on one axis each: a
     contracted axis is one of both operands, so that a result would have its units on a second axis.
-    The result of a loop, which may mix its carry, is never sliced, and neither is a group whose
-    units the loss unites (not ``sliced``).
+    The result of a loop, which may mix its carry, is never sliced.
     """
+    axes = [[axis for axis, unit in enumerate(v) if np.isin(unit, group).any()] for v in units]
+    kinds = [_SLICED if i < leaves and axes[i] else _KNOWN for i in range(len(units))]
+    bare = list(flat.arrays)  # the values without the entire group, if they are sliced
+
+    def masked(i: int, unit: Any) -> jax.Array:
+        # Unit 2 of a value with units 1 to 3:   dense  d₁ d₂ d₃
+        #                                        bare   b₁ b₂ b₃   ->   d₁ b₂ d₃
+        where = jnp.zeros((1,) * len(units[i]), bool)
+        for axis in axes[i]:
+            others = _tree.other_axes(len(units[i]), axis)
+            where |= jnp.expand_dims(jnp.isin(units[i][axis], unit), others)
+        return jnp.where(where, bare[i], flat.arrays[i])
+
+    for i in range(leaves):
+        if axes[i]:  # a masked leaf is zero
+            bare[i] = jnp.zeros((), bare[i].dtype)
+            bare[i] = masked(i, group)
     for eqn, ins, outs in flat.steps:
-        kind = max((values[i].kind for i in ins), default=_KNOWN)
-        results = [values[i].bare for i in outs]
+        kind = max((kinds[i] for i in ins), default=_KNOWN)
         if kind == _SLICED:
-            single = all(len(values[i].axes) <= 1 for i in ins)
-            single &= all(len(values[i].axes) == 1 for i in outs)
-            if sliced and single and not _program.inner(eqn):
-                results = _program.bind(eqn, *(values[i].bare for i in ins))
+            single = all(len(axes[i]) <= 1 for i in ins) and all(len(axes[i]) == 1 for i in outs)
+            if separate and single and not _program.inner(eqn):
+                for i, x in zip(outs, _program.bind(eqn, *(bare[i] for i in ins)), strict=True):
+                    bare[i] = x
             else:
                 kind = _MIXED
-        for i, bare in zip(outs, results, strict=True):
-            values[i] = values[i]._replace(kind=kind, bare=bare)
-    mixed = [step for step in flat.steps if any(values[i].kind == _MIXED for i in step.outs)]
+        for i in outs:
+            kinds[i] = kind
+    mixed = [step for step in flat.steps if any(kinds[i] == _MIXED for i in step.outs)]
     read = {i for step in mixed for i in step.ins} | {out}
-    masked = sorted(i for i in read if values[i].kind == _SLICED)
+    sliced = sorted(i for i in read if kinds[i] == _SLICED)
 
     def without(unit: jax.Array) -> jax.Array:
         arrays = list(flat.arrays)
-        for i in masked:
-            arrays[i] = values[i].without(unit)
+        for i in sliced:
+            arrays[i] = masked(i, unit)
         for eqn, ins, outs in mixed:
             results = _program.bind(eqn, *(arrays[i] for i in ins))
             for i, x in zip(outs, results, strict=True):
                 arrays[i] = x
         return arrays[out].astype(jnp.float32)
 
-    computed = [flat.arrays[i] for i in [*masked, *(i for step in mixed for i in step.outs)]]
+    computed = [flat.arrays[i] for i in [*sliced, *(i for step in mixed for i in step.outs)]]
     return without, sum(x.size * x.dtype.itemsize for x in computed)

@@ -1,6 +1,6 @@
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,8 @@ import numpy as np
 
 from jaxprune import _ranks, _select
 from jaxprune._tree import Masks, Params
+from jaxprune.groups import Groups
 from jaxprune.masks import apply_masks
-
-if TYPE_CHECKING:
-    from jaxprune.groups import Groups
 
 
 class Particles(NamedTuple):
@@ -20,7 +18,7 @@ class Particles(NamedTuple):
     Attributes:
       masks: the masks of the particle with the lowest loss of all rounds.
       scores: how often each unit is kept in the last round, weighted by particle, in [0, 1].
-      errors: the loss of each particle in each round, shape ``(rounds, particles)``.
+      errors: the loss of each particle in each round.
     """
 
     masks: Masks
@@ -29,7 +27,7 @@ class Particles(NamedTuple):
 
 
 def particle_filter(
-    groups: "Groups",
+    groups: Groups,
     loss: Callable[..., jax.Array],
     params: Params,
     sparsity: float,
@@ -64,7 +62,7 @@ def particle_filter(
       rounds: the number of times that all particles are evaluated.
       temperature: the :math:`T` of the equation; lower values prefer the best particles more.
       mutation: the probability that a child flips a unit.
-      batch_size: how many networks are evaluated in parallel; 1 is faster for convolutions on a
+      batch_size: the number of networks evaluated in parallel; 1 is faster for convolutions on a
         CPU.
 
     Returns:
@@ -104,15 +102,12 @@ def particle_filter(
     sparsity = _select.check_sparsity(sparsity)
     _ranks.check_params(groups, params)
     first, *keys = jax.random.split(key, rounds + 1)
-    kept = _first(groups, particles, first, sparsity)
+    kept = _repair(groups, jax.random.uniform(first, (particles, len(groups))), sparsity)
     state = _State(kept, kept[0], jnp.float32(jnp.inf))
-    errors = []
-    numbers = (sparsity, temperature, mutation)
+    numbers, errors = (sparsity, temperature, mutation), []
     for key in keys:
-        state, scores, losses = _round(
-            loss, groups, batch_size, state, key, numbers, params, *batch
-        )
-        errors.append(losses)
+        state, scores, error = _round(loss, groups, batch_size, state, key, numbers, params, *batch)
+        errors.append(error)
     if not jnp.isfinite(state.least):
         raise ValueError(
             f"loss must be finite, got NaN or infinity for all {particles} particles in all "
@@ -127,15 +122,10 @@ class _State(NamedTuple):
     least: jax.Array  # shape=(), dtype=float32, the loss of the best
 
 
-@functools.partial(jax.jit, static_argnames=("groups", "particles"))
-def _first(groups: "Groups", particles: int, key: jax.Array, sparsity: Any) -> jax.Array:
-    return _repair(groups, jax.random.uniform(key, (particles, len(groups))), sparsity)
-
-
 @functools.partial(jax.jit, static_argnames=("loss", "groups", "batch_size"))
 def _round(
     loss: Callable[..., jax.Array],
-    groups: "Groups",
+    groups: Groups,
     batch_size: int,
     state: _State,
     key: jax.Array,
@@ -160,8 +150,7 @@ def _round(
     finite = jnp.isfinite(losses)
     cost = jnp.where(finite, losses, jnp.inf)
     winner = jnp.argmin(cost)
-    better = cost[winner] < state.least
-    best = jnp.where(better, kept[winner], state.best)
+    best = jnp.where(cost[winner] < state.least, kept[winner], state.best)
     spread = jnp.std(cost, where=finite)
     weights = jax.nn.softmax(-cost / (temperature * jnp.where(spread > 0, spread, 1)))
 
@@ -175,7 +164,8 @@ def _round(
     return state, weights @ kept, losses
 
 
-def _repair(groups: "Groups", wishes: jax.Array, sparsity: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="groups")
+def _repair(groups: Groups, wishes: jax.Array, sparsity: Any) -> jax.Array:
     """Keeps an exact number of units, those with the highest wishes, and one of every group."""
     pools = np.zeros(len(groups.groups), int)
 

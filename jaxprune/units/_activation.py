@@ -1,6 +1,6 @@
 import functools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def activation(
       each example, then the norm over examples (the first axis of :math:`a`)
 
     If nothing sums over the unit, :math:`a` is the last value that carries it. Activations are read
-    from the traced program, so layers need not return them. Heads are read where their outputs are
+    from the traced program, so layers need not return them; heads where their outputs are
     projected. Values inside a scan, a while loop or a cond are not seen.
 
     Args:
@@ -39,8 +39,7 @@ def activation(
       A function of ``(params, *inputs)`` that returns a float32 array of shape ``(len(groups),)``.
 
     Raises:
-      ValueError: for an unknown statistic, groups of another function, or units that no activation
-        carries.
+      ValueError: for an unknown statistic, groups of another function, or units in no activation.
 
     Examples:
       >>> import jaxprune as jp
@@ -56,8 +55,7 @@ def activation(
       <https://arxiv.org/abs/1611.06440>`_, 2016 (mean and standard deviation)
 
       Muralidharan et al, `Compact Language Models via Pruning and Knowledge Distillation
-      <https://arxiv.org/abs/2407.14679>`_, 2024 (mean over the sequence, norm over the batch; there
-      with norms of head outputs)
+      <https://arxiv.org/abs/2407.14679>`_, 2024 (``mean_l2``; there with norms of head outputs)
     """
     _tree.check_word("statistic", statistic, ("mean", "std", "mean_l2"))
 
@@ -68,22 +66,35 @@ def activation(
     return score
 
 
-class _Read(NamedTuple):
-    """An activation, one of its axes, and the unit of each index along that axis, 0 for none."""
-
-    array: jax.Array
-    axis: int
-    unit: np.ndarray
-
-
 @functools.partial(jax.jit, static_argnames=("apply_fn", "groups", "statistic"))
 def _activation(
     apply_fn: Callable[..., Any], groups: "Groups", statistic: str, params: Params, *inputs: Any
 ) -> jax.Array:
+    flat, _, units, separate = evaluate(groups, apply_fn, params, inputs, **groups.options)
+    if not separate.all():
+        raise ValueError(
+            "groups: must be those of this function, got units that it unites or pins. Find them "
+            "with the same function and params; the batch size may differ."
+        )
+    count = len(jax.tree.leaves(params))
+    activations = _activations(flat, range(count, count + len(jax.tree.leaves(inputs))))
+    chosen = np.full(len(groups) + 1, -1)  # for each unit, the activation from which it is read
+    for number, (i, axis) in enumerate(activations):
+        chosen[units[i][axis]] = number
+    for group in groups.groups:
+        if (chosen[group.units] < 0).any():
+            raise ValueError(
+                f"{_tree.show(group.members[0][0])}: the units of its group must be in an "
+                "activation outside of loops and branches, got none. Score them by their params, "
+                "or unroll the loop."
+            )
     score = jnp.zeros(len(groups), jnp.float32)
-    for array, axis, unit in _reads(groups, apply_fn, params, inputs):
-        numbers, place = np.unique(unit, return_inverse=True)
-        values = _mesh.automatic(functools.partial(_statistic, statistic, axis, place), array)
+    for number in np.unique(chosen[1:]):
+        i, axis = activations[number]
+        unit = units[i][axis]
+        numbers, place = np.unique(unit * (chosen[unit] == number), return_inverse=True)
+        measure = functools.partial(_statistic, statistic, axis, place)
+        values = _mesh.automatic(measure, flat.arrays[i])
         score = score.at[numbers[numbers > 0] - 1].set(values[numbers > 0])
     return score
 
@@ -106,67 +117,46 @@ def _statistic(statistic: str, axis: int, place: np.ndarray, x: jax.Array) -> ja
     return jnp.linalg.norm(mean(jnp.abs(a)), axis=0)
 
 
-def _reads(
-    groups: "Groups", apply_fn: Callable[..., Any], params: Params, inputs: Sequence[Any]
-) -> list[_Read]:
-    """Evaluates the program, and lists activations such that one of them carries each unit."""
-    structure = _program.analyse(apply_fn, params, inputs, **groups.options)
-    units = [groups.unit[path] for path, _ in _tree.named_leaves(params)]
-    unit = structure.spread(units)
-    pairs = [
-        pair
-        for leaf, axes in zip(structure.leaves, units, strict=True)
-        for pair in zip(leaf.axes, axes, strict=True)
-    ]
-    if not all(np.array_equal(unit[axis], numbers) for axis, numbers in pairs):
-        raise ValueError(
-            "groups: must be those of this function, got units that it unites or pins. Find them "
-            "with the same function and params; the batch size may differ."
-        )
+def evaluate(
+    groups: "Groups", apply_fn: Callable[..., Any], params: Params, inputs: Any, **options: Any
+) -> tuple[Any, list[int], list[tuple[np.ndarray, ...]], np.ndarray]:
+    """Evaluates a function, and finds the units in its values.
+
+    Returns:
+      The evaluated program; the numbers of its results; for each value and axis, the unit of each
+      index, 0 for none; for each unit, whether the function keeps it separate, as the groups do.
+    """
+    structure = _program.analyse(apply_fn, params, inputs, **options)
+    leaves = [groups.unit[path] for path, _ in _tree.named_leaves(params)]
+    unit = structure.spread(leaves)
+    separate = np.ones(len(groups) + 1, bool)
+    for leaf, axes in zip(structure.leaves, leaves, strict=True):
+        for axis, numbers in zip(leaf.axes, axes, strict=True):
+            differ = unit[axis] != numbers
+            separate[unit[axis[differ]]] = separate[numbers[differ]] = False
     flat = _program.Flat()
     args = jax.tree.leaves((params, inputs))
     ins = [flat.add(v, x) for v, x in zip(structure.program.ins, args, strict=True)]
-    flat.run(structure.program, ins)
-
-    reads: list[_Read] = []
-    first_sum = np.full(len(groups) + 1, -1)  # for each unit, the first read that is summed over it
-    last = np.full(len(groups) + 1, -1)  # for each unit, the last read that carries it
-    for i, axis, summed in _candidates(flat, len(structure.leaves), len(args)):
-        array, along = flat.arrays[i], unit[flat.values[i].axes[axis]]
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            continue
-        carried = np.unique(along[along > 0])
-        if summed:
-            first_sum[carried[first_sum[carried] < 0]] = len(reads)
-        else:
-            last[carried] = len(reads)
-        reads.append(_Read(array, axis, along))
-    chosen = np.where(first_sum < 0, last, first_sum)
-    for group in groups.groups:
-        if (chosen[group.units] < 0).any():
-            raise ValueError(
-                f"{_tree.show(group.members[0][0])}: the units of its group must be in an "
-                "activation outside of loops and branches, got none. Score them by their params, "
-                "or unroll the loop."
-            )
-    # Of each activation, only the units that are read from it.
-    reads = [r._replace(unit=r.unit * (chosen[r.unit] == i)) for i, r in enumerate(reads)]
-    return [read for read in reads if read.unit.any()]
+    outs = flat.run(structure.program, ins)
+    values = [tuple(unit[axis] for axis in v.axes) for v in flat.values[len(leaves) :]]
+    return flat, outs, leaves + values, separate
 
 
-def _candidates(flat: Any, params: int, args: int) -> list[tuple[int, int, bool]]:
-    """Lists ``(value, axis, whether an equation sums products over it)`` in order of evaluation.
+def _activations(flat: Any, inputs: Iterable[int]) -> list[tuple[int, int]]:
+    """Lists floating values that depend on inputs, with their axes.
 
-    Only values that depend on an input are activations.
+    A unit is read from the last of them that carries it: from the first that is summed over it, as
+    those come last and in reverse, or else from the last value.
     """
-    fed = set(range(params, args))
-    candidates = []
+    fed = set(inputs)
+    carried, summed = [], []
     for eqn, ins, outs in flat.steps:
-        candidates += [(i, axis, True) for i, axis in _summed(eqn, ins) if i in fed]
+        summed += [(i, axis) for i, axis in _summed(eqn, ins) if i in fed]
         if fed.intersection(ins):
             fed.update(outs)
-            candidates += [(i, n, False) for i in outs for n in range(len(flat.values[i].axes))]
-    return candidates
+            carried += [(i, axis) for i in outs for axis in range(len(flat.values[i].axes))]
+    activations = carried + summed[::-1]
+    return [(i, n) for i, n in activations if jnp.issubdtype(flat.arrays[i].dtype, jnp.floating)]
 
 
 def _summed(eqn: Any, ins: Sequence[int]) -> list[tuple[int, int]]:

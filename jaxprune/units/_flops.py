@@ -13,10 +13,9 @@ if TYPE_CHECKING:
 def flops(groups: "Groups") -> jax.Array:
     """Returns the FLOPs that the removal of each unit alone saves.
 
-    FLOPs are counted for the example inputs passed to ``find_groups``, as in
-    :func:`jaxprune.metrics.flops`: the most expensive branch of a `cond`, and one iteration of a
-    `while` loop, with a warning. Molchanov et al subtract them from the scores of :func:`taylor`,
-    times a small number.
+    They are counted as in :func:`jaxprune.metrics.flops`, for the example inputs of
+    ``find_groups``. The paper of :func:`taylor` subtracts them, times a small number, from its
+    scores.
 
     Args:
       groups: from ``find_groups``.
@@ -30,10 +29,6 @@ def flops(groups: "Groups") -> jax.Array:
       >>> groups = jp.find_groups(lambda p, x: x @ p["in"] @ p["out"], params, jnp.ones((1, 3)))
       >>> print(flops(groups))
       [10. 10. 10. 10.]
-
-    References:
-      Molchanov et al, `Pruning Convolutional Neural Networks for Resource Efficient Inference
-      <https://arxiv.org/abs/1611.06440>`_, 2016
     """
     _program.warn_of_loops(groups.terms, stacklevel=2)
 

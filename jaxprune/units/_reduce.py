@@ -29,8 +29,8 @@ def reduce(
 
     where the members m of unit u are its slices, one per leaf and axis that it spans. With
     ``scores.magnitude(params)`` and ``how="first"`` this is the filter pruning of Li et al.
-    ``groups.select(scores, sparsity, reduce=how)`` does the same with the default leaves. Call
-    ``reduce`` to choose the leaves, to normalize, or to add other scores of units.
+    ``groups.select(scores, sparsity, reduce=how)`` does the same. Call ``reduce`` to choose the
+    leaves, to normalize, or to add other scores of units.
 
     Args:
       groups: from ``find_groups``.
@@ -40,16 +40,16 @@ def reduce(
         program uses first: the filter that makes the unit.
       where: ``where(path, score)`` returns whether a leaf counts. By default only leaves with two
         or more axes count, if there are any.
-      normalize: divides the scores of each group by their ``"mean"``, ``"max"``, ``"sum"``, or by
-        their ``"l2"`` norm.
+      normalize: divides the scores of each group by their ``"mean"``, ``"max"``, ``"sum"`` or
+        ``"l2"`` norm.
 
     Returns:
       A float32 array of shape ``(len(groups),)``. A group without a counted leaf has the score
       +inf: ``groups.select`` keeps its units, and counts them in no budget.
 
     Raises:
-      ValueError: for scores of other paths or shapes, NaN or infinite scores, scores that are in no
-        group, an unknown ``how`` or ``normalize``, or ``how`` or ``where`` with one score per unit.
+      ValueError: for scores of other paths or shapes, that are not finite, or in no group; for an
+        unknown word; or for ``how`` or ``where`` with one score per unit.
 
     Examples:
       >>> import jaxprune as jp
@@ -60,8 +60,7 @@ def reduce(
       [2. 3.] [1.         0.33333334]
 
     References:
-      Li et al, `Pruning Filters for Efficient ConvNets
-      <https://arxiv.org/abs/1608.08710>`_, 2016
+      Li et al, `Pruning Filters for Efficient ConvNets <https://arxiv.org/abs/1608.08710>`_, 2016
     """
     _tree.check_word("how", how, HOW)
     _tree.check_word("normalize", normalize, NORMS)
@@ -73,7 +72,7 @@ def reduce(
         )
     else:
         scores = _checked(groups, scores)
-    return scores if normalize is None else normalized(groups, scores, normalize)
+    return normalized(groups, scores, normalize)
 
 
 def is_per_unit(groups: "Groups", scores: Any) -> bool:
@@ -108,26 +107,32 @@ def _reduce(groups: "Groups", scores: Scores, how: str, where: Where | None) -> 
     leaves = {p: s for p, s in aligned if s is not None and (where is None or where(p, s))}
     if where is None and (matrices := {p: s for p, s in leaves.items() if jnp.ndim(s) >= 2}):
         leaves = matrices
-    members = _members(groups)
-    used = [i for i, (path, _) in enumerate(members) if path in leaves]
-    if not used:
+    members = [  # in the order in which the program uses them
+        (path, axis, unit)
+        for path, axes in groups.unit.items()
+        for axis, unit in enumerate(axes)
+        if path in leaves and unit.any()
+    ]
+    if not members:
         raise ValueError(
             f"scores: at least one scored leaf must be in a group, got scores of {sorted(leaves)}. "
             "Score leaves that print(groups) lists, or choose them with "
             "`jp.units.reduce(groups, scores, where=lambda path, s: ...)`."
         )
-    units = [groups.unit[members[i][0]][members[i][1]] for i in used]
-    member = np.repeat(used, [len(unit) for unit in units])
-    # One key for every (unit, member), by unit first, then in the order in which members are used.
-    every = np.concatenate(units).astype(np.int64)
-    keys, slices = np.unique(every * len(members) + member, return_inverse=True)
-    owner = keys // len(members)
+    # One key for every (unit, member), by unit first, then in the order of the members.
+    count = len(members)
+    keys = [unit.astype(np.int64) * count + i for i, (*_, unit) in enumerate(members)]
+    distinct, slices = np.unique(np.concatenate(keys), return_inverse=True)
+    owner = distinct // count
     # Array by array: those of identical layers share a program, which in one program for all would
     # be compiled for each.
-    sums = tuple(_slice_sums(leaves[path], axis) for path, axis in (members[i] for i in used))
+    sums = [
+        _mesh.replicated(_sums.exact_sum(s, _tree.other_axes(jnp.ndim(s), axis)))
+        for s, axis in ((leaves[path], axis) for path, axis, _ in members)
+    ]
     result, finite = _reduced(sums, slices, owner, how=how, count=len(groups))
     if not _tree.is_traced(finite) and not np.asarray(finite).all():
-        path, _ = members[used[int(np.argmin(finite))]]
+        path, *_ = members[int(np.argmin(finite))]
         raise ValueError(
             f"{_tree.show(path)}: scores must be finite, got NaN or infinity. Check the loss and "
             "the params, or leave this leaf out with "
@@ -137,45 +142,29 @@ def _reduce(groups: "Groups", scores: Scores, how: str, where: Where | None) -> 
     return jnp.where(scored, result, jnp.inf)
 
 
-def normalized(groups: "Groups", scores: jax.Array, how: str) -> jax.Array:
+def normalized(groups: "Groups", scores: jax.Array, how: str | None) -> jax.Array:
     """Divides the scores of each group by one number, if that is not 0; +inf remains."""
+    if how is None:
+        return scores
     group, count = _ranks.group_of(groups), len(groups.groups)
-    if how == "max":
-        scale = jax.ops.segment_max(scores, group, count)
-    elif how == "l2":
-        scale = jnp.sqrt(jax.ops.segment_sum(scores**2, group, count))
-    else:
-        scale = jax.ops.segment_sum(scores, group, count)
-    if how == "mean":
+    total = jax.ops.segment_max if how == "max" else jax.ops.segment_sum
+    scale = total(scores**2 if how == "l2" else scores, group, count)
+    if how == "l2":
+        scale = jnp.sqrt(scale)
+    elif how == "mean":
         scale = scale / np.bincount(group, minlength=count)
     return scores / jnp.where((scale == 0) | (scale == jnp.inf), 1, scale)[group]
 
 
-def _members(groups: "Groups") -> list[tuple[str, int]]:
-    """Lists the leaves and axes that have units, in the order in which the program uses them."""
-    used = {(path, axis) for group in groups.groups for path, axis, _ in group.members}
-    order = {path: i for i, path in enumerate(groups.unit)}
-    return sorted(used, key=lambda member: (order[member[0]], member[1]))
-
-
-def _slice_sums(scores: jax.Array, axis: int) -> jax.Array:
-    others = _tree.other_axes(jnp.ndim(scores), axis)
-    return _mesh.replicated(_sums.exact_sum(scores, others))
-
-
 @functools.partial(jax.jit, static_argnames=("how", "count"))
 def _reduced(
-    sums: tuple[jax.Array, ...], slices: jax.Array, owner: jax.Array, how: str, count: int
+    sums: list[jax.Array],  # for every array, the sums of its slices
+    slices: jax.Array,  # for all of these in turn, the number of the total they belong to
+    owner: jax.Array,  # the unit of every total, or 0; ascending
+    how: str,
+    count: int,  # of units
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns one score per unit, and whether the scores of each array are finite.
-
-    Args:
-      sums: for every array, the sums of its slices.
-      slices: for all of these, one array after the other, the number of the total they belong to.
-      owner: the unit of every total, or 0; ascending.
-      how: how the totals of a unit become one score.
-      count: how many units there are.
-    """
+    """Returns one score per unit, and whether the scores of each array are finite."""
     totals = jax.ops.segment_sum(jnp.concatenate(sums), slices, len(owner))
     if how == "first":
         first = jnp.searchsorted(owner, jnp.arange(1, count + 1))

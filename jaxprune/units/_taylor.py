@@ -4,14 +4,16 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxprune import _loss, _ranks, _tree
+from jaxprune import _loss, _mesh, _ranks, _tree
 from jaxprune._tree import Params, Where
-from jaxprune.units._gates import Gates, derivatives, gates
 from jaxprune.units._reduce import NORMS, normalized
 
 if TYPE_CHECKING:
-    from jaxprune.groups import Groups
+    from jaxprune.groups import Group, Groups
+
+Gates = tuple[tuple[tuple[str, int], ...], ...]  # for each group, the leaves and axes of its gate
 
 
 def taylor(
@@ -29,21 +31,19 @@ def taylor(
     The absolute value is taken per example. :func:`taylor_gates` squares the derivative of the
     entire batch, in which examples of opposite signs cancel.
 
-    The leaves :math:`G_u` are those of the unit's gate. By default the gate covers the slice that
-    produces the unit (its first member, e.g. the kernel) and the bias-shaped members after it in
-    the same module (the same path up to the last part). In attention the first member is the query,
-    in a recurrent cell one of its kernels. ``where`` chooses other leaves: the scale and the bias
-    of a batch norm, or the slices that read the unit, such as the output projection of attention,
-    which gate what they read, after any activation. All slices of a unit that ``where`` chooses
-    form one gate.
+    The leaves :math:`G_u` form the gate of the unit. By default they are the slice that produces
+    the unit (its first member: a kernel; in attention the query, in a recurrent cell one of its
+    kernels) and the bias-shaped members after it with the same path up to the last part. ``where``
+    chooses others: the scale and the bias of a batch norm, or the slices that read the unit, such
+    as the output projection of attention, which gate what they read, after any activation.
 
     The paper takes the mean over positions, and this function the sum. The two differ by one factor
     per layer, which ``normalize="l2"`` divides out.
 
     Args:
       groups: from ``find_groups``.
-      loss: maps ``(params, *batch)`` to a scalar, the mean over a batch. It is called with batches
-        of one example, so a batch norm must use its running statistics.
+      loss: maps ``(params, *batch)`` to a scalar. It is called with batches of one example, so a
+        batch norm must use its running statistics.
       where: ``where(path, leaf)`` returns whether a leaf is part of the gates. A group without such
         a leaf has its default gate.
       normalize: ``"l2"`` divides the scores of each group by their norm, as the paper does to
@@ -82,7 +82,7 @@ def taylor(
         add = functools.partial(_add, loss, groups, chosen, params, batch)
         zeros = jnp.zeros(len(groups), jnp.float32)
         scores = _loss.fold(add, zeros, count, _tree.is_traced(params, batch)) / count
-        return scores if normalize is None else normalized(groups, scores, normalize)
+        return normalized(groups, scores, normalize)
 
     return score
 
@@ -99,3 +99,60 @@ def _add(
 ) -> jax.Array:
     example = _loss.example(batch, i)
     return total + jnp.abs(derivatives("units.taylor", loss, groups, gates, params, *example))
+
+
+def gates(groups: "Groups", where: Where | None) -> Gates:
+    """Chooses the leaves that make the gates: by default those that produce the unit."""
+    leaves = dict(_tree.named_leaves(groups.like))
+    chosen = [
+        tuple((p, axis) for p, axis, _ in group.members if where and where(p, leaves[p]))
+        for group in groups.groups
+    ]
+    if where and not any(chosen):
+        paths = sorted({path for group in groups.groups for path, *_ in group.members})
+        raise ValueError(
+            f"where: must choose a leaf of at least one group, got none of {paths[:10]}. "
+            "Choose from print(groups)."
+        )
+    pairs = zip(groups.groups, chosen, strict=True)
+    return tuple(gate or _producer(group, leaves) for group, gate in pairs)
+
+
+def _producer(group: "Group", leaves: dict[str, Any]) -> tuple[tuple[str, int], ...]:
+    """Lists the first member, and the biases that follow in its module."""
+    (path, first, _), *others = group.members
+    kernel = leaves[path].shape
+    gate = [(path, first)]
+    for other, axis, _ in others:
+        bias = leaves[other].shape
+        # A bias has some of the axes of its kernel, in order: (heads, dims) of (in, heads, dims).
+        sizes, rest = [n for n in bias if n > 1], iter(kernel)
+        fewer = len(sizes) < len(kernel) and all(n in rest for n in sizes)
+        sibling = other.rpartition("/")[0] == path.rpartition("/")[0]
+        if not (sibling and fewer and (axis == first or len(bias) < len(kernel))):
+            break
+        gate.append((other, axis))
+    return tuple(gate)
+
+
+@functools.partial(jax.jit, static_argnames=("name", "loss", "groups", "gates"))
+def derivatives(
+    name: str,
+    loss: Callable[..., jax.Array],
+    groups: "Groups",
+    gates: Gates,
+    params: Params,
+    *batch: Any,
+) -> jax.Array:
+    """Returns the derivative of the loss with respect to the gate of each unit."""
+    grads = dict(_tree.named_leaves(_loss.grad(name, loss, params, *batch)))
+    weights = dict(_tree.named_leaves(params))
+    total = jnp.zeros(len(groups), jnp.float32)
+    for group, gate in zip(groups.groups, gates, strict=True):
+        for path, axis in gate:
+            product = grads[path].astype(jnp.float32) * jnp.asarray(weights[path], jnp.float32)
+            slices = _mesh.replicated(jnp.sum(product, _tree.other_axes(product.ndim, axis)))
+            unit = groups.unit[path][axis]
+            places = np.flatnonzero(np.isin(unit, group.units))
+            total = total.at[unit[places] - 1].add(slices[places])
+    return total

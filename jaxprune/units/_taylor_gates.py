@@ -1,4 +1,3 @@
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -6,7 +5,7 @@ import jax
 
 from jaxprune import _ranks
 from jaxprune._tree import Params, Where
-from jaxprune.units._gates import Gates, derivatives, gates
+from jaxprune.units._taylor import derivatives, gates
 
 if TYPE_CHECKING:
     from jaxprune.groups import Groups
@@ -54,13 +53,6 @@ def taylor_gates(
 
     def score(params: Params, *batch: Any) -> jax.Array:
         _ranks.check_params(groups, params)
-        return _squared(loss, groups, chosen, params, *batch)
+        return derivatives("units.taylor_gates", loss, groups, chosen, params, *batch) ** 2
 
     return score
-
-
-@functools.partial(jax.jit, static_argnames=("loss", "groups", "gates"))
-def _squared(
-    loss: Callable[..., jax.Array], groups: "Groups", gates: Gates, params: Params, *batch: Any
-) -> jax.Array:
-    return derivatives("units.taylor_gates", loss, groups, gates, params, *batch) ** 2
