@@ -26,8 +26,7 @@ def fisher(loss: Callable[..., jax.Array]) -> Score:
 
     Returns:
       A function of ``(params, *batch)`` that returns one float32 score per weight; higher is kept.
-      All arrays of the batch must have the examples along their first axis. Gradients are computed
-      one example at a time.
+      All arrays of the batch must have the examples along their first axis.
 
     Raises:
       ValueError: if batch arrays have different lengths; outside jit also if gradients are not

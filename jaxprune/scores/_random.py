@@ -8,8 +8,6 @@ from jaxprune._tree import Params, Scores
 def random(params: Params, key: jax.Array) -> Scores:
     r"""Scores weights at random: :math:`s_i \sim U[0, 1)`, the baseline of every comparison.
 
-    A weight that is NaN scores NaN, as with every other criterion.
-
     Args:
       params: any pytree of arrays.
       key: a PRNG key.
