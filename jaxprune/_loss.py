@@ -19,26 +19,23 @@ from jaxprune._tree import Params, Tree
 Loss = Callable[..., jax.Array]  # (params, *batch) -> scalar
 
 
-def checked(
-    name: str, *, examples: bool = False, curvature: bool = False
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def checked(name: str, *, examples: bool = False, curvature: bool = False) -> Callable[..., Any]:
     """Returns a decorator that checks the arguments of a criterion before it is traced.
 
     With ``examples``, all arrays of the batch must have the examples along their first axis. With
-    ``curvature``, the criterion returns ``(result, largest)``, where ``largest`` comes from
-    :func:`largest` and is checked; the decorated criterion returns the result.
+    ``curvature``, the criterion also returns the :func:`largest` curvature, which is checked here.
     """
 
     def decorate(criterion: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(criterion)
-        def run(loss: Callable[..., Any], params: Params, *batch: Any, **options: Any) -> Any:
+        def run(loss: Loss, params: Params, *batch: Any, **options: Any) -> Any:
             _tree.check_params(params)
             if examples:
                 check_examples(name, batch)
-            if not curvature:
-                return criterion(loss, params, *batch, **options)
-            result, largest = criterion(loss, params, *batch, **options)
-            check_curvature(name, largest)
+            result = criterion(loss, params, *batch, **options)
+            if curvature:
+                result, largest = result
+                _check_curvature(name, largest)
             return result
 
         return run
@@ -104,15 +101,12 @@ def fold(step: Callable[[Any, Any], Any], carry: Any, count: int, traced: bool) 
     """Computes ``carry = step(carry, i)`` for every i below count.
 
     Outside jit this is a Python loop over a jitted step, because XLA on CPUs computes gradients of
-    convolutions ten times slower inside a loop of its own. Under jit it is a scan, which compiles
-    the step once.
+    convolutions ten times slower inside its own loops. Under jit it is a scan: one compiled step.
     """
     numbers = np.arange(count, dtype=np.int32)
-    if traced:
-        return jax.lax.scan(lambda carry, i: (step(carry, i), None), carry, numbers)[0]
-    for i in numbers:
-        carry = step(carry, i)
-    return carry
+    if not traced:
+        return functools.reduce(step, numbers, carry)
+    return jax.lax.scan(lambda carry, i: (step(carry, i), None), carry, numbers)[0]
 
 
 def largest(curvature: Tree) -> Tree:
@@ -120,20 +114,19 @@ def largest(curvature: Tree) -> Tree:
     return jax.tree.map(lambda h: jnp.max(jnp.abs(h), initial=0), curvature)
 
 
-def check_curvature(name: str, largest: Tree) -> None:
+def _check_curvature(name: str, largest: Tree) -> None:
     """Raises a `ValueError`, outside jit, for a curvature that is not finite or 0 everywhere."""
     if _tree.is_traced(largest):
         return
-    sizes = {path: float(size) for path, size in _tree.named_leaves(jax.device_get(largest))}
-    for path, size in sizes.items():
-        if not np.isfinite(size):
-            raise ValueError(
-                f"{name}: {_tree.show(path)} has a curvature that is NaN or infinite. Check the "
-                "loss and the params."
-            )
+    sizes = {_tree.show(path): float(x) for path, x in _tree.named_leaves(jax.device_get(largest))}
+    bad = next((path for path, size in sizes.items() if not np.isfinite(size)), None)
+    if bad:
+        raise ValueError(
+            f"{name}: {bad} has a curvature that is NaN or infinite. Check the loss and the params."
+        )
     if not any(sizes.values()):
         raise ValueError(
-            f"{name}: the curvature is exactly 0 in every leaf ({_tree.show(next(iter(sizes)))}, "
-            "...), so that all scores are 0. Use a loss with a curvature: one that is linear in "
-            "the outputs of a piecewise linear network has none. Or use `taylor`."
+            f"{name}: the curvature is exactly 0 in every leaf ({next(iter(sizes))}, ...), as for "
+            "a loss that is linear in the outputs of a piecewise linear network. Use another "
+            "loss, or `taylor`."
         )

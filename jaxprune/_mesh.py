@@ -26,10 +26,9 @@ def check_together(leaves: Iterable[tuple[str, Any]]) -> None:
     for path, sharding in placed:
         if sharding.device_set != placed[0][1].device_set:
             raise ValueError(
-                f"{path}: lies on other devices ({sharding}) than {placed[0][0]} "
-                f"({placed[0][1]}). Put all arrays on one mesh with `jax.device_put(array, "
-                "NamedSharding(mesh, spec))`; `None` in the spec replicates an axis that the mesh "
-                "does not divide."
+                f"{path}: lies on other devices ({sharding}) than {placed[0][0]} ({placed[0][1]}). "
+                "Put all arrays on one mesh: `jax.device_put(array, NamedSharding(mesh, spec))`. "
+                "`None` in the spec replicates an axis that the mesh does not divide."
             )
 
 
@@ -46,13 +45,10 @@ def check_held(path: str, like: Any) -> None:
 
 
 def fitting(sharding: NamedSharding, before: Sequence[int], after: Sequence[int]) -> NamedSharding:
-    """Returns the sharding for a new shape, which replicates the axes that no longer divide.
-
-    An array with another number of axes is replicated.
-    """
-    spec = [*sharding.spec, *[None] * (len(before) - len(sharding.spec))]
+    """Returns the sharding for a new shape, which replicates the axes that no longer divide."""
     if len(before) != len(after):
-        return sharding.update(spec=P())
+        return sharding.update(spec=P())  # which axes became which is not known
+    spec = [*sharding.spec, *[None] * (len(before) - len(sharding.spec))]
     for i, (axis, size) in enumerate(zip(spec, after, strict=True)):
         names = (axis,) if isinstance(axis, str) else tuple(axis or ())
         if size % math.prod(sharding.mesh.shape[name] for name in names):

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,6 @@ from jaxprune import masks as _masks
 from jaxprune._tree import Masks, Params, Score, Scores, Select, Where
 
 SCOPES = ("global", "layer", "erk")
-
-
-class _Entry(NamedTuple):
-    """A leaf to prune."""
-
-    number: int  # among all leaves
-    path: str
-    scores: jax.Array
-    within: jax.Array | None  # its mask so far
 
 
 def select(
@@ -63,8 +54,8 @@ def select(
 
     Raises:
       ValueError: for a sparsity outside [0, 1), an unknown scope or path, no leaf to prune, masks
-        in ``within`` of other paths or shapes, or a leaf that the pattern does not fit; outside jit
-        also for scores that are not finite or lie on different devices.
+        of other paths or shapes, or a leaf that the pattern does not fit; outside jit also for
+        scores that are not finite or lie on different devices.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -78,36 +69,35 @@ def select(
     stacked = stacked or (lambda path: False)
     where = where or (lambda path, leaf: jnp.ndim(leaf) - stacked(path) >= 2)
     leaves = _tree.named_leaves(scores)
-    before = [None] * len(leaves) if within is None else _tree.align_masks(scores, within)
-    entries = [
-        _Entry(i, path, leaf, mask)
-        for i, ((path, leaf), mask) in enumerate(zip(leaves, before, strict=True))
+    masks = [None] * len(leaves) if within is None else _tree.align_masks(scores, within)
+    chosen = [
+        (i, path, leaf, mask)
+        for i, ((path, leaf), mask) in enumerate(zip(leaves, masks, strict=True))
         if where(path, leaf) and (within is None or mask is not None)
     ]
-    if not entries:
+    if not chosen:
         raise ValueError(
             f"select found no leaf to prune among {[path for path, _ in leaves][:10]}. By default "
             "leaves with two or more axes are pruned; choose others with "
             "`where=lambda path, score: ...`."
         )
-    for entry in entries:
-        if not hasattr(entry.scores, "dtype"):
+    numbers, paths, arrays, before = zip(*chosen, strict=True)
+    for path, leaf in zip(paths, arrays, strict=True):
+        if not hasattr(leaf, "dtype"):
             raise TypeError(
-                f"{_tree.show(entry.path)}: scores must be arrays, got "
-                f"{type(entry.scores).__name__}. Convert with `jnp.asarray`."
+                f"{_tree.show(path)}: scores must be arrays, got {type(leaf).__name__}. Convert "
+                "with `jnp.asarray`."
             )
-    _mesh.check_together([(_tree.show(e.path), x) for e in entries for x in (e.scores, e.within)])
+    _mesh.check_together([(_tree.show(path), x) for _, path, *pair in chosen for x in pair])
     if sparsity is None and pattern.share is not None:
         sparsity = 0.0
-    paths = [entry.path for entry in entries]
     sparsity = _check_scope(scope, sparsity, paths)
-    pools = (0,) * len(entries) if scope == "global" else tuple(range(len(entries)))
+    pools = (0,) * len(chosen) if scope == "global" else tuple(range(len(chosen)))
     with jax.enable_x64(True):
-        sizes = [math.prod(_cells(pattern, entry)) for entry in entries]
-        shapes = [jnp.shape(entry.scores)[stacked(entry.path) :] for entry in entries]
+        sizes = [_cell_count(pattern, path, s.shape, s.dtype) for _, path, s, _ in chosen]
+        shapes = [leaf.shape[stacked(path) :] for _, path, leaf, _ in chosen]
         keep = budget(scope, sparsity, paths, sizes, shapes, pattern.share or 1.0)
-        arrays = [entry.scores for entry in entries], [entry.within for entry in entries]
-        kept, bad = _largest(*arrays, keep, pattern=pattern, pools=pools)
+        kept, bad = _largest(arrays, before, keep, pattern, pools)
     if not _tree.is_traced(bad):
         for count, path in zip(np.asarray(bad), paths, strict=True):
             if count:
@@ -115,34 +105,25 @@ def select(
                     f"{_tree.show(path)}: {count} scores are NaN or infinite. Check the loss and "
                     "the params, or exclude this leaf with `where=lambda path, score: ...`."
                 )
-    masks: list[Any] = [None] * len(leaves)
-    for entry, mask in zip(entries, kept, strict=True):
-        masks[entry.number] = mask
-    return _tree.rebuild(scores, masks)
-
-
-def _cells(pattern: patterns.Pattern, entry: _Entry) -> tuple[int, ...]:
-    """Returns the shape of the cells of a leaf; raises a `ValueError` if the pattern misfits."""
-    try:
-        return _pooled_shape(pattern, entry.scores.shape, entry.scores.dtype)
-    except ValueError as error:
-        raise ValueError(
-            f"{_tree.show(entry.path)}: {error} Exclude this leaf with "
-            "`where=lambda path, score: ...`."
-        ) from error
+    by_number = dict(zip(numbers, kept, strict=True))
+    return _tree.rebuild(scores, [by_number.get(i) for i in range(len(leaves))])
 
 
 @functools.cache  # a trace takes longer than the rest of the checks
-def _pooled_shape(pattern: patterns.Pattern, shape: tuple[int, ...], dtype: Any) -> tuple[int, ...]:
-    return jax.eval_shape(pattern.pool, jax.ShapeDtypeStruct(shape, dtype)).shape
+def _cell_count(pattern: patterns.Pattern, path: str, shape: tuple[int, ...], dtype: Any) -> int:
+    try:
+        return math.prod(jax.eval_shape(pattern.pool, jax.ShapeDtypeStruct(shape, dtype)).shape)
+    except ValueError as error:
+        raise ValueError(
+            f"{_tree.show(path)}: {error} Exclude this leaf with `where=lambda path, score: ...`."
+        ) from error
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "pools"))
 def _largest(
-    scores: list[jax.Array],
-    within: list[jax.Array | None],
+    scores: Sequence[jax.Array],
+    within: Sequence[jax.Array | None],
     keep: jax.Array,
-    *,
     pattern: patterns.Pattern,
     pools: tuple[int, ...],
 ) -> tuple[list[jax.Array], jax.Array]:
@@ -150,19 +131,17 @@ def _largest(
 
     ``pools`` holds the pool in which each leaf competes; ``keep`` how many cells each pool keeps.
     """
-    cells = [_mesh.automatic(pattern.pool, s).astype(jnp.float32) for s in scores]
+    pool = functools.partial(_mesh.automatic, pattern.pool)
+    cells = [pool(s).astype(jnp.float32) for s in scores]
     # A cell competes while any of its weights is left.
-    competing = [
-        None if m is None else _mesh.automatic(pattern.pool, m).astype(bool) for m in within
-    ]
+    competing = [None if m is None else pool(m).astype(bool) for m in within]
     if pattern.limit is None:
         kept, bad = _threshold.largest(cells, competing, keep, pools)
     else:
         share = keep / np.bincount(pools, [c.size for c in cells])
-        allowed = [
-            _mesh.automatic(pattern.limit, c, m, share[pool])
-            for c, m, pool in zip(cells, competing, pools, strict=True)
-        ]
+        shares = [share[i] for i in pools]
+        limit = functools.partial(_mesh.automatic, pattern.limit)
+        allowed = list(map(limit, cells, competing, shares))
         kept, bad = _threshold.largest(cells, allowed, keep, pools)
         # A limit drops NaN first: count also those that it did not let compete.
         barred = [~a if m is None else m & ~a for a, m in zip(allowed, competing, strict=True)]
@@ -201,25 +180,23 @@ def check_sparsity(sparsity: Any, name: str = "sparsity") -> Any:
     return value
 
 
-def _check_scope(
-    scope: str | Mapping[str, float], sparsity: Any, paths: Sequence[str]
-) -> float | jax.Array:
-    if isinstance(scope, Mapping):
-        for path, value in scope.items():
-            if path not in paths:
-                raise ValueError(
-                    f"{path}: a path of `scope` must be the path of a prunable leaf, got none of "
-                    f"{list(paths)}. Correct the path, or choose the leaf with `where`."
-                )
-            check_sparsity(value, f"{path}: sparsity")
-        sparsity = 0.0 if sparsity is None else sparsity
-    else:
+def _check_scope(scope: str | Mapping[str, float], sparsity: Any, paths: Sequence[str]) -> Any:
+    """Checks both; returns the sparsity of leaves that a mapping does not set."""
+    if not isinstance(scope, Mapping):
         _tree.check_word("scope", scope, SCOPES)
-    if sparsity is None:
-        raise ValueError(
-            "sparsity must be a number in [0, 1), got None. Pass it, as in `select(scores, 0.9)`."
-        )
-    return check_sparsity(sparsity)
+        if sparsity is None:
+            raise ValueError(
+                "sparsity must be a number in [0, 1), got None. Pass it: `select(scores, 0.9)`."
+            )
+        return check_sparsity(sparsity)
+    for path, value in scope.items():
+        if path not in paths:
+            raise ValueError(
+                f"{path}: a path of `scope` must be the path of a prunable leaf, got none of "
+                f"{list(paths)}. Correct the path, or choose the leaf with `where`."
+            )
+        check_sparsity(value, f"{path}: sparsity")
+    return check_sparsity(0.0 if sparsity is None else sparsity)
 
 
 def budget(
@@ -241,9 +218,8 @@ def budget(
         return n - xp.round(xp.asarray(sparsity, np.float64) * n).astype(np.int64)
 
     if isinstance(scope, Mapping):
-        parts = [xp.asarray(scope.get(p, sparsity), np.float64) for p in paths]
-        return keep(xp.stack(parts), total)
-    if scope == "layer":
+        sparsity = xp.stack([xp.asarray(scope.get(p, sparsity), np.float64) for p in paths])
+    if isinstance(scope, Mapping) or scope == "layer":
         return keep(sparsity, total)
     kept = keep(sparsity, np.array([total.sum()]))
     if scope == "global":
@@ -296,7 +272,7 @@ def select_iteratively(
       select: ``functools.partial(jp.select, scope=..., where=...)`` for other choices.
 
     Returns:
-      Masks: bool leaves, `True` for kept, and `None` for leaves that are never pruned.
+      Masks, as :func:`select` returns them.
 
     Raises:
       ValueError: for a sparsity outside [0, 1) or fewer than one round; outside jit also for scores
@@ -310,8 +286,7 @@ def select_iteratively(
        [ True False]]
 
     References:
-      Tanaka et al, `Pruning neural networks without any data by iteratively conserving synaptic
-      flow <https://arxiv.org/abs/2006.05467>`_, 2020
+      Tanaka et al, `SynFlow <https://arxiv.org/abs/2006.05467>`_, 2020
     """
     _tree.check_params(params)
     if rounds < 1:

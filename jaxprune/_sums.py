@@ -18,18 +18,16 @@ import jax.numpy as jnp
 def exact_sum(x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
     """Sums over axes to float32, independent of the order of the terms.
 
-    Terms are rounded to multiples of a power of two, of which n terms of the largest size make at
-    most 2⁴⁶. Float64 adds such numbers exactly, also on TPUs, where it is two float32. The rounding
-    is finer than that of float32 for up to millions of terms.
+    Terms become multiples of a power of two, of which n terms of the largest size make at most 2⁴⁶.
+    Float64 adds these exactly, also on TPUs, where it is two float32. The rounding is finer than
+    that of float32 for up to millions of terms.
     """
     with jax.enable_x64(True):
         x = x.astype(jnp.float32)
         largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
         finite = jnp.isfinite(largest)
         shift = 46 - (x.size // max(largest.size, 1)).bit_length() - jnp.frexp(largest)[1]
-        # Two factors, because 2**shift may exceed the range of float32.
-        half = jnp.ldexp(jnp.float32(1), shift // 2)
-        rest = jnp.ldexp(jnp.float32(1), shift - shift // 2)
+        half, rest = _powers(shift)
         scale = half.astype(jnp.float64) * rest
         total = jnp.sum(jnp.round(x * scale), axes, keepdims=True) / scale
 
@@ -62,9 +60,7 @@ def exact_block_sum(x: jax.Array, block: tuple[int, ...]) -> jax.Array:
     largest = reduce(jax.lax.max, jnp.abs(x))
     finite = jnp.isfinite(largest)
     exponent = jnp.frexp(jnp.where(finite, largest, 1))[1]
-    # Two factors, because 2**exponent may exceed the range of float32; powers of two are exact.
-    powers = [jnp.ldexp(jnp.float32(1), e) for e in (exponent // 2, exponent - exponent // 2)]
-    rest = x
+    powers, rest = _powers(exponent), x
     for power in powers:
         rest *= spread_blocks(1 / power, block, x.shape)  # now |rest| < 1
     bits = math.prod(block).bit_length()  # a sum of n digits is this much longer than one
@@ -79,6 +75,11 @@ def exact_block_sum(x: jax.Array, block: tuple[int, ...]) -> jax.Array:
         total += part.astype(jnp.float32) * 2.0 ** (-i * width)
     # NaN and infinities have no leading bits; their plain sum has no order either.
     return jnp.where(finite, total * powers[0] * powers[1], reduce(jax.lax.add, x))
+
+
+def _powers(exponent: jax.Array) -> list[jax.Array]:
+    """Returns two factors of 2**exponent, which itself may exceed the range of float32."""
+    return [jnp.ldexp(jnp.float32(1), e) for e in (exponent // 2, exponent - exponent // 2)]
 
 
 def spread_blocks(x: jax.Array, block: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:

@@ -10,6 +10,7 @@ Shapes: ``g`` pools that compete separately, ``c`` candidates. Everything here i
 ``jax.enable_x64(True)``, because counts exceed :math:`2^{31}`.
 """
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -44,18 +45,14 @@ def largest(
     Returns:
       One bool array per leaf; the number of competing scores per leaf that are not finite.
     """
-    offsets = [0]
-    for s in scores:
-        offsets.append(offsets[-1] + s.size)
+    offsets = [0, *itertools.accumulate(s.size for s in scores)]
     index_dtype = jnp.uint32 if offsets[-1] < UINT32_END else jnp.uint64
 
     def total(counts: Sequence[jax.Array]) -> jax.Array:  # one (c,) per leaf -> (g, c)
         zeros = jnp.zeros((*keep.shape, *counts[0].shape), jnp.int64)
         return zeros.at[jnp.array(pool)].add(jnp.stack(counts))
 
-    def search(
-        marks: Callable[..., Marks], dtype: Any, count: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def search(marks: Callable[..., Marks], dtype: Any, count: jax.Array) -> Sequence[jax.Array]:
         """Finds the largest threshold of each pool that still marks at least ``keep`` scores."""
         steps = jnp.arange(1, 2**_BITS, dtype=dtype)
 
@@ -76,8 +73,7 @@ def largest(
             return (shift >= 0) & jnp.any(count > keep)
 
         start = jnp.int32(jnp.iinfo(dtype).bits - _BITS), jnp.zeros(keep.shape, dtype), count
-        _, threshold, count = lax.while_loop(unsettled, narrow, start)
-        return threshold, count
+        return lax.while_loop(unsettled, narrow, start)[1:]
 
     def above(i: int, thresholds: jax.Array, never: Any) -> Marks:
         key = ordered(jnp.where(never, 0, scores[i]), within[i])
@@ -113,8 +109,7 @@ def ordered(scores: jax.Array, within: jax.Array | None) -> jax.Array:
 
 def hashed(shape: tuple[int, ...], offset: jax.Array) -> jax.Array:
     """Hashes the global flat index of every entry, one to one, to the dtype of ``offset``."""
-    dtype = offset.dtype.type
-    index = offset
+    dtype, index = offset.dtype.type, offset
     for axis in range(len(shape)):
         stride = dtype(math.prod(shape[axis + 1 :]))
         index = index + stride * lax.broadcasted_iota(dtype, shape, axis)

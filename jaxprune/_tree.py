@@ -123,17 +123,9 @@ def match(
     A ``MaskedNode`` hides a leaf or an entire subtree, as in `optax.masked`: where params hold one,
     entries are ignored; where the other tree holds one, or `None`, it stands for all leaves below.
 
-    Args:
-      params: the tree whose leaves are listed, `None` included.
-      tree: the tree to match.
-      name: the name of the other tree in messages.
-      shapes: whether entries must have the shapes of their leaves.
-
-    Returns:
-      One ``(path, leaf, entry)`` per leaf of params; the entry may be `None`.
-
-    Raises:
-      ValueError: for a path that only one of the two trees has, or for another shape.
+    Returns ``(path, leaf, entry)`` for every leaf of params; leaf and entry may be `None`. Raises a
+    `ValueError`, with the name of the other tree, for a path that only one of the two trees has,
+    and, if ``shapes`` are checked, for an entry of another shape than its leaf.
     """
     nodes, _ = tree_flatten_with_path(tree, is_leaf=_is_hole)
     entries: dict[str, Any] = {_name(p): None if _is_hole(node) else node for p, node in nodes}
@@ -217,11 +209,7 @@ def _union(a: Tree, b: Tree, path: tuple[Any, ...] = ()) -> Tree:
 
 
 def refit(old: Tree, new: Tree) -> Tree:
-    """Returns new masks in the structure of old ones, which may hold ``MaskedNode``.
-
-    Raises:
-      ValueError: where one tree has `None` and the other a mask.
-    """
+    """Returns new masks in the structure of old ones, which may hold ``MaskedNode``."""
     before, after = named_entries(old), named_entries(new)
     for path in before.keys() & after.keys():
         if (before[path] is None) != (after[path] is None):

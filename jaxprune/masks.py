@@ -1,10 +1,4 @@
-"""Masks: pytrees of bools next to the params, ``True`` for kept, ``None`` for never pruned.
-
->>> import jax.numpy as jnp
->>> params = {"w": jnp.array([1.0, jnp.nan]), "b": jnp.ones(1)}
->>> apply_masks(params, {"w": jnp.array([True, False]), "b": None})["w"].tolist()
-[1.0, 0.0]
-"""
+"""Masks: pytrees of bools next to the params, ``True`` for kept, ``None`` for never pruned."""
 
 import functools
 import math
@@ -24,8 +18,7 @@ def apply_masks(params: Params, masks: Masks) -> Params:
 
     .. math:: w_i \leftarrow w_i \text{ if } m_i \text{ else } 0
 
-    A pruned NaN or infinity becomes 0 too. The arguments have the order of
-    ``optax.apply_updates``.
+    A pruned NaN or infinity becomes 0 too. The arguments are ordered as in ``optax.apply_updates``.
 
     Args:
       params: any pytree of arrays.
@@ -39,8 +32,9 @@ def apply_masks(params: Params, masks: Masks) -> Params:
       TypeError: if a mask is not bool.
 
     Examples:
-      >>> apply_masks(jnp.array([3.0, 4.0]), jnp.array([False, True])).tolist()
-      [0.0, 4.0]
+      >>> params = {"w": jnp.array([1.0, jnp.nan]), "b": jnp.ones(1)}
+      >>> apply_masks(params, {"w": jnp.array([True, False]), "b": None})["w"].tolist()
+      [1.0, 0.0]
     """
     return _tree.map_masks(lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), params, masks)
 
@@ -54,14 +48,10 @@ def straight_through(params: Params, masks: Masks) -> Params:
 
     Args:
       params: any pytree of arrays.
-      masks: a pytree with the same paths and shapes; a leaf with `None` is returned unchanged.
+      masks: as in :func:`apply_masks`, which raises the same errors.
 
     Returns:
       The masked params.
-
-    Raises:
-      ValueError: if paths or shapes differ.
-      TypeError: if a mask is not bool.
 
     Examples:
       >>> mask = jnp.array([True, False])
@@ -103,12 +93,11 @@ def combine(masks: Masks, *more: Masks) -> Masks:
       >>> combine(jnp.array([True, True]), jnp.array([True, False])).tolist()
       [True, False]
     """
+    treedef = jax.tree.structure(masks, is_leaf=lambda m: m is None)
     for other in more:
-        treedef = jax.tree.structure(masks, is_leaf=lambda m: m is None)
         pairs = _tree.match(masks, other, "the other masks")
-        masks = jax.tree.unflatten(
-            treedef, [b if a is None else a if b is None else a & b for _, a, b in pairs]
-        )
+        leaves = [b if a is None else a if b is None else a & b for _, a, b in pairs]
+        masks = jax.tree.unflatten(treedef, leaves)
     return masks
 
 
@@ -165,15 +154,12 @@ def unpack(packed: Tree, params: Tree) -> Tree:
       The tree with bool leaves in place of the packed ones, sharded like the leaves of ``params``.
 
     Raises:
-      ValueError: if a leaf has no entry, an entry has no leaf or the wrong number of bytes, or a
-        mesh does not divide a leaf.
+      ValueError: if paths or numbers of bytes differ, or a mesh does not divide a leaf.
 
     Examples:
-      >>> unpack(pack(jnp.array([True, False, True])), jnp.zeros(3)).tolist()
-      [True, False, True]
       >>> state = {"count": jnp.array(5), "masks": jnp.array([True, False, True])}
-      >>> unpack(pack(state), state)["count"].tolist()
-      5
+      >>> unpack(pack(state), state)["masks"].tolist()
+      [True, False, True]
     """
     matched = _tree.match(params, packed, "packed masks", shapes=False)
     return _tree.rebuild(params, [_unpacked(*m) for m in matched if m[1] is not None])
@@ -208,11 +194,10 @@ def _unpacked(path: str, leaf: Any, entry: Any) -> Any:
 def save(path: str | os.PathLike[str], params: Params, masks: Masks) -> None:
     r"""Saves a sparse model compactly: the kept weights, and one bit per weight for the masks.
 
-    A leaf of n weights of b bytes each, k of them kept, takes :math:`k b + n / 8` bytes.
-
-    The file is a safetensors file. A leaf with a mask is stored as ``path/values`` of shape (k,)
-    and ``path/bitmap`` of dtype uint8. Any other leaf is stored as ``path``, with its dtype. The
-    file is written leaf by leaf, and replaces an existing file only when it is complete.
+    The file is a safetensors file. A leaf of n weights of b bytes, k of them kept, is stored in
+    :math:`k b + n / 8` bytes: as ``path/values`` of shape (k,) and ``path/bitmap`` of dtype uint8.
+    A leaf without a mask is stored as ``path``, with its dtype. The file is written leaf by leaf,
+    and replaces an existing file only when it is complete.
 
     Kept weights are stored bit by bit, including NaN and -0. Pruned weights must be zero, because
     they are loaded as 0. PRNG keys are stored as key data plus implementation name.
@@ -223,8 +208,7 @@ def save(path: str | os.PathLike[str], params: Params, masks: Masks) -> None:
       masks: their masks.
 
     Raises:
-      ValueError: if paths or shapes differ, masked weights are not zero, or the file cannot be
-        written.
+      ValueError: if paths or shapes differ, pruned weights are not zero, or writing fails.
       TypeError: if safetensors does not support the dtype of a leaf, or a mask is not bool.
 
     Examples:
@@ -247,25 +231,22 @@ def load(path: str | os.PathLike[str], like: Params) -> tuple[Params, Masks]:
     Args:
       path: the file to read.
       like: arrays or ``jax.ShapeDtypeStruct`` with the structure of the saved params, such as
-        ``jax.eval_shape(init, key)``. Every leaf is placed with the sharding that it has here.
-        NumPy arrays are returned for NumPy arrays.
+        ``jax.eval_shape(init, key)``. Every leaf gets the sharding that it has here, and is a NumPy
+        array if it is one here.
 
     Returns:
       The params, and their masks, with `None` for a leaf without one.
 
     Raises:
-      ValueError: if the file is missing, truncated, damaged or of a newer version, if paths, shapes
-        or dtypes differ from those of ``like``, or if a mesh does not divide a leaf. The message
-        names the file and the leaf.
+      ValueError: if the file is missing, damaged or of a newer version, if paths, shapes or dtypes
+        differ from those of ``like``, or if a mesh does not divide a leaf.
 
     Examples:
       >>> import tempfile
+      >>> like = jax.ShapeDtypeStruct((2,), jnp.float32)
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     save(f"{folder}/model.safetensors", jnp.ones(2), jnp.array([True, True]))
-      ...     params, masks = load(
-      ...         f"{folder}/model.safetensors", like=jax.ShapeDtypeStruct((2,), jnp.float32)
-      ...     )
-      >>> masks.tolist()
+      ...     load(f"{folder}/model.safetensors", like)[1].tolist()
       [True, True]
     """
     return _files.read(path, like)

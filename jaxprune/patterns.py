@@ -2,14 +2,8 @@
 
 A pattern pools the scores of a leaf to one score per cell, :func:`jaxprune.select` chooses among
 the cells, and the pattern spreads the kept cells over the leaf. Equal arguments give the same
-pattern object, so that `select` compiles once.
-
->>> import jax, jax.numpy as jnp
->>> import jaxprune as jp
->>> scores = jax.random.uniform(jax.random.key(0), (64, 16))
->>> masks = jp.select(scores, pattern=n_of_m(2, 4))
->>> bool((masks.reshape(16, 4, 16).sum(1) == 2).all())
-True
+pattern object, so that `select` compiles once. A `ValueError` is raised for arguments that fit no
+leaf, and by `select` for a leaf that a pattern does not fit.
 """
 
 import dataclasses
@@ -56,16 +50,8 @@ class Pattern:
     share: float | None = None
 
 
-def _same(scores: jax.Array) -> jax.Array:
-    return scores
-
-
-def _same_mask(kept: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return kept
-
-
 #: Every weight is a cell of its own.
-unstructured = Pattern(_same, _same_mask)
+unstructured = Pattern(pool=lambda scores: scores, spread=lambda kept, shape: kept)
 
 
 def block(shape: Sequence[int]) -> Pattern:
@@ -75,13 +61,10 @@ def block(shape: Sequence[int]) -> Pattern:
     trailing blocks are smaller but count as full blocks.
 
     Args:
-      shape: the lengths of a block, along as many of the last axes.
+      shape: the lengths of a block, at least 1, along as many of the last axes.
 
     Returns:
       A pattern for :func:`jaxprune.select`.
-
-    Raises:
-      ValueError: for lengths below 1; and from ``select``, for a leaf with fewer axes.
 
     Examples:
       >>> import jaxprune as jp
@@ -108,10 +91,8 @@ def _block(lengths: tuple[int, ...]) -> Pattern:
     def pool(scores: jax.Array) -> jax.Array:
         first = scores.ndim - len(lengths)
         if first < 0:
-            raise ValueError(
-                f"scores must have at least {len(lengths)} axes for blocks of {lengths}, got shape "
-                f"{scores.shape}."
-            )
+            needed = f"at least {len(lengths)} axes for blocks of {lengths}"
+            raise ValueError(f"scores must have {needed}, got shape {scores.shape}.")
         count = np.ones((1,) * first, np.float32)
         for n, length in zip(scores.shape[first:], lengths, strict=True):
             full = np.minimum(length, n - length * np.arange(-(-n // length)))
@@ -137,9 +118,6 @@ def axis(*axes: int) -> Pattern:
 
     Returns:
       A pattern for :func:`jaxprune.select`.
-
-    Raises:
-      ValueError: without an axis; and from ``select``, for a leaf that lacks one of them.
 
     Examples:
       >>> import jaxprune as jp
@@ -185,7 +163,7 @@ def n_of_m(n: int | None, m: int, axis: int = -2, *, pad: bool = False) -> Patte
     :math:`10^{-6} m`. The pattern then tightens as s rises: 3:4 at 0.25, 2:4 at 0.5.
 
     Args:
-      n: the largest number of weights that a chunk keeps, or `None`.
+      n: the largest number of weights that a chunk keeps, or `None`; 0 < n <= m.
       m: the number of weights in a chunk.
       axis: the axis along which chunks lie. The default is the input axis of a Flax dense kernel
         and of a convolution, with or without a leading axis of layers.
@@ -194,9 +172,6 @@ def n_of_m(n: int | None, m: int, axis: int = -2, *, pad: bool = False) -> Patte
 
     Returns:
       A pattern for :func:`jaxprune.select`.
-
-    Raises:
-      ValueError: unless 0 < n <= m; and from ``select``, for a leaf whose axis m does not divide.
 
     Examples:
       >>> import jaxprune as jp
@@ -248,4 +223,4 @@ def _n_of_m(n: int | None, m: int, axis: int, pad: bool) -> Pattern:
         kept = kept.reshape(*shape[:at], chunks[at] * m, *shape[at + 1 :])
         return jax.lax.slice_in_dim(kept, 0, shape[at], axis=at)
 
-    return Pattern(check, _same_mask, limit, None if n is None else n / m)
+    return Pattern(check, unstructured.spread, limit, None if n is None else n / m)

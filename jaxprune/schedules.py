@@ -91,5 +91,4 @@ def _progress(name: str, final: float, begin: int, end: int) -> optax.Schedule:
 
 
 def _ends(final: float, t: jax.Array, value: jax.Array) -> jax.Array:
-    """Returns exactly the final value at the end, without rounding errors."""
-    return jnp.where(t >= 1, jnp.float32(final), value)
+    return jnp.where(t >= 1, jnp.float32(final), value)  # exactly final, without rounding errors

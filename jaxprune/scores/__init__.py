@@ -2,6 +2,9 @@
 
 Data-free criteria are called with the params. Data-driven ones are used like ``jax.grad``:
 ``snip(loss)(params, x, y)``. All are jitted and can be called inside another jit.
+
+All raise a `TypeError` for a leaf that is not an array or a loss that is not scalar, and a
+`ValueError` for params without floating leaves. A weight that is NaN scores NaN.
 """
 
 from jaxprune.scores._fisher import fisher

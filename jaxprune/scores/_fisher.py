@@ -26,13 +26,11 @@ def fisher(loss: Callable[..., jax.Array]) -> Score:
 
     Returns:
       A function of ``(params, *batch)`` that returns one float32 score per weight; higher is kept.
-      All arrays of the batch must have the examples along their first axis. Gradients are computed
-      one example at a time.
+      All arrays of the batch must have the examples along their first axis.
 
     Raises:
       ValueError: if batch arrays have different lengths; outside jit also if gradients are not
         finite, or 0 everywhere.
-      TypeError: if the loss is not scalar.
 
     Examples:
       >>> loss = lambda w, x: jnp.mean(x @ w)
@@ -65,7 +63,5 @@ def _add(loss: _loss.Loss, params: Params, batch: Tree, squares: Tree, i: jax.Ar
 @jax.jit
 def _scores(params: Params, squares: Tree, count: jax.Array) -> tuple[Scores, Tree]:
     fisher = jax.tree.map(lambda s: s / count, squares)
-    scores = jax.tree.map(
-        lambda h, w: h * w.astype(jnp.float32) ** 2 / 2, fisher, _tree.floating(params)
-    )
+    scores = _tree.map_floating(lambda w, h: h * w.astype(jnp.float32) ** 2 / 2, params, fisher)
     return scores, _loss.largest(fisher)

@@ -3,9 +3,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _tree
+from jaxprune import _mesh, _tree
 from jaxprune._tree import Params, Scores
-from jaxprune.scores._sharded import score_leaf
 
 
 def fpgm(params: Params, axis: int = -1) -> Scores:
@@ -26,8 +25,7 @@ def fpgm(params: Params, axis: int = -1) -> Scores:
       One float32 score per weight; higher is kept. Leaves with fewer than two axes get `None`.
 
     Raises:
-      ValueError: if a leaf lacks this axis, or params have no floating leaves.
-      TypeError: if a leaf is not an array.
+      ValueError: if a leaf lacks this axis.
 
     Examples:
       >>> fpgm(jnp.array([[0.0, 3.0, 0.0], [0.0, 4.0, 0.0]])).sum(0).tolist()
@@ -49,8 +47,11 @@ def fpgm(params: Params, axis: int = -1) -> Scores:
 
 @functools.partial(jax.jit, static_argnames="axis")
 def _fpgm(params: Params, axis: int) -> Scores:
-    score = functools.partial(_distances, axis=axis)
-    return _tree.map_floating(lambda w: score_leaf(score, w) if jnp.ndim(w) >= 2 else None, params)
+    def score(w: jax.Array) -> jax.Array | None:
+        return None if jnp.ndim(w) < 2 else _mesh.automatic(distances, jnp.asarray(w))
+
+    distances = functools.partial(_distances, axis=axis)
+    return _tree.map_floating(score, params)
 
 
 def _distances(w: jax.Array, axis: int) -> jax.Array:
@@ -61,6 +62,5 @@ def _distances(w: jax.Array, axis: int) -> jax.Array:
     norms = jnp.diag(products)
     distances = jnp.sqrt(jnp.maximum(norms[:, None] + norms[None] - 2 * products, 0))
     share = jnp.sum(distances, axis=1) / max(filters.shape[1], 1)
-    return jnp.broadcast_to(
-        jnp.expand_dims(share, _tree.other_axes(w.ndim, axis % w.ndim)), w.shape
-    )
+    share = jnp.expand_dims(share, _tree.other_axes(w.ndim, axis % w.ndim))
+    return jnp.where(jnp.isnan(w), jnp.nan, share)  # reading w keeps its sharding

@@ -14,16 +14,11 @@ def gradient(loss: Callable[..., jax.Array]) -> Score:
 
     .. math:: s_i = |\partial L / \partial w_i|
 
-    Used like ``jax.grad``: ``gradient(loss)(params, *batch)``.
-
     Args:
       loss: maps ``(params, *batch)`` to a scalar.
 
     Returns:
       A function of ``(params, *batch)`` that returns one float32 score per weight; higher is kept.
-
-    Raises:
-      TypeError: if the loss is not scalar.
 
     Examples:
       >>> loss = lambda w, x: jnp.sum(w * x)
@@ -36,10 +31,8 @@ def gradient(loss: Callable[..., jax.Array]) -> Score:
 @_loss.checked("gradient")
 @functools.partial(jax.jit, static_argnames="loss")
 def _gradient(loss: _loss.Loss, params: Params, *batch: Any) -> Scores:
+    def score(g: jax.Array, w: jax.Array) -> jax.Array:  # reading w keeps its sharding
+        return jnp.where(jnp.isnan(w), jnp.nan, jnp.abs(g.astype(jnp.float32)))
+
     grads = _loss.grad("gradient", loss, params, *batch)
-    return jax.tree.map(
-        # Reading w gives the score its sharding.
-        lambda g, w: jnp.where(jnp.isnan(w), jnp.nan, jnp.abs(g.astype(jnp.float32))),
-        grads,
-        _tree.floating(params),
-    )
+    return jax.tree.map(score, grads, _tree.floating(params))

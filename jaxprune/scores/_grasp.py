@@ -25,7 +25,7 @@ def grasp(loss: Callable[..., jax.Array]) -> Score:
 
     Raises:
       ValueError: outside jit, if the curvature is not finite, or 0 everywhere.
-      TypeError: if the loss is not scalar, or not twice differentiable.
+      TypeError: if the loss is not twice differentiable.
 
     Examples:
       >>> loss = lambda w: jnp.sum(w**2 * jnp.array([1.0, 2.0])) / 2

@@ -1,9 +1,8 @@
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _tree
+from jaxprune import _mesh, _tree
 from jaxprune._tree import Params, Scores
-from jaxprune.scores._sharded import score_leaf
 
 
 def lamp(params: Params) -> Scores:
@@ -21,10 +20,6 @@ def lamp(params: Params) -> Scores:
     Returns:
       One float32 score per weight; higher is kept.
 
-    Raises:
-      ValueError: if params have no floating leaves.
-      TypeError: if a leaf is not an array.
-
     Examples:
       >>> print(lamp(jnp.array([3.0, -4.0, 0.0])))
       [0.36 1.   0.  ]
@@ -40,7 +35,7 @@ def lamp(params: Params) -> Scores:
 
 @jax.jit
 def _lamp(params: Params) -> Scores:
-    return _tree.map_floating(lambda w: score_leaf(_shares, w), params)
+    return _tree.map_floating(lambda w: _mesh.automatic(_shares, jnp.asarray(w)), params)
 
 
 def _shares(w: jax.Array) -> jax.Array:
@@ -51,4 +46,5 @@ def _shares(w: jax.Array) -> jax.Array:
     squares = (size[order] / jnp.maximum(jnp.max(size, initial=0), tiny)) ** 2
     larger = jnp.cumsum(squares[::-1], dtype=jnp.float64)[::-1]
     shares = (squares / jnp.maximum(larger, tiny)).astype(jnp.float32)
-    return jnp.zeros_like(size).at[order].set(shares).reshape(w.shape)
+    scores = jnp.zeros_like(size).at[order].set(shares).reshape(w.shape)
+    return jnp.where(jnp.isnan(w), jnp.nan, scores)  # reading w keeps its sharding

@@ -20,8 +20,7 @@ def magnitude(params: Params, p: float = 1) -> Scores:
       One float32 score per weight; higher is kept.
 
     Raises:
-      ValueError: if p is not above 0 and finite, or params have no floating leaves.
-      TypeError: if a leaf is not an array.
+      ValueError: if p is not above 0 and finite.
 
     Examples:
       >>> magnitude(jnp.array([1.0, -2.0])).tolist()

@@ -1,13 +1,16 @@
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxprune import _loss, _tree
 from jaxprune._tree import Params, Score, Scores, Tree
+
+# The scores with the change of the loss to first and second order; the largest curvatures.
+_Checked = tuple[tuple[Scores, jax.Array, jax.Array], Tree]
 
 
 def obd(loss: Callable[..., jax.Array]) -> Score:
@@ -29,7 +32,7 @@ def obd(loss: Callable[..., jax.Array]) -> Score:
 
     Raises:
       ValueError: outside jit, if the curvature is not finite, or 0 everywhere.
-      TypeError: if the loss is not scalar, or not twice differentiable.
+      TypeError: if the loss is not twice differentiable.
 
     Examples:
       >>> minimum = jnp.array([3.0, -1.0])
@@ -69,7 +72,7 @@ def obd_hutchinson(loss: Callable[..., jax.Array], samples: int = 100) -> Score:
     Raises:
       ValueError: for fewer than one sample; outside jit also if the curvature is not finite, or 0
         everywhere.
-      TypeError: if the loss is not scalar, or not twice differentiable.
+      TypeError: if the loss is not twice differentiable.
 
     Examples:
       >>> minimum = jnp.array([3.0, -1.0])
@@ -87,17 +90,7 @@ def obd_hutchinson(loss: Callable[..., jax.Array], samples: int = 100) -> Score:
     return functools.partial(_scores_at_minimum, "obd_hutchinson", score)
 
 
-class _Orders(NamedTuple):
-    """Scores, and how much pruning changes the loss to each order, summed over weights."""
-
-    scores: Scores
-    first: jax.Array
-    second: jax.Array
-
-
-def _scores_at_minimum(
-    name: str, score: Callable[..., _Orders], params: Params, *args: Any
-) -> Scores:
+def _scores_at_minimum(name: str, score: Callable[..., Any], params: Params, *args: Any) -> Scores:
     """Returns scores, with a warning if the first order, which they ignore, is the larger one."""
     scores, first, second = score(params, *args)
     if not _tree.is_traced(first, second) and first > second:
@@ -112,7 +105,7 @@ def _scores_at_minimum(
 
 @_loss.checked("obd", curvature=True)
 @functools.partial(jax.jit, static_argnames="loss")
-def _obd(loss: _loss.Loss, params: Params, *batch: Any) -> tuple[_Orders, Tree]:
+def _obd(loss: _loss.Loss, params: Params, *batch: Any) -> _Checked:
     scalar, floats = _loss.of_floats("obd", loss, params, *batch)
     with _loss.differentiating("obd", scalar, floats):
         grads, product = jax.linearize(jax.grad(scalar), floats)
@@ -135,7 +128,7 @@ def _obd(loss: _loss.Loss, params: Params, *batch: Any) -> tuple[_Orders, Tree]:
 @_loss.checked("obd_hutchinson", curvature=True)
 def _obd_hutchinson(
     loss: _loss.Loss, params: Params, key: jax.Array, *batch: Any, samples: int
-) -> tuple[_Orders, Tree]:
+) -> _Checked:
     keys = jax.random.split(key, samples)
     params, batch = jax.tree.map(jnp.asarray, (params, batch))
     zeros = [jnp.zeros_like(w, jnp.float32) for w in jax.tree.leaves(_tree.floating(params))]
@@ -166,19 +159,20 @@ def _add(
 @functools.partial(jax.jit, static_argnames="loss")
 def _estimate(
     loss: _loss.Loss, params: Params, total: list, samples: jax.Array, *batch: Any
-) -> tuple[_Orders, Tree]:
+) -> _Checked:
     scalar, floats = _loss.of_floats("obd_hutchinson", loss, params, *batch)
     curvature = _tree.rebuild(floats, [t / samples for t in total])
     return _orders(floats, jax.grad(scalar)(floats), curvature)
 
 
-def _orders(floats: Tree, grads: Tree, curvature: Tree) -> tuple[_Orders, Tree]:
+def _orders(floats: Tree, grads: Tree, curvature: Tree) -> _Checked:
     """Returns the scores with both orders, and the largest curvature of every leaf."""
+
+    def total(changes: Tree) -> jax.Array:
+        return sum((jnp.sum(jnp.abs(c)) for c in jax.tree.leaves(changes)), jnp.float32(0))
+
     weights = jax.tree.map(lambda w: w.astype(jnp.float32), floats)
     scores = jax.tree.map(lambda h, w: h.astype(jnp.float32) * w**2 / 2, curvature, weights)
-    products = jax.tree.map(
-        lambda w, g: jnp.sum(jnp.abs(w * g.astype(jnp.float32))), weights, grads
-    )
-    first = sum(jax.tree.leaves(products), jnp.float32(0))
-    second = sum((jnp.sum(jnp.abs(s)) for s in jax.tree.leaves(scores)), jnp.float32(0))
-    return _Orders(scores, first, second), _loss.largest(curvature)
+    first = total(jax.tree.map(lambda w, g: w * g.astype(jnp.float32), weights, grads))
+    second = total(scores)
+    return (scores, first, second), _loss.largest(curvature)

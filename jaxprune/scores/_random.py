@@ -8,18 +8,12 @@ from jaxprune._tree import Params, Scores
 def random(params: Params, key: jax.Array) -> Scores:
     r"""Scores weights at random: :math:`s_i \sim U[0, 1)`, the baseline of every comparison.
 
-    A weight that is NaN scores NaN, as with every other criterion.
-
     Args:
       params: any pytree of arrays.
       key: a PRNG key.
 
     Returns:
       One float32 score per weight; higher is kept.
-
-    Raises:
-      ValueError: if params have no floating leaves.
-      TypeError: if a leaf is not an array.
 
     Examples:
       >>> random(jnp.ones((2, 3)), jax.random.key(0)).shape

@@ -18,15 +18,13 @@ def slimming(params: Params, where: Where = is_scale) -> Scores:
 
     Args:
       params: any pytree of arrays.
-      where: maps ``(path, leaf)`` to whether the leaf is a scale; by default a leaf named
-        ``scale``.
+      where: maps ``(path, leaf)`` to whether the leaf is a scale: by default, is named ``scale``.
 
     Returns:
       One float32 score per scale; higher is kept. Other leaves get `None`.
 
     Raises:
       ValueError: if no floating leaf is a scale.
-      TypeError: if a leaf is not an array.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -15,17 +15,12 @@ def snip(loss: Callable[..., jax.Array]) -> Score:
 
     .. math:: s_i = |w_i g_i| \big/ \sum_j |w_j g_j|, \qquad g = \partial L / \partial w
 
-    Used like ``jax.grad`` on untrained params: ``snip(loss)(params, *batch)``.
-
     Args:
-      loss: maps ``(params, *batch)`` to a scalar.
+      loss: maps ``(params, *batch)`` to a scalar; the params are untrained in the paper.
 
     Returns:
       A function of ``(params, *batch)`` that returns one float32 score per weight; higher is kept.
       If the gradient is zero everywhere, scores are NaN.
-
-    Raises:
-      TypeError: if the loss is not scalar.
 
     Examples:
       >>> loss = lambda w, x: jnp.sum(w * x)

@@ -20,10 +20,6 @@ def standardized_magnitude(params: Params) -> Scores:
     Returns:
       One float32 score per weight; higher is kept.
 
-    Raises:
-      ValueError: if params have no floating leaves.
-      TypeError: if a leaf is not an array.
-
     Examples:
       >>> scores = standardized_magnitude(jnp.array([1.0, -1.0, 3.0, -3.0]))
       >>> (scores > 1).tolist()

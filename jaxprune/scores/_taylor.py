@@ -14,16 +14,11 @@ def taylor(loss: Callable[..., jax.Array]) -> Score:
 
     .. math:: s_i = |w_i \, \partial L / \partial w_i|
 
-    Used like ``jax.grad``: ``taylor(loss)(params, *batch)``.
-
     Args:
       loss: maps ``(params, *batch)`` to a scalar.
 
     Returns:
       A function of ``(params, *batch)`` that returns one float32 score per weight; higher is kept.
-
-    Raises:
-      TypeError: if the loss is not scalar.
 
     Examples:
       >>> loss = lambda w, x: jnp.sum(w * x)
@@ -45,10 +40,8 @@ def _taylor(loss: _loss.Loss, params: Params, *batch: Any) -> Scores:
 
 def changes(name: str, loss: _loss.Loss, params: Params, *batch: Any) -> Scores:
     """Returns the size of weight times gradient; messages have the name of the criterion."""
-    grads = _loss.grad(name, loss, params, *batch)
-    return jax.tree.map(
-        # Cast first: in float16 the product of 1e-4 and 1e-4 is 0.
-        lambda g, w: jnp.abs(jnp.asarray(w, jnp.float32) * g.astype(jnp.float32)),
-        grads,
-        _tree.floating(params),
-    )
+
+    def change(g: jax.Array, w: jax.Array) -> jax.Array:  # cast first: in float16 1e-4 * 1e-4 is 0
+        return jnp.abs(jnp.asarray(w, jnp.float32) * g.astype(jnp.float32))
+
+    return jax.tree.map(change, _loss.grad(name, loss, params, *batch), _tree.floating(params))

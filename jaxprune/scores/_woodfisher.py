@@ -36,7 +36,6 @@ def woodfisher(loss: Callable[..., jax.Array], block: int = 50, damping: float =
     Raises:
       ValueError: for a block below 1, a damping not above 0, or batch arrays of different lengths;
         outside jit also if gradients are not finite, or 0 everywhere.
-      TypeError: if the loss is not scalar.
 
     Examples:
       >>> loss = lambda w, x: jnp.mean(x @ w)
@@ -62,8 +61,8 @@ def woodfisher_update(
 
     .. math:: \delta w = -[F^{-1}]_{:Q} \, \left([F^{-1}]_{QQ}\right)^{-1} w_Q
 
-    Q are all pruned weights of a block together, so they become exactly 0. The papers sum the
-    updates of single weights, which is exact only for one.
+    Q are all pruned weights of a block together, so they become exactly 0. The papers of
+    :func:`woodfisher` sum the updates of single weights, which is exact only for one.
 
     Args:
       loss: as in :func:`woodfisher`.
@@ -76,7 +75,7 @@ def woodfisher_update(
 
     Raises:
       ValueError: as in :func:`woodfisher`, and for masks of other paths or shapes.
-      TypeError: if the loss is not scalar, or masks are not bool.
+      TypeError: if masks are not bool.
 
     Examples:
       >>> loss = lambda w, x: jnp.mean(x @ w)
@@ -84,9 +83,6 @@ def woodfisher_update(
       >>> params, masks = jnp.array([1.0, -2.0]), jnp.array([True, False])
       >>> print(woodfisher_update(loss)(params, masks, x).round(3))
       [0.2 0. ]
-
-    References:
-      Kurtic et al, `The Optimal BERT Surgeon <https://arxiv.org/abs/2203.07259>`_, 2022
     """
     _check(block, damping)
     return functools.partial(_update, loss, block, damping)
@@ -174,7 +170,9 @@ def _scores(params: Params, inverses: Tree) -> Scores:
 
 @functools.partial(jax.jit, static_argnames="block")
 def _moved(block: int, params: Params, masks: Masks, inverses: Tree) -> Params:
-    def move(w: jax.Array, inverse: jax.Array, mask: jax.Array) -> jax.Array:
+    def move(w: jax.Array, inverse: jax.Array | None, mask: jax.Array | None) -> jax.Array:
+        if inverse is None or mask is None:
+            return w
         pruned = ~_blocked(mask, block, fill=True)
 
         def remove(i: jax.Array, state: Any) -> Any:
@@ -190,10 +188,7 @@ def _moved(block: int, params: Params, masks: Masks, inverses: Tree) -> Params:
         weights, _ = jax.lax.fori_loop(0, weights.shape[1], remove, (weights, inverse))
         return _unblocked(weights, w).astype(w.dtype)
 
-    def leaf(w: jax.Array, inverse: Any, mask: Any) -> jax.Array:
-        return w if mask is None or inverse is None else move(w, inverse, mask)
-
-    return jax.tree.map(leaf, params, inverses, masks)
+    return jax.tree.map(move, params, inverses, masks)
 
 
 def _blocked(leaf: jax.Array, block: int, fill: Any = 0) -> jax.Array:
