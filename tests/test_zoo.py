@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import zoo
-from helpers import assert_close, slow_unless
+from helpers import assert_close
 
 import jaxprune as jp
 
@@ -16,10 +17,8 @@ FAST = """
     linen_densenet linen_group_norm linen_lenet linen_lstm linen_mixer linen_mobilenet_v2
     linen_scan_remat linen_zero_pad_shortcut nnx_vit
 """.split()
-# Of these, the derivatives take rules of their own: for the others they follow from the outputs.
+# Derivatives here take rules of their own; for other networks they follow from the outputs.
 DERIVATIVES = "jax_cond jax_custom_vjp jax_scan_decoder linen_lstm linen_scan_remat".split()
-NO_DERIVATIVES = ["jax_while_loop"]  # no reverse mode
-OUTPUTS = [name for name in FAST if name not in DERIVATIVES]
 
 
 def outputs_and_grads(fn, params, inputs):
@@ -37,8 +36,16 @@ def outputs_and_grads(fn, params, inputs):
     return outs, grads
 
 
-def halve(name):
-    """Prunes half of the units of a network; returns its shrunk and its masked form."""
+def by_chance(groups, _):
+    return np.random.default_rng(0).random(len(groups))
+
+
+def by_magnitude(_, params):
+    return jp.scores.magnitude(params)
+
+
+def check(name, score, derivatives):
+    """Prunes half of the units of a network, and compares its masked with its shrunk form."""
     net = zoo.NETWORKS[name]()
     groups = jp.find_groups(net.fn, net.params, *net.inputs)
     for path, axis in net.prunable:
@@ -46,36 +53,35 @@ def halve(name):
     for path, axis in net.pinned:
         assert not groups.unit[path][axis].any(), f"{path} {axis}\n{groups}"
     assert "no rule for" not in str(groups)
-    masks = groups.select(jp.scores.magnitude(net.params), 0.5, scope="layer")
+    masks = groups.select(score(groups, net.params), 0.5, scope="layer")
     small_fn, small, plan = jp.shrink(
         net.fn, net.params, masks, *net.inputs, groups=groups, verify=False
     )
     assert plan.inexact == ()
     sizes = [sum(x.size for x in jax.tree.leaves(p)) for p in (net.params, small)]
     assert sizes[1] < 0.8 * sizes[0]
-    return net, jp.apply_masks(net.params, masks), small_fn, small, plan
+    masked = jax.jit(jp.apply_masks)(net.params, masks)
+    tolerance = 3e-2 if "bfloat16" in name else 1e-4
+    if derivatives:
+        expected, dense_grads = outputs_and_grads(net.fn, masked, net.inputs)
+        outs, grads = outputs_and_grads(small_fn, small, net.inputs)
+        assert_close(grads, plan.take(dense_grads), 10 * tolerance)
+    else:
+        expected = jax.jit(net.fn)(masked, *net.inputs)
+        outs = jax.jit(small_fn)(small, *net.inputs)
+    assert_close(outs, expected, tolerance)
 
 
-def tolerance(name):
-    return 3e-2 if "bfloat16" in name else 1e-4
-
-
-@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize("name", FAST)
 def test_masked_is_shrunk(name):
-    net, masked, small_fn, small, _ = halve(name)
-    expected = jax.jit(net.fn)(masked, *net.inputs)
-    assert_close(jax.jit(small_fn)(small, *net.inputs), expected, tolerance(name))
+    check(name, by_chance, name in DERIVATIVES)
 
 
-@pytest.mark.parametrize(
-    "name", slow_unless(DERIVATIVES, [n for n in zoo.NETWORKS if n not in NO_DERIVATIVES])
-)
-def test_masked_is_shrunk_with_its_derivatives(name):
-    net, masked, small_fn, small, plan = halve(name)
-    expected, dense_grads = outputs_and_grads(net.fn, masked, net.inputs)
-    outs, grads = outputs_and_grads(small_fn, small, net.inputs)
-    assert_close(outs, expected, tolerance(name))
-    assert_close(grads, plan.take(dense_grads), 10 * tolerance(name))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", zoo.NETWORKS)
+def test_masked_by_magnitude_is_shrunk(name):
+    no_reverse_mode = name == "jax_while_loop"
+    check(name, by_magnitude, not no_reverse_mode)
 
 
 def primitives(jaxpr):
@@ -114,7 +120,7 @@ def test_what_changes_the_result_is_named(name, why):
     exact = jp.find_groups(net.fn, net.params, *net.inputs)
     groups = jp.find_groups(net.fn, net.params, *net.inputs, exact=False)
     assert len(groups) > len(exact) and why in str(exact)
-    masks = groups.select(jp.scores.magnitude(net.params), 0.5, scope="layer")
+    masks = groups.select(by_chance(groups, net.params), 0.5, scope="layer")
     small_fn, small, plan = jp.shrink(net.fn, net.params, masks, *net.inputs, groups=groups)
     assert any(reason.startswith(why) for reason in plan.inexact)
     shapes = jax.tree.map(jnp.shape, jax.eval_shape(net.fn, net.params, *net.inputs))
