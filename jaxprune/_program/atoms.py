@@ -15,17 +15,14 @@ Axis = np.ndarray  # one atom per index, dtype=int32
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """An axis that a reshape merged from factors, or split into them, first factor slowest.
-
-    Attributes:
-      merged: atoms of the merged axis.
-      factors: atoms of the factors.
-      where: the equation, for a report.
-    """
+    """An axis that a reshape merged from factors, or split into them, first factor slowest."""
 
     merged: Axis
     factors: tuple[Axis, ...]
-    where: str
+    where: str  # the equation, for a report
+
+
+Choice = tuple[Merge, int, list[int]]  # the factor along which it is cut, units by factor
 
 
 class Atoms:
@@ -44,8 +41,8 @@ class Atoms:
     def __init__(self) -> None:
         self.reasons: list[str] = []
         self.cut: list[Axis] = []  # the factors along which merged axes were decided to be cut
-        self._parent = _own_parents(1 << 16, 1 << 10)
-        self._limits = 1 << 16, 1 << 10  # the capacity for atoms, and for reasons
+        self._size = 1 << 10  # the places for atoms, and for reasons
+        self._parent = _own_parents(self._size, self._size)
         self._count = 1
         self._numbers: dict[str, int] = {}
         self._pinned: dict[tuple[int, int], Axis] = {}
@@ -69,15 +66,13 @@ class Atoms:
 
     def _reserve(self) -> None:
         """Makes place for all atoms and reasons, by doubling."""
-        atoms, reasons = self._limits
-        while atoms < self._count:
-            atoms *= 2
-        while reasons < len(self.reasons):
-            reasons *= 2
-        if (atoms, reasons) != self._limits:
-            parent = _own_parents(atoms, reasons)
-            parent[: self._limits[0]] = self._parent[: self._limits[0]]
-            self._parent, self._limits = parent, (atoms, reasons)
+        old = self._size
+        while self._size < max(self._count, len(self.reasons)):
+            self._size *= 2
+        if self._size > old:
+            atoms = self._parent[:old]
+            self._parent = _own_parents(self._size, self._size)
+            self._parent[:old] = atoms  # a reason is always its own root
 
     def pin(self, axis: Axis, reason: str) -> None:
         """Keeps all indices of an axis from being removed."""
@@ -123,13 +118,14 @@ class Atoms:
         self,
         merges: Sequence[Merge],
         choose: Callable[[list[Merge], list[list[int]]], tuple[int, int]],
-    ) -> None:
+    ) -> list[Choice]:
         """Decides along which factor every merged axis is cut, and pins the other factors.
 
         Where at most one factor can be cut, there is nothing to choose. When only merges with
         several are left, ``choose(merges, units)`` returns which one to decide, and its factor,
-        from the number of units that could be removed along each factor of each.
+        from the number of units that could be removed along each factor of each. Returns these.
         """
+        choices = []
         for cluster in self._clusters(merges):
             waiting = [merges[i] for i in cluster]
             while waiting:
@@ -137,34 +133,35 @@ class Atoms:
                 ambiguous = [sum(map(bool, units)) > 1 for units in counts]
                 if all(ambiguous):
                     which, factor = choose(waiting, counts)
-                    self._settle(waiting.pop(which), factor)
+                    merge = waiting.pop(which)
+                    choices.append((merge, factor, counts[which]))
+                    self._settle(merge, factor)
                     continue
                 for merge, units, several in zip(waiting, counts, ambiguous, strict=True):
                     if not several:
                         self._settle(merge, int(np.argmax(units)))
                 waiting = [m for m, several in zip(waiting, ambiguous, strict=True) if several]
+        return choices
 
     def _clusters(self, merges: Sequence[Merge]) -> list[np.ndarray]:
         """Groups merges that share atoms: a decision in one changes nothing in another.
 
-        The merges are nodes of a second forest. All their roots are sorted, each with the merge
-        that it is of; where two neighbours are equal, their merges are united::
+        The merges are nodes of a second forest. All their roots are listed, each with the merge
+        that it is of, which is united with the merge in which the root is first::
 
-            roots    7  7  9  12  12  12
-            merge    0  3  1   1   3   4      unites 0-3, 1-3, 3-4: one cluster
+            roots    7  9  12  7  12  12
+            merge    0  1   1  3   3   4
+            first    0  1   1  0   1   1      unites 0-3, 1-3, 1-4: one cluster
         """
         roots = [self.find(np.concatenate([m.merged, *m.factors])) for m in merges]
         roots = [np.unique(r[r >= 0]) for r in roots]
         if not roots:
             return []
         number = np.repeat(np.arange(len(roots)), [len(r) for r in roots])
-        every = np.concatenate(roots)
-        order = np.argsort(every, kind="stable")
-        every, number = every[order], number[order]
-        shared = every[1:] == every[:-1]
+        _, first, root = np.unique(np.concatenate(roots), return_index=True, return_inverse=True)
         forest = Atoms()
         nodes = forest.fresh(len(roots))
-        forest.unite(nodes[number[:-1][shared]], nodes[number[1:][shared]])
+        forest.unite(nodes[number], nodes[number[first[root]]])
         clusters = forest.find(nodes)
         return [np.flatnonzero(clusters == c) for c in np.unique(clusters)]
 
@@ -177,14 +174,8 @@ class Atoms:
         """Counts the units that could be removed along one factor.
 
         Index i of the factor can be removed if all of row i can. Rows that share a root are one
-        unit; each root has a label, and every row lowers those of its roots to their minimum::
-
-            rows (roots)   labels at first   after one round
-            a b            0 1               0 0
-            b c            1 2               0 0    (1 is now 0, by the row above)
-            d e            3 4               3 3    two units: {a b c}, {d e}
-
-        If a single unit were everything, its removal would empty the axis: then there is none.
+        unit: rows ``a b``, ``b c`` and ``d e`` are two units, ``a b c`` and ``d e``. If a single
+        unit were everything, its removal would empty the axis: then there is none.
         """
         factor = merge.factors[chosen]
         free = self.free(factor)
@@ -195,15 +186,12 @@ class Atoms:
         if not free.any():
             return 0
         roots = np.concatenate([self.find(factor)[:, None], self.find(rows)], 1)[free]
-        distinct, roots = np.unique(roots, return_inverse=True)
-        roots = roots.reshape(int(free.sum()), -1)
-        labels = np.arange(len(distinct))
-        while True:
-            before = labels.copy()
-            np.minimum.at(labels, roots, labels[roots].min(1)[:, None])
-            if np.array_equal(labels, before):
-                break
-        units = len(np.unique(labels))
+        distinct, number = np.unique(roots, return_inverse=True)
+        forest = Atoms()
+        nodes = forest.fresh(len(distinct))
+        rows = nodes[number.reshape(roots.shape)]
+        forest.unite(rows[:, :-1].reshape(-1), rows[:, 1:].reshape(-1))
+        units = len(np.unique(forest.find(nodes)))
         return 0 if units == 1 and free.all() else units
 
     def _settle(self, merge: Merge, chosen: int) -> None:

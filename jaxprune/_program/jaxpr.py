@@ -20,25 +20,15 @@ _WRAPPING = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Inner:
-    """A program inside an equation.
-
-    Attributes:
-      jaxpr: the inner program.
-      consts: the values of its constants.
-      operands: for each of its inputs the operand of the equation that feeds it.
-      times: how often it runs; a `while` loop counts once, because its trip count is unknown.
-      carried: for each output that is also an input of the next round, the index of that input.
-      stacked: how many inputs, the last ones, are slices of their operands, one each round.
-      call: whether its outputs are those of the equation.
-    """
+    """A program inside an equation."""
 
     jaxpr: Any
-    consts: Sequence[Any]
-    operands: Sequence[Any]
-    times: int = 1
-    carried: tuple[int, ...] = ()
-    stacked: int = 0
-    call: bool = False
+    consts: Sequence[Any]  # the values of its constants
+    operands: Sequence[int]  # for each of its inputs, which operand of the equation feeds it
+    times: int = 1  # how often it runs; a `while` loop once, because its trip count is unknown
+    carried: Sequence[int] = ()  # the inputs that the first outputs are in the next round
+    stacked: int = 0  # how many inputs, the last ones, are slices of their operands, one a round
+    call: bool = False  # whether its outputs are those of the equation
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> Any:
@@ -51,20 +41,20 @@ def trace(fn: Callable[..., Any], *args: Any) -> Any:
 
 def order_of_use(jaxpr: Any) -> list[int]:
     """Lists the inputs that a program uses, in the order of their first use."""
-    order: dict[Any, None] = {}
+    order: dict[int | None, None] = {}
 
-    def visit(jaxpr: Any, names: dict[Any, int]) -> None:
+    def visit(jaxpr: Any, numbers: Sequence[int | None]) -> None:
+        names = dict(zip(jaxpr.invars, numbers, strict=True))
         for eqn in jaxpr.eqns:
+            used = [names.get(atom) if is_var(atom) else None for atom in eqn.invars]
             programs = inner(eqn)
             for program in programs:
-                fed = zip(program.jaxpr.invars, program.operands, strict=True)
-                visit(program.jaxpr, {v: names[a] for v, a in fed if is_var(a) and a in names})
-            if not programs:
-                order.update((names[a], None) for a in eqn.invars if is_var(a) and a in names)
-        order.update((names[a], None) for a in jaxpr.outvars if is_var(a) and a in names)
+                visit(program.jaxpr, [used[i] for i in program.operands])
+            order.update(dict.fromkeys([] if programs else used))
+        order.update((names.get(atom), None) for atom in jaxpr.outvars if is_var(atom))
 
-    visit(jaxpr, {v: i for i, v in enumerate(jaxpr.invars)})
-    return list(order)
+    visit(jaxpr, range(len(jaxpr.invars)))
+    return [number for number in order if number is not None]
 
 
 def is_var(atom: Any) -> bool:
@@ -80,29 +70,28 @@ def where(eqn: Any) -> str:
 
 def inner(eqn: Any) -> list[Inner]:
     """Lists the programs inside an equation; none for an ordinary primitive."""
-    name, params, operands = eqn.primitive.name, eqn.params, list(eqn.invars)
+    name, params, count = eqn.primitive.name, eqn.params, len(eqn.invars)
     if name == "scan":
         jaxpr, consts = _open(params["jaxpr"])
-        pairs = zip(operands, jaxpr.invars, strict=True)
+        pairs = zip(eqn.invars, jaxpr.invars, strict=True)
         stacked = sum(a.aval.shape != b.aval.shape for a, b in pairs)
         pairs = zip(eqn.outvars, jaxpr.outvars, strict=True)
         carry = sum(a.aval.shape == b.aval.shape for a, b in pairs)
-        first = len(operands) - stacked - carry
-        carried = tuple(range(first, first + carry))
-        return [Inner(jaxpr, consts, operands, params["length"], carried, stacked)]
+        carried = range(count - stacked - carry, count - stacked)
+        return [Inner(jaxpr, consts, range(count), params["length"], carried, stacked)]
     if name == "while":
         test, body = params["cond_nconsts"], params["body_nconsts"]
-        carry = operands[test + body :]
-        carried = tuple(range(body, body + len(carry)))
+        tested = [*range(test), *range(test + body, count)]
+        carried = range(body, count - test)
         return [
-            Inner(*_open(params["cond_jaxpr"]), operands[:test] + carry),
-            Inner(*_open(params["body_jaxpr"]), operands[test : test + body] + carry, 1, carried),
+            Inner(*_open(params["cond_jaxpr"]), tested),
+            Inner(*_open(params["body_jaxpr"]), range(test, count), carried=carried),
         ]
     if name == "cond":
-        return [Inner(*_open(branch), operands[1:]) for branch in params["branches"]]
+        return [Inner(*_open(branch), range(1, count)) for branch in params["branches"]]
     if name in TRANSPARENT or name in _WRAPPING:
-        jaxpr, consts = _open(params["call_jaxpr" if "call_jaxpr" in params else "jaxpr"])
-        return [Inner(jaxpr, consts, operands, call=True)]
+        program = params["call_jaxpr" if "call_jaxpr" in params else "jaxpr"]
+        return [Inner(*_open(program), range(count), call=True)]
     return []
 
 
@@ -170,12 +159,10 @@ def rules(eqn: Any) -> list[Any]:
 
 
 def rebuild(eqn: Any, bodies: Sequence[Callable[..., list[Any]]], args: Sequence[Any]) -> list[Any]:
-    """Runs an equation that holds programs, each replaced by a function of lists of arrays.
+    """Runs an equation with other programs inside it.
 
-    Args:
-      eqn: the equation.
-      bodies: one function for each of ``inner(eqn)``, then one for each of ``rules(eqn)``.
-      args: the operands.
+    There is one body for each of ``inner(eqn)``, then one for each of ``rules(eqn)``: a function of
+    arrays that returns a list of them.
     """
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":

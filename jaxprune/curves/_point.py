@@ -75,7 +75,7 @@ def _savings(
     """Measures the pruned network and compares it with the dense one."""
     small, small_params, small_masks = _shrunk(network, params, masks, inputs)
     functions = {"dense": (network, dense), "pruned": (small, small_params)}
-    times = metrics._interleave(functions, inputs, rounds=30)
+    times = metrics.interleave(functions, inputs, rounds=30)
     flops = metrics.flops(network, dense, *inputs, masks=masks)
     table = metrics.summary(params, masks)
     return {

@@ -35,24 +35,26 @@ _LINEAR = frozenset("add add_any convert_element_type neg sub".split())
 
 
 def _elementwise(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
-    shape = eqn.outvars[0].aval.shape
-    known = None
-    if all(v.known is not None for v in ins):
-        known = _evaluate(walk, eqn, ins)
-    axes, zeros = [], []
-    for i, size in enumerate(shape):
-        sized = [v.axes[i] for v in ins if v.shape and len(v.axes[i]) == size]
-        axes.append(sized[0] if sized else walk.fresh((size,)).axes[0])
-        for other in sized[1:]:
-            walk.atoms.unite(axes[i], other)
-        zeros.append(_zero(walk, eqn, ins, i, size))
-    return [Value(tuple(axes), tuple(zeros), known)]
+    known = _evaluate(walk, eqn, ins) if all(v.known is not None for v in ins) else None
+    pairs = []
+    for i, size in enumerate(eqn.outvars[0].aval.shape):
+        axes = [v.axes[i] for v in ins if v.shape and len(v.axes[i]) == size]
+        axes = axes or list(walk.fresh((size,)).axes)
+        for other in axes[1:]:
+            walk.atoms.unite(axes[0], other)
+        pairs.append((axes[0], _zero(walk, eqn, ins, i, size)))
+    return [Value.of(pairs, known)]
 
 
 def _zero(walk: Walk, eqn: Any, ins: Sequence[Value], i: int, size: int) -> np.ndarray:
     """Returns which slices along an axis of an elementwise result are zero once masked."""
     name = eqn.primitive.name
-    flags = [_flag(walk, v, i, size) for v in ins]
+    flags = [
+        v.zeros[i]
+        if v.known is None and v.shape and len(v.axes[i]) == size
+        else walk.flags(size, v.known == 0)
+        for v in ins
+    ]
     if name in ("mul", "and"):
         return combine(np.logical_or, flags)
     if name in ("div", "rem"):
@@ -68,14 +70,6 @@ def _zero(walk: Walk, eqn: Any, ins: Sequence[Value], i: int, size: int) -> np.n
     if not zero.any() or (len(unknown) == len(ins) and name in _LINEAR):
         return zero
     return zero if _evaluate(walk, eqn, ins) == 0 else walk.flags(size, False)
-
-
-def _flag(walk: Walk, value: Value, i: int, size: int) -> np.ndarray:
-    if value.known is not None:
-        return walk.flags(size, value.known == 0)
-    if value.shape and len(value.axes[i]) == size:
-        return value.zeros[i]
-    return walk.flags(size, False)
 
 
 def _evaluate(walk: Walk, eqn: Any, ins: Sequence[Value]) -> float | None:
@@ -99,7 +93,7 @@ def _evaluate(walk: Walk, eqn: Any, ins: Sequence[Value]) -> float | None:
 
 def _unchanged(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
     """Passes the axes of every operand on to its result, which has the same shape."""
-    return [Value(v.axes, v.zeros, v.known) for v in ins[-len(eqn.outvars) :]]
+    return [Value.of(v.pairs, v.known) for v in ins[-len(eqn.outvars) :]]
 
 
 def _without_result(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
