@@ -14,17 +14,11 @@ from jaxprune import _program, _tree
 from jaxprune._table import Shown, Table, spell
 from jaxprune._tree import Masks, Params
 
-__all__ = [
-    "Latency",
-    "Layer",
-    "Layers",
-    "Memory",
-    "Row",
-    "Summary",
-    "Timing",
-    "compression",
-    "flops",
-] + ["latency", "layers", "memory", "sparsity", "stored_bytes", "summary"]
+__all__ = (
+    ["Latency", "Layer", "Layers", "Memory", "Row", "Summary", "Timing"]
+    + ["compression", "sparsity", "stored_bytes", "summary"]
+    + ["flops", "latency", "layers", "memory"]
+)
 
 
 def sparsity(masks: Masks) -> float | jax.Array:
@@ -181,11 +175,7 @@ def flops(
       apply_fn: the function to trace; nothing is computed.
       params: arrays or shapes.
       *inputs: arrays or shapes.
-      masks: masks of the params.
-
-    Raises:
-      ValueError: for masks of other paths or shapes.
-      TypeError: for masks that are not bool.
+      masks: masks of the params, as for :func:`summary`.
 
     Examples:
       >>> f = lambda w, x: x @ w

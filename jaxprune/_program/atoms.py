@@ -13,7 +13,7 @@ import numpy as np
 Axis = np.ndarray  # one atom per index, dtype=int32
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Merge:
     """An axis that a reshape merged from factors, or split into them, first factor slowest."""
 
@@ -39,12 +39,11 @@ class Atoms:
     """
 
     def __init__(self) -> None:
-        self.reasons: list[str] = []
         self.cut: list[Axis] = []  # the factors along which merged axes were decided to be cut
-        self._size = 1 << 10  # the places for atoms, and for reasons
-        self._parent = _own_parents(self._size, self._size)
+        self._size = 1  # the places for atoms, and for reasons
+        self._parent = np.array([0, -1], np.int32)
         self._count = 1
-        self._numbers: dict[str, int] = {}
+        self._reasons: dict[str, int] = {}
         self._pinned: dict[tuple[int, int], Axis] = {}
 
     def fresh(self, size: int) -> Axis:
@@ -55,24 +54,20 @@ class Atoms:
 
     def pinned(self, size: int, reason: str) -> Axis:
         """Makes an axis of which nothing can be removed; one array for a size and a reason."""
-        if reason not in self._numbers:
-            self.reasons.append(reason)
-            self._numbers[reason] = -len(self.reasons)
-            self._reserve()
-        key = size, self._numbers[reason]
+        key = size, self._reasons.setdefault(reason, -1 - len(self._reasons))
+        self._reserve()
         if key not in self._pinned:
             self._pinned[key] = np.full(*key, np.int32)
         return self._pinned[key]
 
     def _reserve(self) -> None:
         """Makes place for all atoms and reasons, by doubling."""
-        old = self._size
-        while self._size < max(self._count, len(self.reasons)):
+        old, parent = self._size, self._parent
+        while self._size < max(self._count, len(self._reasons)):
             self._size *= 2
         if self._size > old:
-            atoms = self._parent[:old]
-            self._parent = _own_parents(self._size, self._size)
-            self._parent[:old] = atoms  # a reason is always its own root
+            self._parent = np.r_[: self._size, -self._size : 0].astype(np.int32)
+            self._parent[:old] = parent[:old]  # all others, and every reason, are their own roots
 
     def pin(self, axis: Axis, reason: str) -> None:
         """Keeps all indices of an axis from being removed."""
@@ -81,17 +76,14 @@ class Atoms:
     def find(self, axis: Axis) -> Axis:
         """Returns the root of every atom."""
         root = self._parent[axis]
-        while True:
-            above = self._parent[root]
-            if np.array_equal(above, root):
-                break
+        while not np.array_equal(above := self._parent[root], root):
             root = above
         self._parent[axis] = root
         return root
 
     def all_roots(self) -> np.ndarray:
         """Returns a table with the root of every atom and reason."""
-        return self.find(_own_parents(self._count, len(self.reasons)))
+        return self.find(np.r_[: self._count, -len(self._reasons) : 0])
 
     def free(self, axis: Axis) -> np.ndarray:
         """Returns which indices are not pinned."""
@@ -101,7 +93,8 @@ class Atoms:
         """Lists why indices of an axis are pinned, the most frequent reason first."""
         roots = self.find(axis)
         numbers, counts = np.unique(-1 - roots[roots < 0], return_counts=True)
-        return [self.reasons[n] for n in numbers[np.argsort(-counts, kind="stable")]]
+        reasons = list(self._reasons)
+        return [reasons[n] for n in numbers[np.argsort(-counts, kind="stable")]]
 
     def unite(self, a: Axis, b: Axis) -> None:
         """Makes index i of one axis and index i of the other be removed together."""
@@ -130,17 +123,15 @@ class Atoms:
             waiting = [merges[i] for i in cluster]
             while waiting:
                 counts = [[self._units(m, i) for i in range(len(m.factors))] for m in waiting]
-                ambiguous = [sum(map(bool, units)) > 1 for units in counts]
-                if all(ambiguous):
+                pairs = zip(waiting, counts, strict=True)
+                clear = [(m, int(np.argmax(n))) for m, n in pairs if np.count_nonzero(n) < 2]
+                if not clear:
                     which, factor = choose(waiting, counts)
-                    merge = waiting.pop(which)
-                    choices.append((merge, factor, counts[which]))
+                    choices.append((waiting[which], factor, counts[which]))
+                    clear = [(waiting[which], factor)]
+                for merge, factor in clear:
                     self._settle(merge, factor)
-                    continue
-                for merge, units, several in zip(waiting, counts, ambiguous, strict=True):
-                    if not several:
-                        self._settle(merge, int(np.argmax(units)))
-                waiting = [m for m, several in zip(waiting, ambiguous, strict=True) if several]
+                    waiting.remove(merge)
         return choices
 
     def _clusters(self, merges: Sequence[Merge]) -> list[np.ndarray]:
@@ -182,9 +173,7 @@ class Atoms:
         if not free.any():
             return 0
         rows = self._rows(merge, chosen)
-        free &= self.free(rows.reshape(-1)).reshape(rows.shape).all(1)
-        if not free.any():
-            return 0
+        free &= self.free(rows).all(1)
         roots = np.concatenate([self.find(factor)[:, None], self.find(rows)], 1)[free]
         distinct, number = np.unique(roots, return_inverse=True)
         forest = Atoms()
@@ -207,8 +196,3 @@ class Atoms:
         self.cut.append(merge.factors[chosen])
         rows = self._rows(merge, chosen)
         self.unite(rows.reshape(-1), np.repeat(merge.factors[chosen], rows.shape[1]))
-
-
-def _own_parents(atoms: int, reasons: int) -> np.ndarray:
-    """Makes the table in which everything is its own root."""
-    return np.concatenate([np.arange(atoms), np.arange(-reasons, 0)]).astype(np.int32)

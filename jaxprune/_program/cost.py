@@ -29,11 +29,10 @@ from jaxprune._program.values import Program, Step
 from jaxprune._tree import Masks, Params
 
 # Primitives that only move entries, so that the kept weights can be followed through them.
-_MOVES = frozenset(
-    ("broadcast_in_dim", "concatenate", "copy", "expand_dims", "reshape", "rev", "slice", "split")
-    + ("squeeze", "transpose")
-)
-_CONTRACTIONS = frozenset(("dot_general", "ragged_dot_general", "conv_general_dilated"))
+_MOVES = (
+    "broadcast_in_dim concatenate copy expand_dims reshape rev slice split squeeze transpose"
+).split()
+_CONTRACTIONS = "dot_general ragged_dot_general conv_general_dilated".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +107,7 @@ def most_expensive(costs: Sequence[Cost]) -> list[Contraction]:
 
 def loops(costs: Sequence[Cost]) -> list[str]:
     """Lists the `while` loops that hold contractions, which are counted once."""
-    names = [cost.loop for cost in jax.tree.leaves(list(costs)) if cost.loop]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(c.loop for c in jax.tree.leaves(list(costs)) if c.loop))
 
 
 def warn_of_loops(costs: Sequence[Cost], stacklevel: int) -> None:

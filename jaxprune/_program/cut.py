@@ -43,16 +43,14 @@ class Cut:
     def take(self, x: Any, value: Value) -> Any:
         """Cuts an array that was computed entirely."""
         for i, axis in enumerate(value.axes):
-            kept = self.kept(axis)
-            if kept is not None:
+            if (kept := self.kept(axis)) is not None:
                 x = take(x, kept, i)
         return x
 
     def touches(self, step: Step) -> bool:
         """Returns whether anything in or around an equation is cut."""
-        if any(map(self.cuts, step.ins)) or any(map(self.cuts, step.outs)):
-            return True
-        return any(self.touches(s) for program in step.programs for s in program.steps)
+        steps = [s for program in step.programs for s in program.steps]
+        return any(map(self.cuts, [*step.ins, *step.outs])) or any(map(self.touches, steps))
 
     def run(self, program: Program, *args: Any, keep_full: bool = False) -> list[Any]:
         """Runs a program on arguments that are cut, except those of full values.
@@ -91,11 +89,11 @@ class Cut:
                 else:
                     outs = _jaxpr.bind(eqn, *operands)
             for x, v, variable in zip(outs, step.outs, eqn.outvars, strict=True):
-                if not v.full and x.shape != self.shape(v, variable):
+                shape = self.shape(v, variable)
+                if not v.full and x.shape != shape:
                     raise AssertionError(
-                        f"{_jaxpr.where(eqn)}: the result must have shape "
-                        f"{self.shape(v, variable)}, got {x.shape}. This is a bug in jaxprune; "
-                        "please report it."
+                        f"{_jaxpr.where(eqn)}: the result must have shape {shape}, got {x.shape}. "
+                        "This is a bug in jaxprune; please report it."
                     )
             env.update(zip(eqn.outvars, outs, strict=True))
         if keep_full:

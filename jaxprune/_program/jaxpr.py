@@ -11,11 +11,11 @@ from typing import Any
 import jax
 from jax.custom_derivatives import SymbolicZero
 
+Body = Callable[..., list[Any]]  # a program as a function of arrays
+
 # Equations that only call a program, and those that also change how it runs or is differentiated.
-TRANSPARENT = frozenset(("jit", "pjit", "closed_call", "core_call", "composite"))
-_WRAPPING = frozenset(
-    ("remat2", "checkpoint", "remat", "custom_jvp_call", "custom_vjp_call", "shard_map")
-)
+TRANSPARENT = "jit pjit closed_call core_call composite".split()
+_WRAPPING = "remat2 checkpoint remat custom_jvp_call custom_vjp_call shard_map".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Inner:
     consts: Sequence[Any]  # the values of its constants
     operands: Sequence[int]  # for each of its inputs, which operand of the equation feeds it
     times: int = 1  # how often it runs; a `while` loop once, because its trip count is unknown
-    carried: Sequence[int] = ()  # the inputs that the first outputs are in the next round
+    carried: range = range(0)  # the inputs that the first outputs are in the next round
     stacked: int = 0  # how many inputs, the last ones, are slices of their operands, one a round
     call: bool = False  # whether its outputs are those of the equation
 
@@ -158,25 +158,19 @@ def rules(eqn: Any) -> list[Any]:
     return [first, trace(bwd, *residuals, *outputs)]
 
 
-def rebuild(eqn: Any, bodies: Sequence[Callable[..., list[Any]]], args: Sequence[Any]) -> list[Any]:
-    """Runs an equation with other programs inside it.
-
-    There is one body for each of ``inner(eqn)``, then one for each of ``rules(eqn)``: a function of
-    arrays that returns a list of them.
-    """
+def rebuild(eqn: Any, bodies: Sequence[Body], args: Sequence[Any]) -> list[Any]:
+    """Runs an equation with other programs for each of ``inner(eqn)``, and then ``rules(eqn)``."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
-        (program,) = inner(eqn)
-        xs = len(args) - program.stacked
-        first = xs - len(program.carried)
-        consts, carry = list(args[:first]), list(args[first:xs])
+        carried = inner(eqn)[0].carried
+        consts, carry = list(args[: carried.start]), list(args[carried.start : carried.stop])
 
         def step(carry: Any, x: Any) -> Any:
             out = bodies[0](*consts, *carry, *x)
             return out[: len(carry)], out[len(carry) :]
 
         keywords = {key: params[key] for key in ("length", "reverse", "unroll")}
-        carry, stacks = jax.lax.scan(step, carry, list(args[xs:]), **keywords)
+        carry, stacks = jax.lax.scan(step, carry, list(args[carried.stop :]), **keywords)
         return [*carry, *stacks]
     if name == "while":
         test, body = params["cond_nconsts"], params["body_nconsts"]
@@ -200,7 +194,7 @@ def rebuild(eqn: Any, bodies: Sequence[Callable[..., list[Any]]], args: Sequence
     return bodies[0](*args)
 
 
-def _custom_jvp(body: Callable[..., list[Any]], rule: Callable[..., list[Any]]) -> Any:
+def _custom_jvp(body: Body, rule: Body) -> Any:
     fn = jax.custom_jvp(lambda *args: body(*args))
 
     def jvp(primals: Any, tangents: Any) -> Any:
@@ -214,11 +208,7 @@ def _custom_jvp(body: Callable[..., list[Any]], rule: Callable[..., list[Any]]) 
     return fn
 
 
-def _custom_vjp(
-    body: Callable[..., list[Any]],
-    forward: Callable[..., list[Any]],
-    backward: Callable[..., list[Any]],
-) -> Any:
+def _custom_vjp(body: Body, forward: Body, backward: Body) -> Any:
     fn = jax.custom_vjp(lambda *args: body(*args))
     inexact: list[bool] = []  # of every primal; `bwd` sees only what the residuals hold
 

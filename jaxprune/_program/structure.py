@@ -16,8 +16,6 @@ from jaxprune._program.values import Program, Value
 from jaxprune._program.walk import Walk
 from jaxprune._tree import Params
 
-Split = Mapping[str, int]
-
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
@@ -47,7 +45,7 @@ def analyse(
     *,
     exact: bool = True,  # whether to pin what changes the result when removed, or to record it
     has_aux: bool = False,  # whether a pair is returned, the second of which may be cut
-    split: Split | None = None,  # for paths, the factor along which to cut their merged axes
+    split: Mapping[str, int] | None = None,  # by path, the factor along which to cut merged axes
     removed: Mapping[tuple[str, int], np.ndarray] | None = None,  # by path and axis: pins the rest
 ) -> Structure:
     """Traces and walks a function, and decides every ambiguity."""
@@ -67,12 +65,10 @@ def analyse(
         else:
             leaves[i] = walk.fresh(shape, zero=True)
             for axis, atoms in enumerate(leaves[i].axes if removed is not None else ()):
-                kept = np.ones(len(atoms), bool)
-                kept[removed.get((path, axis), [])] = False  # type: ignore[union-attr]
-                walk.atoms.pin(atoms[kept], "kept by the masks")
+                indices: Any = (removed or {}).get((path, axis), [])
+                walk.atoms.pin(np.delete(atoms, indices), "kept by the masks")
     values = [leaves[i] for i in range(len(names))]
-    shapes = map(jnp.shape, jax.tree.leaves(inputs))
-    fed = [walk.pinned(shape, "an input", full=True) for shape in shapes]
+    fed = [walk.pinned(jnp.shape(x), "an input", full=True) for x in jax.tree.leaves(inputs)]
     program = walk.program(closed, values + fed)
     for value in program.outs[:outputs]:
         walk.pin(value, "an output")
@@ -110,7 +106,7 @@ def check_inputs(inputs: Sequence[Any]) -> None:
             )
 
 
-def _solve(walk: Walk, leaves: Mapping[str, Value], split: Split) -> list[Choice]:
+def _solve(walk: Walk, leaves: Mapping[str, Value], split: Mapping[str, int]) -> list[Choice]:
     """Decides along which factor every merge is cut, and returns those that were ambiguous."""
     unused = set(split)
     for path in split:

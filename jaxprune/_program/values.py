@@ -1,6 +1,7 @@
 """A walked program: the jaxpr, and what is known of every value in it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ Pair = tuple[Axis, np.ndarray]  # the atoms of an axis, and its zeros
 
 
 class ProgramMismatch(ValueError):
-    """A function traced for other inputs has other equations."""
+    """A function has other equations when it is traced for inputs of other sizes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +59,7 @@ Rule = Callable[..., list[Value] | tuple[list[Value], Run]]  # (walk, eqn, *valu
 
 def combine(function: Any, flags: Sequence[np.ndarray]) -> np.ndarray:
     """Combines flags of one axis; often they are one array, which is then returned itself."""
-    result = flags[0]
-    for flag in flags[1:]:
-        if flag is not result:
-            result = function(result, flag)
-    return result
+    return functools.reduce(lambda a, b: a if a is b else function(a, b), flags)
 
 
 @dataclasses.dataclass
@@ -87,11 +84,7 @@ class Program:
     steps: list[Step]
 
     def on(self, closed: Any) -> "Program":
-        """Returns these values for the same program, traced for inputs of other sizes.
-
-        Raises:
-          ProgramMismatch: if it is another program.
-        """
+        """Returns these values for the same program, traced for inputs of other sizes."""
         jaxpr, consts = closed.jaxpr, closed.consts
         if [s.eqn.primitive for s in self.steps] != [eqn.primitive for eqn in jaxpr.eqns]:
             raise ProgramMismatch("the function has other equations on inputs of these sizes")

@@ -5,7 +5,7 @@ the primitives. What it returns, a :class:`Program`, is the jaxpr with these val
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,8 +31,6 @@ class Walk:
         self._derivatives = derivatives
         self._flags: dict[tuple[int, bool], np.ndarray] = {}
 
-    # Values.
-
     def flags(self, size: int, flag: bool) -> np.ndarray:
         """Returns the one array of a size that is all true, or all false."""
         if (size, flag) not in self._flags:
@@ -53,10 +51,10 @@ class Walk:
         """Makes a value that cannot be cut."""
         return self.value([self.atoms.pinned(n, reason) for n in shape], **more)
 
-    def pin(self, value: Value, reason: str) -> None:
-        """Keeps all axes of a value from being cut."""
-        for axis in value.axes:
-            self.atoms.pin(axis, reason)
+    def pin(self, value: Value, reason: str, axes: Iterable[int] | None = None) -> None:
+        """Keeps all axes of a value, or some, from being cut."""
+        for i in range(len(value.axes)) if axes is None else axes:
+            self.atoms.pin(value.axes[i], reason)
 
     def unite(self, a: Value, b: Value) -> None:
         """Unites the axes of two values of one shape; sizes of one broadcast."""
@@ -85,8 +83,6 @@ class Walk:
         elif self.atoms.free(changed).any():
             self.inexact.append((changed, reason))
 
-    # Programs.
-
     def program(self, closed: Any, ins: Sequence[Value]) -> Program:
         """Walks a program whose inputs are these values."""
         jaxpr = closed.jaxpr
@@ -105,22 +101,20 @@ class Walk:
         return Program(jaxpr, closed.consts, list(ins), outs, steps)
 
     def _literal(self, atom: Any) -> Value:
-        known = None
-        if atom.aval.shape == () and not jnp.issubdtype(atom.aval.dtype, jax.dtypes.extended):
-            known = float(np.asarray(atom.val).real)
+        is_number = not atom.aval.shape and not jnp.issubdtype(atom.aval.dtype, jax.dtypes.extended)
+        known = float(np.asarray(atom.val).real) if is_number else None
         return self.fresh(atom.aval.shape, known == 0, known=known, full=True, const=True)
 
     def _step(self, eqn: Any, ins: list[Value]) -> Step:
         full = all(v.full for v in ins) and eqn.primitive.name != "random_bits"
         const = full and all(v.const for v in ins)
-        inner = _jaxpr.inner(eqn)
         programs: list[Program] = []
         run = None
         rule = self._rules.get(eqn.primitive.name)
         if const and not (rule and any(v.known is not None for v in ins)):
             outs = [self.fresh(v.aval.shape) for v in eqn.outvars]
-        elif inner:
-            outs, programs = self._inner(eqn, ins, inner)
+        elif _jaxpr.inner(eqn):
+            outs, programs = self._inner(eqn, ins)
         elif rule is not None:
             result = rule(self, eqn, *ins)
             outs, run = result if isinstance(result, tuple) else (result, None)
@@ -134,9 +128,7 @@ class Walk:
             outs = [dataclasses.replace(v, full=True, const=const) for v in outs]
         return Step(eqn, ins, outs, programs, run)
 
-    def _inner(
-        self, eqn: Any, ins: list[Value], inner: list[_jaxpr.Inner]
-    ) -> tuple[list[Value], list[Program]]:
+    def _inner(self, eqn: Any, ins: list[Value]) -> tuple[list[Value], list[Program]]:
         """Walks the programs in an equation, each fed with its inputs as they are inside.
 
         ::
@@ -146,7 +138,7 @@ class Walk:
             cond        all branches see the same, and their results are united
             shard_map   an axis is smaller inside if it is sharded
         """
-        name = eqn.primitive.name
+        name, inner = eqn.primitive.name, _jaxpr.inner(eqn)
         if name in _jaxpr.TRANSPARENT:
             program = self.program(inner[0], ins)
             return program.outs, [program]
@@ -156,7 +148,7 @@ class Walk:
         if name == "scan":
             first = len(fed[0]) - inner[0].stacked
             for v in fed[0][first:]:
-                self.atoms.pin(v.axes[0], "the layers of a scan")
+                self.pin(v, "the layers of a scan", [0])
             fed[0][first:] = [v.without([0]) for v in fed[0][first:]]
         elif name == "shard_map":
             fed = [self._shards(eqn, ins, eqn.params["in_specs"], inner[0].jaxpr.invars)]
@@ -166,8 +158,7 @@ class Walk:
         if name == "while":
             carry = len(inner[-1].carried)
             fed[0][len(fed[0]) - carry :] = last.ins[len(last.ins) - carry :]
-        others = zip(inner[:-1], fed[:-1], strict=True)
-        programs = [*(self._rounds(body, values) for body, values in others), last]
+        programs = [*map(self._rounds, inner[:-1], fed[:-1]), last]
         outs = last.outs
         if name == "scan":
             carry = len(inner[0].carried)
@@ -213,7 +204,7 @@ class Walk:
             pairs = v.pairs
             for i, names in enumerate(spec):
                 if names is not None:
-                    self.atoms.pin(v.axes[i], reason)
+                    self.pin(v, reason, [i])
                     pairs[i] = self.pinned(atom.aval.shape[i : i + 1], reason).pairs[0]
             shards.append(Value.of(pairs))
         return shards

@@ -27,9 +27,9 @@ _UNCHANGED = (
     "psum psum_invariant pvary reduce_precision reduced_vary_cast relayout reshard "
     "sharding_constraint stop_gradient tie to_edtype"
 ).split()
-_WITHOUT_RESULT = "debug_callback debug_print dce_sink".split()
-_KEYS = (
-    "random_seed random_wrap random_unwrap random_fold_in random_split random_clone"  # are not cut
+_UNCUT = (  # they have no result, or random keys
+    "debug_callback debug_print dce_sink random_seed random_wrap random_unwrap random_fold_in "
+    "random_split random_clone"
 ).split()
 _LINEAR = frozenset("add add_any convert_element_type neg sub".split())
 
@@ -49,12 +49,10 @@ def _elementwise(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
 def _zero(walk: Walk, eqn: Any, ins: Sequence[Value], i: int, size: int) -> np.ndarray:
     """Returns which slices along an axis of an elementwise result are zero once masked."""
     name = eqn.primitive.name
-    flags = [
-        v.zeros[i]
-        if v.known is None and v.shape and len(v.axes[i]) == size
-        else walk.flags(size, v.known == 0)
-        for v in ins
-    ]
+    flags = []
+    for v in ins:
+        carried = v.known is None and v.shape and len(v.axes[i]) == size
+        flags.append(v.zeros[i] if carried else walk.flags(size, v.known == 0))
     if name in ("mul", "and"):
         return combine(np.logical_or, flags)
     if name in ("div", "rem"):
@@ -82,10 +80,8 @@ def _evaluate(walk: Walk, eqn: Any, ins: Sequence[Value]) -> float | None:
     key = (eqn.primitive.name, numbers, dtypes, str(params))
     if key not in walk.at_zero:
         with jax.ensure_compile_time_eval():
-            operands = [
-                np.asarray(x).astype(atom.aval.dtype)
-                for x, atom in zip(numbers, eqn.invars, strict=True)
-            ]
+            pairs = zip(numbers, eqn.invars, strict=True)
+            operands = [np.asarray(x).astype(atom.aval.dtype) for x, atom in pairs]
             (result,) = _jaxpr.bind(eqn, *operands)
             walk.at_zero[key] = float(np.asarray(result).real)
     return None if math.isnan(walk.at_zero[key]) else walk.at_zero[key]
@@ -96,11 +92,7 @@ def _unchanged(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
     return [Value.of(v.pairs, v.known) for v in ins[-len(eqn.outvars) :]]
 
 
-def _without_result(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
-    return []
-
-
-def _random_key(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
+def _uncut(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
     return [walk.pinned(v.aval.shape, "a random key") for v in eqn.outvars]
 
 
@@ -120,7 +112,6 @@ def _random_bits(walk: Walk, eqn: Any, key: Value) -> tuple[list[Value], Run]:
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(_UNCHANGED, _unchanged),
-    **dict.fromkeys(_WITHOUT_RESULT, _without_result),
-    **dict.fromkeys(_KEYS, _random_key),
+    **dict.fromkeys(_UNCUT, _uncut),
     "random_bits": _random_bits,
 }

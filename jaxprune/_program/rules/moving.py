@@ -28,8 +28,7 @@ def _rev(walk: Walk, eqn: Any, x: Value) -> list[Value]:
 
 def _squeeze(walk: Walk, eqn: Any, x: Value) -> list[Value]:
     squeezed = eqn.params["dimensions"]
-    for i in squeezed:
-        walk.atoms.pin(x.axes[i], "of size 1")
+    walk.pin(x, "of size 1", squeezed)
     return [Value.of(x.without(squeezed).pairs, x.known)]
 
 
@@ -64,14 +63,9 @@ def _slice(walk: Walk, eqn: Any, x: Value) -> tuple[list[Value], Run]:
 
 
 def _split(walk: Walk, eqn: Any, x: Value) -> tuple[list[Value], Run]:
-    axis, sizes = eqn.params["axis"], eqn.params["sizes"]
-    ends = np.cumsum(sizes)
-
-    def part(end: int, size: int) -> Value:
-        pick = slice(end - size, end)
-        return x.map(lambda i, entries: entries[pick] if i == axis else entries)
-
-    outs = [part(end, size) for end, size in zip(ends, sizes, strict=True)]
+    axis, ends = eqn.params["axis"], np.cumsum(eqn.params["sizes"])[:-1]
+    parts = zip(*(np.split(entries, ends) for entries in x.pairs[axis]), strict=True)
+    outs = [Value.of([*x.pairs[:axis], part, *x.pairs[axis + 1 :]], x.known) for part in parts]
 
     def run(cut: Cut, eqn: Any, x: Any) -> list[Any]:
         return _jaxpr.bind(eqn, x, sizes=tuple(cut.size(out.axes[axis]) for out in outs))
@@ -91,7 +85,7 @@ def _stack(walk: Walk, eqn: Any, *parts: Value) -> list[Value]:
 
 
 def _unstack(walk: Walk, eqn: Any, x: Value) -> list[Value]:
-    walk.atoms.pin(x.axes[eqn.params["axis"]], f"a position of {_jaxpr.where(eqn)}")
+    walk.pin(x, f"a position of {_jaxpr.where(eqn)}", [eqn.params["axis"]])
     return [x.without([eqn.params["axis"]])] * len(eqn.outvars)
 
 
@@ -175,9 +169,7 @@ def _reshape(walk: Walk, eqn: Any, x: Value) -> tuple[list[Value], Run]:
         grid = zero.reshape([shape[i] for i in after])
         for n, i in enumerate(after):
             pairs[i] = new[n], np.asarray(grid.all(_tree.other_axes(len(after), n)))
-    for i, size in enumerate(x.shape):
-        if size == 1:
-            walk.atoms.pin(x.axes[i], "of size 1")
+    walk.pin(x, "of size 1", [i for i, size in enumerate(x.shape) if size == 1])
     out = Value.of(pairs, x.known)
     return [out], resizing("new_sizes", out, sharding=None)
 
