@@ -89,8 +89,7 @@ class Cut:
                 else:
                     outs = _jaxpr.bind(eqn, *operands)
             for x, v, variable in zip(outs, step.outs, eqn.outvars, strict=True):
-                shape = self.shape(v, variable)
-                if not v.full and x.shape != shape:
+                if not v.full and x.shape != (shape := self.shape(v, variable)):
                     raise AssertionError(
                         f"{_jaxpr.where(eqn)}: the result must have shape {shape}, got {x.shape}. "
                         "This is a bug in jaxprune; please report it."

@@ -159,7 +159,7 @@ def rules(eqn: Any) -> list[Any]:
 
 
 def rebuild(eqn: Any, bodies: Sequence[Body], args: Sequence[Any]) -> list[Any]:
-    """Runs an equation with other programs for each of ``inner(eqn)``, and then ``rules(eqn)``."""
+    """Runs an equation with other programs in place of ``inner(eqn)``, then of ``rules(eqn)``."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
         carried = inner(eqn)[0].carried
