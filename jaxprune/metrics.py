@@ -58,21 +58,14 @@ def stored_bytes(params: Params, masks: Masks) -> int:
     A leaf of n weights of b bytes with a mask takes its k kept weights and one bit for each weight,
     :math:`b k + \lceil n / 8 \rceil`, where that is less than the :math:`b n` of the dense leaf.
 
-    Raises:
-      ValueError: for masks of other paths or shapes.
-      TypeError: for masks that are not bool.
-
     Examples:
       >>> stored_bytes({"w": jnp.ones(16), "b": jnp.ones(2)}, {"w": jnp.arange(16) < 4, "b": None})
       26
     """
-    total = 0
-    leaves = jax.tree.leaves(params)
-    for leaf, mask in zip(leaves, _tree.align_masks(params, masks), strict=True):
-        size, itemsize = math.prod(jnp.shape(leaf)), _tree.dtype(leaf).itemsize
-        kept = size if mask is None else int(jnp.count_nonzero(mask))
-        total += min(size * itemsize, kept * itemsize + -(-size // 8))
-    return total
+    return sum(
+        min(row.bytes, row.kept * (row.bytes // max(row.size, 1)) + -(-row.size // 8))
+        for row in _rows(params, masks)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,13 +108,13 @@ class Summary(Shown):
         return sum(row.kept for row in self.rows)
 
     def _show(self) -> list[Table]:
+        total = Row("total", (), self.size, self.kept, True, sum(r.bytes for r in self.rows))
         rows = []
-        for r in self.rows:
+        for r in (*self.rows, total):
+            shape = "" if r is total else spell(r.shape)
             removed = f"{1 - r.kept / max(r.size, 1):.2%}" if r.masked else "-"
-            counts = f"{r.kept:,} of {r.size:,}", removed
-            rows.append((r.path, spell(r.shape), *counts, f"{r.bytes:,}", r.note))
-        counts = f"{self.kept:,} of {self.size:,}", f"{1 - self.kept / max(self.size, 1):.2%}"
-        rows.append(("total", "", *counts, f"{sum(r.bytes for r in self.rows):,}", ""))
+            counts = f"{r.kept:,} of {r.size:,}", removed, f"{r.bytes:,}"
+            rows.append((r.path, shape, *counts, r.note))
         header = ("path", "shape", "kept", "sparsity", "bytes", "")
         return [Table(header, rows, left=(0, 1, 5), total=True)]
 
@@ -147,6 +140,11 @@ def summary(params: Params, masks: Masks | None = None) -> Summary:
     """
     if masks is None:
         masks = jax.tree.map(lambda x: x if _tree.dtype(x) == jnp.bool_ else None, params)
+    return Summary(tuple(_rows(params, masks)))
+
+
+def _rows(params: Params, masks: Masks) -> list[Row]:
+    """Lists the shape, the kept weights and the bytes of every leaf."""
     rows = []
     aligned = zip(_tree.named_leaves(params), _tree.align_masks(params, masks), strict=True)
     for (path, leaf), mask in aligned:
@@ -156,7 +154,7 @@ def summary(params: Params, masks: Masks | None = None) -> Summary:
         odd = masked and len(shape) == 2 and path.split("/")[-1] in ("bias", "scale")
         note = "a stack of layers? see select(stacked=)" if odd else ""
         rows.append(Row(path, shape, size, kept, masked, size * _tree.dtype(leaf).itemsize, note))
-    return Summary(tuple(rows))
+    return rows
 
 
 def flops(
@@ -174,11 +172,7 @@ def flops(
       apply_fn: the function to trace; nothing is computed.
       params: arrays or shapes.
       *inputs: arrays or shapes.
-      masks: masks of the params.
-
-    Raises:
-      ValueError: for masks of other paths or shapes.
-      TypeError: for masks that are not bool.
+      masks: masks of the params, as for :func:`summary`.
 
     Examples:
       >>> f = lambda w, x: x @ w
@@ -189,11 +183,7 @@ def flops(
     """
     costs = _program.contractions(apply_fn, params, *inputs, masks=masks)
     _program.warn_of_loops(costs, stacklevel=2)
-    return 2.0 * _program.total(costs, _kept_macs)
-
-
-def _kept_macs(contraction: _program.Contraction) -> float:
-    return contraction.macs() * contraction.kept
+    return 2.0 * _program.total(costs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,9 +229,7 @@ class Layers(Shown):
             rows.append((*name, *counts))
         rows.append(("total", "", f"{params:,}", "", f"{flops:,.0f}", "", f"{activations:,}"))
         header = ("path", "shape", "params", "", "FLOPs", "", "activations")
-        notes = [
-            f"{loop} is counted once, because its trip count is unknown." for loop in self.loops
-        ]
+        notes = [f"{x} is counted once, because its trip count is unknown." for x in self.loops]
         return [Table(header, rows, left=(0, 1), total=True), *notes]
 
 
@@ -253,17 +241,8 @@ def layers(
     Storage and compute differ: in VGG-16 the dense layers hold 89 % of the weights but do less than
     1 % of the multiply-adds, so that pruning them saves storage and no time. A product of two
     params is charged to the first; products of activations have a row of their own. FLOPs are
-    counted as by :func:`flops`; activations are the entries of the results.
-
-    Args:
-      apply_fn: the function to trace; nothing is computed.
-      params: arrays or shapes.
-      *inputs: arrays or shapes.
-      masks: masks of the params, to count only kept weights.
-
-    Raises:
-      ValueError: for masks of other paths or shapes.
-      TypeError: for masks that are not bool.
+    counted as by :func:`flops`, from the same arguments; activations are the entries of the
+    results.
 
     Examples:
       >>> print(layers(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, jnp.ones((5, 3))))
@@ -273,23 +252,18 @@ def layers(
       ────────────────────────────────────────────────────────
       total              6             60                   10
     """
-    leaves = dict(_tree.named_leaves(params))
-    aligned = [None] * len(leaves) if masks is None else _tree.align_masks(params, masks)
-    mask_of = dict(zip(leaves, aligned, strict=True))
+    dense = jax.tree.map(lambda w: None, params)
+    leaves = {row.path: row for row in _rows(params, dense if masks is None else masks)}
     costs = _program.contractions(apply_fn, params, *inputs, masks=masks)
     _program.warn_of_loops(costs, stacklevel=2)
     charged: dict[str | None, list[_program.Contraction]] = {}
-    for c in _program.most_expensive(costs, _kept_macs):
+    for c in _program.most_expensive(costs):
         charged.setdefault(c.paths[0] if c.paths else None, []).append(c)
     rows = []
     for path, contractions in charged.items():
-        shape: tuple[int, ...] = ()
-        size = 0
-        if path is not None:
-            shape, mask = jnp.shape(leaves[path]), mask_of[path]
-            size = math.prod(shape) if mask is None else int(jnp.count_nonzero(mask))
-        flops = 2 * sum(map(_kept_macs, contractions))
-        rows.append(Layer(path, shape, size, flops, sum(c.outputs for c in contractions)))
+        shape, kept = ((), 0) if path is None else (leaves[path].shape, leaves[path].kept)
+        outputs = sum(c.outputs for c in contractions)
+        rows.append(Layer(path, shape, kept, 2 * _program.total(contractions), outputs))
     return Layers(tuple(rows), tuple(_program.loops(costs)))
 
 
@@ -305,13 +279,7 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Latency(Shown):
-    """The result of :func:`latency`; prints as a table.
-
-    Examples:
-      >>> times = latency({"dense": (lambda w, x: x @ w, jnp.ones((4, 4)))}, jnp.ones((8, 4)))
-      >>> times.speedup("dense", batch=8)
-      1.0
-    """
+    """The result of :func:`latency`; prints as a table."""
 
     rows: tuple[Timing, ...]
 
@@ -323,17 +291,10 @@ class Latency(Shown):
     def _show(self) -> list[Table]:
         rows = []
         for row in self.rows:
-            low, high = row.quartiles
-            rows.append(
-                (
-                    row.name,
-                    str(row.batch),
-                    f"{row.median * 1e3:.3f} ms",
-                    f"{low * 1e3:.3f} - {high * 1e3:.3f}",
-                    f"{row.batch / row.median:,.0f}",
-                    f"{self.speedup(row.name, row.batch):.2f}x",
-                )
-            )
+            times = [f"{x * 1e3:.3f}" for x in (row.median, *row.quartiles)]
+            rates = f"{row.batch / row.median:,.0f}", f"{self.speedup(row.name, row.batch):.2f}x"
+            cells = str(row.batch), f"{times[0]} ms", f"{times[1]} - {times[2]}"
+            rows.append((row.name, *cells, *rates))
         return [Table(("function", "batch", "median", "quartiles", "examples/s", "speed-up"), rows)]
 
 
@@ -355,8 +316,8 @@ def latency(
 
     Examples:
       >>> times = latency({"dense": (lambda w, x: x @ w, jnp.ones((4, 4)))}, jnp.ones((8, 4)))
-      >>> [(row.name, row.batch) for row in times.rows]
-      [('dense', 1), ('dense', 8)]
+      >>> [(row.name, row.batch) for row in times.rows], times.speedup("dense", batch=8)
+      ([('dense', 1), ('dense', 8)], 1.0)
     """
     sizes = [jnp.shape(x)[0] for x in jax.tree.leaves(inputs) if jnp.ndim(x)]
     if not sizes:
@@ -407,18 +368,13 @@ def memory(apply_fn: Callable[..., Any], params: Params, *inputs: Any) -> Memory
     """Returns the bytes of the params, and the peak memory of the compiled function.
 
     The peak is the compiler's estimate: arguments, results, and the largest temporary buffers.
-
-    Args:
-      apply_fn: the function to compile; nothing is computed.
-      params: arrays or shapes.
-      *inputs: arrays or shapes.
+    Arrays may be shapes: nothing is computed.
 
     Examples:
       >>> memory(lambda w, x: x @ w, jnp.ones((3, 2)), jnp.ones((5, 3))).params
       24
     """
-    leaves = jax.tree.leaves(params)
-    stored = sum(math.prod(jnp.shape(w)) * _tree.dtype(w).itemsize for w in leaves)
+    stored = sum(row.bytes for row in _rows(params, jax.tree.map(lambda w: None, params)))
     used: Any = jax.jit(apply_fn).lower(params, *inputs).compile().memory_analysis()
     peak = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
     return Memory(stored, peak - used.alias_size_in_bytes)

@@ -30,24 +30,8 @@ from jaxprune._program.jaxpr import bind, inner
 from jaxprune._program.structure import Structure, analyse, check_inputs, trace
 from jaxprune._program.values import ProgramMismatch
 
-__all__ = [
-    "Contraction",
-    "Cost",
-    "Cut",
-    "Flat",
-    "Merge",
-    "ProgramMismatch",
-    "Structure",
-    "analyse",
-    "bind",
-    "check_inputs",
-    "contractions",
-    "contractions_of_units",
-    "inner",
-    "loops",
-    "most_expensive",
-    "take",
-    "total",
-    "trace",
-    "warn_of_loops",
-]
+__all__ = (
+    ["Contraction", "Cost", "Cut", "Flat", "Merge", "ProgramMismatch", "Structure", "analyse"]
+    + ["bind", "check_inputs", "contractions", "contractions_of_units", "inner", "loops"]
+    + ["most_expensive", "take", "total", "trace", "warn_of_loops"]
+)

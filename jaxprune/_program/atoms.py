@@ -13,19 +13,16 @@ import numpy as np
 Axis = np.ndarray  # one atom per index, dtype=int32
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Merge:
-    """An axis that a reshape merged from factors, or split into them, first factor slowest.
-
-    Attributes:
-      merged: atoms of the merged axis.
-      factors: atoms of the factors.
-      where: the equation, for a report.
-    """
+    """An axis that a reshape merged from factors, or split into them, first factor slowest."""
 
     merged: Axis
     factors: tuple[Axis, ...]
-    where: str
+    where: str  # the equation, for a report
+
+
+Choice = tuple[Merge, int, list[int]]  # the factor along which it is cut, units by factor
 
 
 class Atoms:
@@ -42,12 +39,11 @@ class Atoms:
     """
 
     def __init__(self) -> None:
-        self.reasons: list[str] = []
         self.cut: list[Axis] = []  # the factors along which merged axes were decided to be cut
-        self._parent = _own_parents(1 << 16, 1 << 10)
-        self._limits = 1 << 16, 1 << 10  # the capacity for atoms, and for reasons
+        self._size = 1  # the places for atoms, and for reasons
+        self._parent = np.array([0, -1], np.int32)
         self._count = 1
-        self._numbers: dict[str, int] = {}
+        self._reasons: dict[str, int] = {}
         self._pinned: dict[tuple[int, int], Axis] = {}
 
     def fresh(self, size: int) -> Axis:
@@ -58,26 +54,20 @@ class Atoms:
 
     def pinned(self, size: int, reason: str) -> Axis:
         """Makes an axis of which nothing can be removed; one array for a size and a reason."""
-        if reason not in self._numbers:
-            self.reasons.append(reason)
-            self._numbers[reason] = -len(self.reasons)
-            self._reserve()
-        key = size, self._numbers[reason]
+        key = size, self._reasons.setdefault(reason, -1 - len(self._reasons))
+        self._reserve()
         if key not in self._pinned:
             self._pinned[key] = np.full(*key, np.int32)
         return self._pinned[key]
 
     def _reserve(self) -> None:
         """Makes place for all atoms and reasons, by doubling."""
-        atoms, reasons = self._limits
-        while atoms < self._count:
-            atoms *= 2
-        while reasons < len(self.reasons):
-            reasons *= 2
-        if (atoms, reasons) != self._limits:
-            parent = _own_parents(atoms, reasons)
-            parent[: self._limits[0]] = self._parent[: self._limits[0]]
-            self._parent, self._limits = parent, (atoms, reasons)
+        old, parent = self._size, self._parent
+        while self._size < max(self._count, len(self._reasons)):
+            self._size *= 2
+        if self._size > old:
+            self._parent = np.r_[: self._size, -self._size : 0].astype(np.int32)
+            self._parent[:old] = parent[:old]  # all others, and every reason, are their own roots
 
     def pin(self, axis: Axis, reason: str) -> None:
         """Keeps all indices of an axis from being removed."""
@@ -86,17 +76,14 @@ class Atoms:
     def find(self, axis: Axis) -> Axis:
         """Returns the root of every atom."""
         root = self._parent[axis]
-        while True:
-            above = self._parent[root]
-            if np.array_equal(above, root):
-                break
+        while not np.array_equal(above := self._parent[root], root):
             root = above
         self._parent[axis] = root
         return root
 
     def all_roots(self) -> np.ndarray:
         """Returns a table with the root of every atom and reason."""
-        return self.find(_own_parents(self._count, len(self.reasons)))
+        return self.find(np.r_[: self._count, -len(self._reasons) : 0])
 
     def free(self, axis: Axis) -> np.ndarray:
         """Returns which indices are not pinned."""
@@ -106,7 +93,8 @@ class Atoms:
         """Lists why indices of an axis are pinned, the most frequent reason first."""
         roots = self.find(axis)
         numbers, counts = np.unique(-1 - roots[roots < 0], return_counts=True)
-        return [self.reasons[n] for n in numbers[np.argsort(-counts, kind="stable")]]
+        reasons = list(self._reasons)
+        return [reasons[n] for n in numbers[np.argsort(-counts, kind="stable")]]
 
     def unite(self, a: Axis, b: Axis) -> None:
         """Makes index i of one axis and index i of the other be removed together."""
@@ -123,48 +111,48 @@ class Atoms:
         self,
         merges: Sequence[Merge],
         choose: Callable[[list[Merge], list[list[int]]], tuple[int, int]],
-    ) -> None:
+    ) -> list[Choice]:
         """Decides along which factor every merged axis is cut, and pins the other factors.
 
         Where at most one factor can be cut, there is nothing to choose. When only merges with
         several are left, ``choose(merges, units)`` returns which one to decide, and its factor,
-        from the number of units that could be removed along each factor of each.
+        from the number of units that could be removed along each factor of each. Returns these.
         """
+        choices = []
         for cluster in self._clusters(merges):
             waiting = [merges[i] for i in cluster]
             while waiting:
                 counts = [[self._units(m, i) for i in range(len(m.factors))] for m in waiting]
-                ambiguous = [sum(map(bool, units)) > 1 for units in counts]
-                if all(ambiguous):
+                pairs = zip(waiting, counts, strict=True)
+                clear = [(m, int(np.argmax(n))) for m, n in pairs if np.count_nonzero(n) < 2]
+                if not clear:
                     which, factor = choose(waiting, counts)
-                    self._settle(waiting.pop(which), factor)
-                    continue
-                for merge, units, several in zip(waiting, counts, ambiguous, strict=True):
-                    if not several:
-                        self._settle(merge, int(np.argmax(units)))
-                waiting = [m for m, several in zip(waiting, ambiguous, strict=True) if several]
+                    choices.append((waiting[which], factor, counts[which]))
+                    clear = [(waiting[which], factor)]
+                for merge, factor in clear:
+                    self._settle(merge, factor)
+                    waiting.remove(merge)
+        return choices
 
     def _clusters(self, merges: Sequence[Merge]) -> list[np.ndarray]:
         """Groups merges that share atoms: a decision in one changes nothing in another.
 
-        The merges are nodes of a second forest. All their roots are sorted, each with the merge
-        that it is of; where two neighbours are equal, their merges are united::
+        The merges are nodes of a second forest. All their roots are listed, each with the merge
+        that it is of, which is united with the merge in which the root is first::
 
-            roots    7  7  9  12  12  12
-            merge    0  3  1   1   3   4      unites 0-3, 1-3, 3-4: one cluster
+            roots    7  9  12  7  12  12
+            merge    0  1   1  3   3   4
+            first    0  1   1  0   1   1      unites 0-3, 1-3, 1-4: one cluster
         """
         roots = [self.find(np.concatenate([m.merged, *m.factors])) for m in merges]
         roots = [np.unique(r[r >= 0]) for r in roots]
         if not roots:
             return []
         number = np.repeat(np.arange(len(roots)), [len(r) for r in roots])
-        every = np.concatenate(roots)
-        order = np.argsort(every, kind="stable")
-        every, number = every[order], number[order]
-        shared = every[1:] == every[:-1]
+        _, first, root = np.unique(np.concatenate(roots), return_index=True, return_inverse=True)
         forest = Atoms()
         nodes = forest.fresh(len(roots))
-        forest.unite(nodes[number[:-1][shared]], nodes[number[1:][shared]])
+        forest.unite(nodes[number], nodes[number[first[root]]])
         clusters = forest.find(nodes)
         return [np.flatnonzero(clusters == c) for c in np.unique(clusters)]
 
@@ -177,33 +165,22 @@ class Atoms:
         """Counts the units that could be removed along one factor.
 
         Index i of the factor can be removed if all of row i can. Rows that share a root are one
-        unit; each root has a label, and every row lowers those of its roots to their minimum::
-
-            rows (roots)   labels at first   after one round
-            a b            0 1               0 0
-            b c            1 2               0 0    (1 is now 0, by the row above)
-            d e            3 4               3 3    two units: {a b c}, {d e}
-
-        If a single unit were everything, its removal would empty the axis: then there is none.
+        unit: rows ``a b``, ``b c`` and ``d e`` are two units, ``a b c`` and ``d e``. If a single
+        unit were everything, its removal would empty the axis: then there is none.
         """
         factor = merge.factors[chosen]
         free = self.free(factor)
         if not free.any():
             return 0
         rows = self._rows(merge, chosen)
-        free &= self.free(rows.reshape(-1)).reshape(rows.shape).all(1)
-        if not free.any():
-            return 0
+        free &= self.free(rows).all(1)
         roots = np.concatenate([self.find(factor)[:, None], self.find(rows)], 1)[free]
-        distinct, roots = np.unique(roots, return_inverse=True)
-        roots = roots.reshape(int(free.sum()), -1)
-        labels = np.arange(len(distinct))
-        while True:
-            before = labels.copy()
-            np.minimum.at(labels, roots, labels[roots].min(1)[:, None])
-            if np.array_equal(labels, before):
-                break
-        units = len(np.unique(labels))
+        distinct, number = np.unique(roots, return_inverse=True)
+        forest = Atoms()
+        nodes = forest.fresh(len(distinct))
+        rows = nodes[number.reshape(roots.shape)]
+        forest.unite(rows[:, :-1].reshape(-1), rows[:, 1:].reshape(-1))
+        units = len(np.unique(forest.find(nodes)))
         return 0 if units == 1 and free.all() else units
 
     def _settle(self, merge: Merge, chosen: int) -> None:
@@ -219,8 +196,3 @@ class Atoms:
         self.cut.append(merge.factors[chosen])
         rows = self._rows(merge, chosen)
         self.unite(rows.reshape(-1), np.repeat(merge.factors[chosen], rows.shape[1]))
-
-
-def _own_parents(atoms: int, reasons: int) -> np.ndarray:
-    """Makes the table in which everything is its own root."""
-    return np.concatenate([np.arange(atoms), np.arange(-reasons, 0)]).astype(np.int32)

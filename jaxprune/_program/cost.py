@@ -5,7 +5,7 @@
     jaxpr, and its walked steps if units are asked for
       │ contractions
       ▼
-    [Contraction | Branches] ──total───────────▶ multiply-adds: a number, or one for every unit
+    [Contraction | branches] ──total───────────▶ multiply-adds: a number, or one for every unit
                              └─most_expensive──▶ [Contraction], the rows of a table
 
 Matmuls and convolutions are counted, wherever they are: those of a `scan` once per step, of a
@@ -17,7 +17,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,50 +29,36 @@ from jaxprune._program.values import Program, Step
 from jaxprune._tree import Masks, Params
 
 # Primitives that only move entries, so that the kept weights can be followed through them.
-_MOVES = frozenset(
-    ("broadcast_in_dim", "concatenate", "copy", "expand_dims", "reshape", "rev", "slice", "split")
-    + ("squeeze", "transpose")
-)
-_CONTRACTIONS = frozenset(("dot_general", "ragged_dot_general", "conv_general_dilated"))
+_MOVES = (
+    "broadcast_in_dim concatenate copy expand_dims reshape rev slice split squeeze transpose"
+).split()
+_CONTRACTIONS = "dot_general ragged_dot_general conv_general_dilated".split()
 
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """One matmul or convolution.
+    """One matmul or convolution."""
 
-    Attributes:
-      times: how often it runs, times the size of every axis without a unit.
-      axes: for each axis with units, the unit of every index, 0 for none.
-      paths: the params that are its factors; none where activations meet (attention).
-      kept: the fraction of its multiply-adds that the masks keep.
-      outputs: the entries of its results.
-      loop: the `while` loop around it, whose trip count is unknown; empty if there is none.
-    """
-
-    times: float
-    axes: tuple[np.ndarray, ...]
-    paths: tuple[str, ...]
-    kept: float
-    outputs: int
-    loop: str
+    times: float  # how often it runs, times the size of every axis without a unit
+    axes: tuple[np.ndarray, ...]  # for each axis with units, the unit of every index, 0 for none
+    paths: tuple[str, ...]  # the params that are its factors; none where activations meet
+    kept: float  # the fraction of its multiply-adds that the masks keep
+    outputs: int  # the entries of its results
+    loop: str  # the `while` loop around it, whose trip count is unknown; empty if there is none
 
     def macs(self, size: Callable[[np.ndarray], Any] = len) -> Any:
         """Counts multiply-adds, where ``size`` returns how many indices of an axis are kept."""
         return self.times * math.prod(map(size, self.axes))
 
-
-@dataclasses.dataclass(frozen=True)
-class Branches:
-    """The costs of the branches of a `cond`, of which one runs."""
-
-    branches: tuple[list["Cost"], ...]
+    def kept_macs(self) -> float:
+        """Counts the multiply-adds that the masks keep."""
+        return self.macs() * self.kept
 
 
-Cost = Contraction | Branches
+Cost = Contraction | tuple[list["Cost"], ...]  # or the branches of a `cond`, of which one runs
 
 
-@dataclasses.dataclass(frozen=True)
-class _Weight:
+class _Weight(NamedTuple):
     """A value made from params alone: from which, and the fraction kept of each entry."""
 
     paths: tuple[str, ...] = ()
@@ -93,50 +79,35 @@ def contractions(
         for (path, _), m in zip(names, kept, strict=True)
     ]
     weights += [None] * len(jax.tree.leaves(inputs))
-    return _visit(_jaxpr.trace(apply_fn, params, *inputs).jaxpr, None, weights)[0]
+    return _visit(_jaxpr.trace(apply_fn, params, *inputs).jaxpr, weights)[0]
 
 
 def contractions_of_units(program: Program, unit: np.ndarray) -> list[Cost]:
     """Counts a walked program, with the unit of every atom, 0 for none."""
-    return _visit(program.jaxpr, program, [None] * len(program.ins), unit)[0]
+    return _visit(program.jaxpr, [None] * len(program.ins), program, unit)[0]
 
 
-def total(costs: Sequence[Cost], macs: Callable[[Contraction], Any]) -> Any:
+def total(costs: Sequence[Cost], macs: Callable[[Contraction], Any] = Contraction.kept_macs) -> Any:
     """Sums ``macs``, a number or an array of them; for `cond` the largest branch is summed."""
-    sums = []
-    for cost in costs:
-        if isinstance(cost, Branches):
-            branches = [total(branch, macs) for branch in cost.branches]
-            scalar = all(map(np.isscalar, branches))
-            sums.append(max(branches) if scalar else functools.reduce(np.maximum, branches))
-        else:
-            sums.append(macs(cost))
-    return sum(sums)
+
+    def largest(branches: Sequence[Sequence[Cost]]) -> Any:
+        sums = [total(branch, macs) for branch in branches]
+        return max(sums) if all(map(np.isscalar, sums)) else functools.reduce(np.maximum, sums)
+
+    return sum(macs(cost) if isinstance(cost, Contraction) else largest(cost) for cost in costs)
 
 
-def most_expensive(
-    costs: Sequence[Cost], macs: Callable[[Contraction], float]
-) -> list[Contraction]:
+def most_expensive(costs: Sequence[Cost]) -> list[Contraction]:
     """Lists what :func:`total` sums."""
     rows: list[Contraction] = []
     for cost in costs:
-        if isinstance(cost, Branches):
-            branch = max(cost.branches, key=lambda branch: total(branch, macs))
-            rows.extend(most_expensive(branch, macs))
-        else:
-            rows.append(cost)
+        rows += [cost] if isinstance(cost, Contraction) else most_expensive(max(cost, key=total))
     return rows
 
 
 def loops(costs: Sequence[Cost]) -> list[str]:
     """Lists the `while` loops that hold contractions, which are counted once."""
-    names: dict[str, None] = {}
-    for cost in costs:
-        if isinstance(cost, Branches):
-            names |= dict.fromkeys(name for branch in cost.branches for name in loops(branch))
-        elif cost.loop:
-            names[cost.loop] = None
-    return list(names)
+    return list(dict.fromkeys(c.loop for c in jax.tree.leaves(list(costs)) if c.loop))
 
 
 def warn_of_loops(costs: Sequence[Cost], stacklevel: int) -> None:
@@ -152,25 +123,13 @@ def warn_of_loops(costs: Sequence[Cost], stacklevel: int) -> None:
 
 def _visit(
     jaxpr: Any,
-    program: Program | None,
-    weights: Sequence[_Weight | None],
-    unit: np.ndarray | None = None,
+    weights: Sequence[_Weight | None],  # what each input is made from, `None` for an activation
+    program: Program | None = None,  # the values of the jaxpr, if units are asked for
+    unit: Any = None,  # the unit of every atom
     runs: int = 1,
-    loop: str = "",
+    loop: str = "",  # the `while` loop around the jaxpr
 ) -> tuple[list[Cost], list[_Weight | None]]:
-    """Visits all equations of a jaxpr, those inside of them included.
-
-    Args:
-      jaxpr: the jaxpr.
-      program: its values, or `None` where nothing can be removed.
-      weights: for each input what it is made from, or `None` for an activation.
-      unit: the unit of every atom.
-      runs: how often the jaxpr runs.
-      loop: the `while` loop around it.
-
-    Returns:
-      The costs, and for each output what it is made from.
-    """
+    """Returns the costs of all equations, also of inner ones, and what each output is made from."""
     known = dict(zip(jaxpr.invars, weights, strict=True))
     costs: list[Cost] = []
 
@@ -186,17 +145,17 @@ def _visit(
         inner = _jaxpr.inner(eqn)
         branches = []
         for n, body in enumerate(inner):
-            fed = [read(atom) for atom in body.operands]
+            fed = [operands[i] for i in body.operands]
             first = len(fed) - body.stacked
-            fed[first:] = [_unstack(w) for w in fed[first:]]
+            fed[first:] = [w and _unstacked(w) for w in fed[first:]]
             around = loop or (_jaxpr.where(eqn) if name == "while" else "")
             walked = step.programs[n] if step else None
-            cost, outputs = _visit(body.jaxpr, walked, fed, unit, runs * body.times, around)
-            branches.append(cost)
+            branch, outputs = _visit(body.jaxpr, fed, walked, unit, runs * body.times, around)
+            branches.append(branch)
             if body.call:
                 known.update(zip(eqn.outvars, outputs, strict=True))
         if name == "cond":
-            costs.append(Branches(tuple(branches)))
+            costs.append(tuple(branches))
         elif inner:
             costs.extend(cost for branch in branches for cost in branch)
         elif name in _CONTRACTIONS:
@@ -207,19 +166,14 @@ def _visit(
 
 
 def _contraction(
-    eqn: Any,
-    operands: Sequence[_Weight | None],
-    step: Step | None,
-    unit: np.ndarray | None,
-    runs: int,
-    loop: str,
+    eqn: Any, operands: Sequence[_Weight | None], step: Step | None, unit: Any, runs: int, loop: str
 ) -> Contraction:
     factor, places = _places(eqn)
     times, axes = runs * factor, []
     values = [*step.ins, *step.outs] if step else []
     for n, axis in places:
-        units = unit[values[n].axes[axis]] if step and unit is not None else None
-        if units is not None and units.any():
+        units = unit[values[n].axes[axis]] if step else np.empty(0)
+        if units.any():
             axes.append(units)
         else:
             times *= [*eqn.invars, *eqn.outvars][n].aval.shape[axis]
@@ -248,22 +202,18 @@ def _places(eqn: Any) -> tuple[float, list[tuple[int, int]]]:
         zeros = math.prod(params["lhs_dilation"])
         factor = reads / zeros if reads % zeros else reads // zeros
         return factor, [(2, batch), (2, features), (1, in_features)]
-    if eqn.primitive.name == "dot_general":
-        (_, contracted), (_, batch) = params["dimension_numbers"]
-        shared = {*contracted, *batch}
-    else:  # a row of the left meets the matrix of its own group alone
-        numbers = params["ragged_dot_dimension_numbers"]
-        (_, contracted), (_, batch) = numbers.dot_dimension_numbers
-        shared = {*contracted, *batch, *numbers.rhs_group_dimensions}
+    # In a ragged product a row of the left meets the matrix of its own group alone.
+    ragged = params.get("ragged_dot_dimension_numbers")
+    numbers = ragged.dot_dimension_numbers if ragged else params["dimension_numbers"]
+    (_, contracted), (_, batch) = numbers
+    shared = {*contracted, *batch, *(ragged.rhs_group_dimensions if ragged else ())}
     places = [(0, i) for i in range(len(left))]
     return 1, places + [(1, i) for i in range(len(right)) if i not in shared]
 
 
-def _unstack(weight: _Weight | None) -> _Weight | None:
+def _unstacked(weight: _Weight) -> _Weight:
     """Averages over the layers of a stack, each of which runs once."""
-    if weight is None or weight.kept is None:
-        return weight
-    return _Weight(weight.paths, weight.kept.mean(0))
+    return weight if weight.kept is None else weight._replace(kept=weight.kept.mean(0))
 
 
 def _derive(eqn: Any, operands: Sequence[Any]) -> list[_Weight]:

@@ -1,6 +1,6 @@
 """Runs a walked program without the atoms that are removed."""
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -9,18 +9,14 @@ import numpy as np
 
 from jaxprune._program import jaxpr as _jaxpr
 from jaxprune._program.atoms import Axis
-from jaxprune._program.values import Program, Step, Value
+from jaxprune._program.values import Program, Run, Step, Value
 
 
 class Cut:
-    """Runs programs without some atoms.
-
-    Args:
-      removed: for every atom whether it is removed.
-    """
+    """Runs programs without some atoms."""
 
     def __init__(self, removed: np.ndarray) -> None:
-        self._removed = removed
+        self._removed = removed  # for every atom, whether it is removed
         self._kept: dict[int, tuple[Axis, np.ndarray | None]] = {}
 
     def kept(self, axis: Axis) -> np.ndarray | None:
@@ -47,16 +43,14 @@ class Cut:
     def take(self, x: Any, value: Value) -> Any:
         """Cuts an array that was computed entirely."""
         for i, axis in enumerate(value.axes):
-            kept = self.kept(axis)
-            if kept is not None:
+            if (kept := self.kept(axis)) is not None:
                 x = take(x, kept, i)
         return x
 
     def touches(self, step: Step) -> bool:
         """Returns whether anything in or around an equation is cut."""
-        if any(map(self.cuts, step.ins)) or any(map(self.cuts, step.outs)):
-            return True
-        return any(self.touches(s) for program in step.programs for s in program.steps)
+        steps = [s for program in step.programs for s in program.steps]
+        return any(map(self.cuts, [*step.ins, *step.outs])) or any(map(self.touches, steps))
 
     def run(self, program: Program, *args: Any, keep_full: bool = False) -> list[Any]:
         """Runs a program on arguments that are cut, except those of full values.
@@ -88,32 +82,38 @@ class Cut:
             else:
                 operands = [cut(atom, v) for atom, v in zip(eqn.invars, step.ins, strict=True)]
                 if step.programs:
-                    bodies = [self._body(p) for p in step.programs]
+                    bodies = [functools.partial(self.run, p) for p in step.programs]
                     outs = _jaxpr.rebuild(eqn, bodies, operands)
                 elif step.run is not None:
                     outs = step.run(self, eqn, *operands)
                 else:
                     outs = _jaxpr.bind(eqn, *operands)
             for x, v, variable in zip(outs, step.outs, eqn.outvars, strict=True):
-                if not v.full and x.shape != self.shape(v, variable):
+                if not v.full and x.shape != (shape := self.shape(v, variable)):
                     raise AssertionError(
-                        f"{_jaxpr.where(eqn)}: the result must have shape "
-                        f"{self.shape(v, variable)}, got {x.shape}. This is a bug in jaxprune; "
-                        "please report it."
+                        f"{_jaxpr.where(eqn)}: the result must have shape {shape}, got {x.shape}. "
+                        "This is a bug in jaxprune; please report it."
                     )
             env.update(zip(eqn.outvars, outs, strict=True))
         if keep_full:
             return [read(atom) for atom in program.jaxpr.outvars]
         return [cut(atom, v) for atom, v in zip(program.jaxpr.outvars, program.outs, strict=True)]
 
-    def _body(self, program: Program) -> Callable[..., list[Any]]:
-        return lambda *args: self.run(program, *args)
+
+def resizing(name: str, value: Value, **changes: Any) -> Run:
+    """Returns how to run a cut equation that has the shape of its result as a parameter."""
+
+    def run(cut: Cut, eqn: Any, *operands: Any) -> list[Any]:
+        shape = {name: cut.shape(value, eqn.outvars[0])}
+        return _jaxpr.bind(eqn, *operands, **shape, **changes)
+
+    return run
 
 
 def take(x: Any, kept: np.ndarray, axis: int) -> Any:
     """Takes sorted indices along an axis, as a slice where they are evenly spaced."""
     steps = np.diff(kept)
-    if len(kept) == 1 or (steps == steps[0]).all():
-        stride = int(steps[0]) if len(kept) > 1 else 1
-        return jax.lax.slice_in_dim(x, int(kept[0]), int(kept[-1]) + 1, stride, axis)
+    if (steps == steps[:1]).all():
+        start, stop = (int(kept[0]), int(kept[-1]) + 1) if len(kept) else (0, 0)
+        return jax.lax.slice_in_dim(x, start, stop, int(steps[0]) if len(steps) else 1, axis)
     return jnp.take(x, kept, axis, unique_indices=True, indices_are_sorted=True, mode="clip")

@@ -16,18 +16,12 @@ class Evaluated(NamedTuple):
 
 
 class Flat:
-    """The evaluation of a program, in which every value has a number.
-
-    Attributes:
-      values: what is known of every value.
-      arrays: the array of every value.
-      steps: the equations, in the order of evaluation.
-    """
+    """The evaluation of a program, in which every value has a number."""
 
     def __init__(self) -> None:
-        self.values: list[Value] = []
-        self.arrays: list[Any] = []
-        self.steps: list[Evaluated] = []
+        self.values: list[Value] = []  # what is known of every value
+        self.arrays: list[Any] = []  # the array of every value
+        self.steps: list[Evaluated] = []  # the equations, in the order of evaluation
 
     def add(self, value: Value, array: Any) -> int:
         """Numbers a value."""

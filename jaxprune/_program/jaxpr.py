@@ -11,34 +11,24 @@ from typing import Any
 import jax
 from jax.custom_derivatives import SymbolicZero
 
+Body = Callable[..., list[Any]]  # a program as a function of arrays
+
 # Equations that only call a program, and those that also change how it runs or is differentiated.
-TRANSPARENT = frozenset(("jit", "pjit", "closed_call", "core_call", "composite"))
-_WRAPPING = frozenset(
-    ("remat2", "checkpoint", "remat", "custom_jvp_call", "custom_vjp_call", "shard_map")
-)
+TRANSPARENT = "jit pjit closed_call core_call composite".split()
+_WRAPPING = "remat2 checkpoint remat custom_jvp_call custom_vjp_call shard_map".split()
 
 
 @dataclasses.dataclass(frozen=True)
 class Inner:
-    """A program inside an equation.
-
-    Attributes:
-      jaxpr: the inner program.
-      consts: the values of its constants.
-      operands: for each of its inputs the operand of the equation that feeds it.
-      times: how often it runs; a `while` loop counts once, because its trip count is unknown.
-      carried: for each output that is also an input of the next round, the index of that input.
-      stacked: how many inputs, the last ones, are slices of their operands, one each round.
-      call: whether its outputs are those of the equation.
-    """
+    """A program inside an equation."""
 
     jaxpr: Any
-    consts: Sequence[Any]
-    operands: Sequence[Any]
-    times: int = 1
-    carried: tuple[int, ...] = ()
-    stacked: int = 0
-    call: bool = False
+    consts: Sequence[Any]  # the values of its constants
+    operands: Sequence[int]  # for each of its inputs, which operand of the equation feeds it
+    times: int = 1  # how often it runs; a `while` loop once, because its trip count is unknown
+    carried: range = range(0)  # the inputs that the first outputs are in the next round
+    stacked: int = 0  # how many inputs, the last ones, are slices of their operands, one a round
+    call: bool = False  # whether its outputs are those of the equation
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> Any:
@@ -51,20 +41,20 @@ def trace(fn: Callable[..., Any], *args: Any) -> Any:
 
 def order_of_use(jaxpr: Any) -> list[int]:
     """Lists the inputs that a program uses, in the order of their first use."""
-    order: dict[Any, None] = {}
+    order: dict[int | None, None] = {}
 
-    def visit(jaxpr: Any, names: dict[Any, int]) -> None:
+    def visit(jaxpr: Any, numbers: Sequence[int | None]) -> None:
+        names = dict(zip(jaxpr.invars, numbers, strict=True))
         for eqn in jaxpr.eqns:
+            used = [names.get(atom) if is_var(atom) else None for atom in eqn.invars]
             programs = inner(eqn)
             for program in programs:
-                fed = zip(program.jaxpr.invars, program.operands, strict=True)
-                visit(program.jaxpr, {v: names[a] for v, a in fed if is_var(a) and a in names})
-            if not programs:
-                order.update((names[a], None) for a in eqn.invars if is_var(a) and a in names)
-        order.update((names[a], None) for a in jaxpr.outvars if is_var(a) and a in names)
+                visit(program.jaxpr, [used[i] for i in program.operands])
+            order.update(dict.fromkeys([] if programs else used))
+        order.update((names.get(atom), None) for atom in jaxpr.outvars if is_var(atom))
 
-    visit(jaxpr, {v: i for i, v in enumerate(jaxpr.invars)})
-    return list(order)
+    visit(jaxpr, range(len(jaxpr.invars)))
+    return [number for number in order if number is not None]
 
 
 def is_var(atom: Any) -> bool:
@@ -80,29 +70,28 @@ def where(eqn: Any) -> str:
 
 def inner(eqn: Any) -> list[Inner]:
     """Lists the programs inside an equation; none for an ordinary primitive."""
-    name, params, operands = eqn.primitive.name, eqn.params, list(eqn.invars)
+    name, params, count = eqn.primitive.name, eqn.params, len(eqn.invars)
     if name == "scan":
         jaxpr, consts = _open(params["jaxpr"])
-        pairs = zip(operands, jaxpr.invars, strict=True)
+        pairs = zip(eqn.invars, jaxpr.invars, strict=True)
         stacked = sum(a.aval.shape != b.aval.shape for a, b in pairs)
         pairs = zip(eqn.outvars, jaxpr.outvars, strict=True)
         carry = sum(a.aval.shape == b.aval.shape for a, b in pairs)
-        first = len(operands) - stacked - carry
-        carried = tuple(range(first, first + carry))
-        return [Inner(jaxpr, consts, operands, params["length"], carried, stacked)]
+        carried = range(count - stacked - carry, count - stacked)
+        return [Inner(jaxpr, consts, range(count), params["length"], carried, stacked)]
     if name == "while":
         test, body = params["cond_nconsts"], params["body_nconsts"]
-        carry = operands[test + body :]
-        carried = tuple(range(body, body + len(carry)))
+        tested = [*range(test), *range(test + body, count)]
+        carried = range(body, count - test)
         return [
-            Inner(*_open(params["cond_jaxpr"]), operands[:test] + carry),
-            Inner(*_open(params["body_jaxpr"]), operands[test : test + body] + carry, 1, carried),
+            Inner(*_open(params["cond_jaxpr"]), tested),
+            Inner(*_open(params["body_jaxpr"]), range(test, count), carried=carried),
         ]
     if name == "cond":
-        return [Inner(*_open(branch), operands[1:]) for branch in params["branches"]]
+        return [Inner(*_open(branch), range(1, count)) for branch in params["branches"]]
     if name in TRANSPARENT or name in _WRAPPING:
-        jaxpr, consts = _open(params["call_jaxpr" if "call_jaxpr" in params else "jaxpr"])
-        return [Inner(jaxpr, consts, operands, call=True)]
+        program = params["call_jaxpr" if "call_jaxpr" in params else "jaxpr"]
+        return [Inner(*_open(program), range(count), call=True)]
     return []
 
 
@@ -169,27 +158,19 @@ def rules(eqn: Any) -> list[Any]:
     return [first, trace(bwd, *residuals, *outputs)]
 
 
-def rebuild(eqn: Any, bodies: Sequence[Callable[..., list[Any]]], args: Sequence[Any]) -> list[Any]:
-    """Runs an equation that holds programs, each replaced by a function of lists of arrays.
-
-    Args:
-      eqn: the equation.
-      bodies: one function for each of ``inner(eqn)``, then one for each of ``rules(eqn)``.
-      args: the operands.
-    """
+def rebuild(eqn: Any, bodies: Sequence[Body], args: Sequence[Any]) -> list[Any]:
+    """Runs an equation with other programs in place of ``inner(eqn)``, then of ``rules(eqn)``."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
-        (program,) = inner(eqn)
-        xs = len(args) - program.stacked
-        first = xs - len(program.carried)
-        consts, carry = list(args[:first]), list(args[first:xs])
+        carried = inner(eqn)[0].carried
+        consts, carry = list(args[: carried.start]), list(args[carried.start : carried.stop])
 
         def step(carry: Any, x: Any) -> Any:
             out = bodies[0](*consts, *carry, *x)
             return out[: len(carry)], out[len(carry) :]
 
         keywords = {key: params[key] for key in ("length", "reverse", "unroll")}
-        carry, stacks = jax.lax.scan(step, carry, list(args[xs:]), **keywords)
+        carry, stacks = jax.lax.scan(step, carry, list(args[carried.stop :]), **keywords)
         return [*carry, *stacks]
     if name == "while":
         test, body = params["cond_nconsts"], params["body_nconsts"]
@@ -213,7 +194,7 @@ def rebuild(eqn: Any, bodies: Sequence[Callable[..., list[Any]]], args: Sequence
     return bodies[0](*args)
 
 
-def _custom_jvp(body: Callable[..., list[Any]], rule: Callable[..., list[Any]]) -> Any:
+def _custom_jvp(body: Body, rule: Body) -> Any:
     fn = jax.custom_jvp(lambda *args: body(*args))
 
     def jvp(primals: Any, tangents: Any) -> Any:
@@ -227,11 +208,7 @@ def _custom_jvp(body: Callable[..., list[Any]], rule: Callable[..., list[Any]]) 
     return fn
 
 
-def _custom_vjp(
-    body: Callable[..., list[Any]],
-    forward: Callable[..., list[Any]],
-    backward: Callable[..., list[Any]],
-) -> Any:
+def _custom_vjp(body: Body, forward: Body, backward: Body) -> Any:
     fn = jax.custom_vjp(lambda *args: body(*args))
     inexact: list[bool] = []  # of every primal; `bwd` sees only what the residuals hold
 

@@ -10,42 +10,26 @@ import numpy as np
 
 from jaxprune import _tree
 from jaxprune._program import jaxpr as _jaxpr
-from jaxprune._program.atoms import Merge
+from jaxprune._program.atoms import Choice, Merge
 from jaxprune._program.rules import RULES
 from jaxprune._program.values import Program, Value
 from jaxprune._program.walk import Walk
 from jaxprune._tree import Params
 
-Split = Mapping[str, int]
-Choice = tuple[Merge, int, list[int]]  # the factor along which it is cut, units by factor
-
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """A walked program.
+    """A walked program."""
 
-    Attributes:
-      walk: the walk, with its final atoms.
-      program: the program with its values.
-      leaves: the value of every leaf of the params, in the order of the tree.
-      order: the leaves that are used, in the order of first use.
-      choices: the merged axes that could be cut along several factors.
-      out_tree: the structure of what the function returns.
-    """
-
-    walk: Walk
+    walk: Walk  # with its final atoms
     program: Program
-    leaves: list[Value]
-    order: list[int]
-    choices: list[Choice]
-    out_tree: Any
+    leaves: list[Value]  # the leaves of the params, in the order of the tree
+    order: list[int]  # the leaves that are used, in the order of first use
+    choices: list[Choice]  # the merged axes that could be cut along several factors
+    out_tree: Any  # the structure of what the function returns
 
     def spread(self, units: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-        """Returns the unit of every atom, 0 for none.
-
-        Args:
-          units: for every leaf, and every axis, the unit of each index, 0 for none.
-        """
+        """Spreads the units of the indices of every leaf and axis to all atoms; 0 is none."""
         roots = self.walk.atoms.all_roots()
         unit = np.zeros(len(roots), np.int32)
         for leaf, axes in zip(self.leaves, units, strict=True):
@@ -56,32 +40,22 @@ class Structure:
 
 def analyse(
     apply_fn: Callable[..., Any],
-    params: Params,
+    params: Params,  # arrays or shapes, as are the inputs
     inputs: Sequence[Any],
     *,
-    exact: bool = True,
-    has_aux: bool = False,
-    split: Split | None = None,
-    removed: Mapping[tuple[str, int], np.ndarray] | None = None,
+    exact: bool = True,  # whether to pin what changes the result when removed, or to record it
+    has_aux: bool = False,  # whether a pair is returned, the second of which may be cut
+    split: Mapping[str, int] | None = None,  # by path, the factor along which to cut merged axes
+    removed: Mapping[tuple[str, int], np.ndarray] | None = None,  # by path and axis: pins the rest
 ) -> Structure:
-    """Walks a program.
-
-    Args:
-      apply_fn: the function.
-      params: arrays or shapes.
-      inputs: arrays or shapes.
-      exact: pins everything whose removal changes the result, instead of recording it.
-      has_aux: whether ``apply_fn`` returns a pair, the second of which may be cut.
-      split: for paths, the factor along which to cut their merged axes.
-      removed: for ``(path, axis)``, the indices to remove; all others are pinned.
-    """
+    """Traces and walks a function, and decides every ambiguity."""
     check_inputs(inputs)
     closed, out_tree, outputs = trace(apply_fn, params, inputs, has_aux)
     walk = Walk(RULES, exact, derivatives=removed is not None)
     names = _tree.named_leaves(params)
     order = [i for i in _jaxpr.order_of_use(closed.jaxpr) if i < len(names)]
     leaves: dict[int, Value] = {}
-    for i in [*order, *sorted(set(range(len(names))) - set(order))]:
+    for i in dict.fromkeys([*order, *range(len(names))]):
         path, leaf = names[i]
         shape = jnp.shape(leaf)
         if not _tree.is_floating(leaf):
@@ -91,13 +65,11 @@ def analyse(
         else:
             leaves[i] = walk.fresh(shape, zero=True)
             for axis, atoms in enumerate(leaves[i].axes if removed is not None else ()):
-                kept = np.ones(len(atoms), bool)
-                kept[removed.get((path, axis), [])] = False  # type: ignore[union-attr]
-                walk.atoms.pin(atoms[kept], "kept by the masks")
+                indices: Any = (removed or {}).get((path, axis), [])
+                walk.atoms.pin(np.delete(atoms, indices), "kept by the masks")
     values = [leaves[i] for i in range(len(names))]
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)]
-    fed = [walk.pinned(shape, "an input", full=True) for shape in shapes]
-    program = walk.program(closed.jaxpr, closed.consts, values + fed)
+    fed = [walk.pinned(jnp.shape(x), "an input", full=True) for x in jax.tree.leaves(inputs)]
+    program = walk.program(closed, values + fed)
     for value in program.outs[:outputs]:
         walk.pin(value, "an output")
     by_path = {path: value for (path, _), value in zip(names, values, strict=True)}
@@ -111,18 +83,16 @@ def trace(
     """Traces a function: the program, the structure of its result, and the leaves without aux."""
     result: list[Any] = []
 
-    def traced(params: Params, *inputs: Any) -> Any:
-        out = apply_fn(params, *inputs)
+    def traced(*args: Any) -> Any:
+        out = apply_fn(*args)
         if has_aux and not (isinstance(out, (tuple, list)) and len(out) == 2):
             raise ValueError(
                 f"has_aux=True: apply_fn must return a pair, got {type(out).__name__}."
             )
-        result.append(jax.tree.structure(out))
-        result.append(len(jax.tree.leaves(out[0] if has_aux else out)))
+        result[:] = jax.tree.structure(out), len(jax.tree.leaves(out[0] if has_aux else out))
         return out
 
-    closed = _jaxpr.trace(traced, params, *inputs)
-    return closed, *result
+    return _jaxpr.trace(traced, params, *inputs), *result
 
 
 def check_inputs(inputs: Sequence[Any]) -> None:
@@ -136,10 +106,9 @@ def check_inputs(inputs: Sequence[Any]) -> None:
             )
 
 
-def _solve(walk: Walk, leaves: Mapping[str, Value], split: Split) -> list[Choice]:
+def _solve(walk: Walk, leaves: Mapping[str, Value], split: Mapping[str, int]) -> list[Choice]:
     """Decides along which factor every merge is cut, and returns those that were ambiguous."""
-    choices: list[Choice] = []
-    unused = dict(split)
+    unused = set(split)
     for path in split:
         if path not in leaves:
             raise ValueError(
@@ -157,25 +126,21 @@ def _solve(walk: Walk, leaves: Mapping[str, Value], split: Split) -> list[Choice
             for which, (merge, units) in enumerate(zip(merges, counts, strict=True)):
                 touched = roots([merge.merged, *merge.factors])
                 if np.isin(wanted, touched).any() and -len(units) <= factor < len(units):
-                    unused.pop(path, None)
+                    unused.discard(path)
                     if not units[factor]:
                         raise ValueError(
                             f"{_tree.show(path)}: split must name a factor with units, got "
                             f"{factor} of {merge.where}, whose factors have {units} units."
                         )
-                    choices.append((merge, factor % len(units), units))
                     return which, factor % len(units)
         # Unless told: the first, along a factor with units that other merges were cut along, so
         # that they agree; else along the factor with most units.
-        merge, units = merges[0], counts[0]
         before = roots(walk.atoms.cut)
-        follows = [np.isin(roots([factor]), before).any() for factor in merge.factors]
-        ranks = [(bool(f and n), n) for f, n in zip(follows, units, strict=True)]
-        factor = ranks.index(max(ranks))
-        choices.append((merge, factor, units))
-        return 0, factor
+        follows = [np.isin(roots([factor]), before).any() for factor in merges[0].factors]
+        ranks = [(bool(f and n), n) for f, n in zip(follows, counts[0], strict=True)]
+        return 0, ranks.index(max(ranks))
 
-    walk.atoms.solve(walk.merges, choose)
+    choices = walk.atoms.solve(walk.merges, choose)
     if unused:
         ambiguous = "; ".join(f"{m.where}, units by factor {units}" for m, _, units in choices)
         raise ValueError(

@@ -1,7 +1,8 @@
 """A walked program: the jaxpr, and what is known of every value in it."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,29 +11,32 @@ from jaxprune._program import jaxpr as _jaxpr
 from jaxprune._program.atoms import Axis
 
 Run = Callable[..., list[Any]]  # (cut, eqn, *operands) -> results
+Pair = tuple[Axis, np.ndarray]  # the atoms of an axis, and its zeros
 
 
 class ProgramMismatch(ValueError):
-    """A function traced for other inputs has other equations."""
+    """A function has other equations when it is traced for inputs of other sizes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """What is known of a value in the program.
+    """What is known of a value in the program."""
 
-    Attributes:
-      axes: the atoms of every axis.
-      zeros: for every axis, whether the slice at an index is exactly zero once its unit is masked.
-      known: the number that all entries are equal to, if it is known.
-      full: whether no floating param went into it, so that it is computed entirely, then sliced.
-      const: whether no input went into it either, so that any of its axes can be cut anywhere.
-    """
+    axes: tuple[Axis, ...]  # the atoms of every axis
+    zeros: tuple[np.ndarray, ...]  # which slices of an axis are exactly zero once they are masked
+    known: float | None = None  # the number that all entries are equal to, if it is known
+    full: bool = False  # no floating param went into it: it is computed entirely, then sliced
+    const: bool = False  # nor did an input, so that any of its axes can be cut anywhere
 
-    axes: tuple[Axis, ...]
-    zeros: tuple[np.ndarray, ...]
-    known: float | None = None
-    full: bool = False
-    const: bool = False
+    @classmethod
+    def of(cls, pairs: Iterable[Pair], known: float | None = None) -> "Value":
+        """Makes a value from the atoms and the zeros of each of its axes."""
+        pairs = list(pairs)
+        return cls(tuple(axis for axis, _ in pairs), tuple(zero for _, zero in pairs), known)
+
+    @property
+    def pairs(self) -> list[Pair]:
+        return list(zip(self.axes, self.zeros, strict=True))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,14 +44,14 @@ class Value:
 
     def without(self, dropped: Sequence[int]) -> "Value":
         """Returns the value without some axes, which were summed over or indexed."""
-        rest = [i for i in range(len(self.axes)) if i not in dropped]
-        return Value(tuple(self.axes[i] for i in rest), tuple(self.zeros[i] for i in rest))
+        return Value.of(pair for i, pair in enumerate(self.pairs) if i not in dropped)
 
     def map(self, change: Callable[[int, np.ndarray], np.ndarray]) -> "Value":
         """Returns the value with the same change of every axis and of its zeros."""
-        axes = tuple(change(i, axis) for i, axis in enumerate(self.axes))
-        zeros = tuple(change(i, zero) for i, zero in enumerate(self.zeros))
-        return Value(axes, zeros, self.known)
+        pairs = enumerate(self.pairs)
+        return Value.of(
+            ((change(i, axis), change(i, zero)) for i, (axis, zero) in pairs), self.known
+        )
 
 
 Rule = Callable[..., list[Value] | tuple[list[Value], Run]]  # (walk, eqn, *values) -> results
@@ -55,11 +59,7 @@ Rule = Callable[..., list[Value] | tuple[list[Value], Run]]  # (walk, eqn, *valu
 
 def combine(function: Any, flags: Sequence[np.ndarray]) -> np.ndarray:
     """Combines flags of one axis; often they are one array, which is then returned itself."""
-    result = flags[0]
-    for flag in flags[1:]:
-        if flag is not result:
-            result = function(result, flag)
-    return result
+    return functools.reduce(lambda a, b: a if a is b else function(a, b), flags)
 
 
 @dataclasses.dataclass
@@ -84,11 +84,7 @@ class Program:
     steps: list[Step]
 
     def on(self, closed: Any) -> "Program":
-        """Returns these values for the same program, traced for inputs of other sizes.
-
-        Raises:
-          ProgramMismatch: if it is another program.
-        """
+        """Returns these values for the same program, traced for inputs of other sizes."""
         jaxpr, consts = closed.jaxpr, closed.consts
         if [s.eqn.primitive for s in self.steps] != [eqn.primitive for eqn in jaxpr.eqns]:
             raise ProgramMismatch("the function has other equations on inputs of these sizes")

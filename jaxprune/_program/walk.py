@@ -5,7 +5,7 @@ the primitives. What it returns, a :class:`Program`, is the jaxpr with these val
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,32 +14,22 @@ import numpy as np
 
 from jaxprune._program import jaxpr as _jaxpr
 from jaxprune._program.atoms import Atoms, Axis, Merge
-from jaxprune._program.values import Program, Rule, Step, Value
+from jaxprune._program.values import Program, Rule, Step, Value, combine
 
 
 class Walk:
-    """The walk of a program, and what it finds.
-
-    Attributes:
-      atoms: which indices are removed together.
-      merges: merged axes, for :meth:`Atoms.solve`.
-      inexact: atoms whose removal changes a result, with the reason (empty if ``exact``).
-      redraws: atoms of random numbers, which are drawn anew if some are removed.
-      at_zero: results of primitives on known numbers, for the rule of elementwise primitives.
-    """
+    """The walk of a program, and what it finds."""
 
     def __init__(self, rules: Mapping[str, Rule], exact: bool, derivatives: bool) -> None:
-        self._rules = rules
         self.atoms = Atoms()
-        self.merges: list[Merge] = []
-        self.inexact: list[tuple[Axis, str]] = []
-        self.redraws: list[tuple[Axis, str]] = []
-        self.at_zero: dict[Any, float] = {}
+        self.merges: list[Merge] = []  # for `Atoms.solve`
+        self.inexact: list[tuple[Axis, str]] = []  # atoms whose removal changes a result, and why
+        self.redraws: list[tuple[Axis, str]] = []  # random numbers, drawn anew if some are removed
+        self.at_zero: dict[Any, float] = {}  # results of elementwise primitives on known numbers
+        self._rules = rules
         self._exact = exact
         self._derivatives = derivatives
         self._flags: dict[tuple[int, bool], np.ndarray] = {}
-
-    # Values.
 
     def flags(self, size: int, flag: bool) -> np.ndarray:
         """Returns the one array of a size that is all true, or all false."""
@@ -53,19 +43,18 @@ class Walk:
 
     def fresh(self, shape: Sequence[int], zero: bool = False, **more: Any) -> Value:
         """Makes a value whose axes have new atoms; axes of size one cannot be cut."""
-        return self.value([self._axis(n) for n in shape], zero, **more)
-
-    def _axis(self, size: int) -> Axis:
-        return self.atoms.fresh(size) if size > 1 else self.atoms.pinned(size, "of size 1")
+        atoms = self.atoms
+        axes = [atoms.fresh(n) if n > 1 else atoms.pinned(n, "of size 1") for n in shape]
+        return self.value(axes, zero, **more)
 
     def pinned(self, shape: Sequence[int], reason: str, **more: Any) -> Value:
         """Makes a value that cannot be cut."""
         return self.value([self.atoms.pinned(n, reason) for n in shape], **more)
 
-    def pin(self, value: Value, reason: str) -> None:
-        """Keeps all axes of a value from being cut."""
-        for axis in value.axes:
-            self.atoms.pin(axis, reason)
+    def pin(self, value: Value, reason: str, axes: Iterable[int] | None = None) -> None:
+        """Keeps all axes of a value, or some, from being cut."""
+        for i in range(len(value.axes)) if axes is None else axes:
+            self.atoms.pin(value.axes[i], reason)
 
     def unite(self, a: Value, b: Value) -> None:
         """Unites the axes of two values of one shape; sizes of one broadcast."""
@@ -73,20 +62,30 @@ class Walk:
             if len(left) == len(right):
                 self.atoms.unite(left, right)
 
-    def change(self, axis: Axis, zero: np.ndarray, reason: str) -> None:
+    def join(self, parts: Sequence[Value], along: int | None = None) -> Value:
+        """Unites all axes of values but one, along which they follow each other."""
+        pairs = []
+        for i, axes in enumerate(zip(*(v.axes for v in parts), strict=True)):
+            zeros = [v.zeros[i] for v in parts]
+            if i == along:
+                pairs.append((np.concatenate(axes), np.concatenate(zeros)))
+                continue
+            for other in axes[1:]:
+                self.atoms.unite(axes[0], other)
+            pairs.append((axes[0], combine(np.logical_and, zeros)))
+        return Value.of(pairs)
+
+    def change(self, axis: Axis, reason: str, zero: np.ndarray | None = None) -> None:
         """Records that a result changes without those slices of an axis that are not zero."""
-        if zero.all():
-            return
-        changed = axis[~zero]
-        if self._exact:
+        changed = axis if zero is None else axis[~zero]
+        if self._exact and len(changed):
             self.atoms.pin(changed, reason)
         elif self.atoms.free(changed).any():
             self.inexact.append((changed, reason))
 
-    # Programs.
-
-    def program(self, jaxpr: Any, consts: Sequence[Any], ins: Sequence[Value]) -> Program:
+    def program(self, closed: Any, ins: Sequence[Value]) -> Program:
         """Walks a program whose inputs are these values."""
+        jaxpr = closed.jaxpr
         env = {v: self.fresh(v.aval.shape, full=True, const=True) for v in jaxpr.constvars}
         env.update(zip(jaxpr.invars, ins, strict=True))
 
@@ -99,25 +98,23 @@ class Walk:
             env.update(zip(eqn.outvars, step.outs, strict=True))
             steps.append(step)
         outs = [read(atom) for atom in jaxpr.outvars]
-        return Program(jaxpr, consts, list(ins), outs, steps)
+        return Program(jaxpr, closed.consts, list(ins), outs, steps)
 
     def _literal(self, atom: Any) -> Value:
-        known = None
-        if atom.aval.shape == () and not jnp.issubdtype(atom.aval.dtype, jax.dtypes.extended):
-            known = float(np.asarray(atom.val).real)
+        is_number = not atom.aval.shape and not jnp.issubdtype(atom.aval.dtype, jax.dtypes.extended)
+        known = float(np.asarray(atom.val).real) if is_number else None
         return self.fresh(atom.aval.shape, known == 0, known=known, full=True, const=True)
 
     def _step(self, eqn: Any, ins: list[Value]) -> Step:
         full = all(v.full for v in ins) and eqn.primitive.name != "random_bits"
         const = full and all(v.const for v in ins)
-        inner = _jaxpr.inner(eqn)
         programs: list[Program] = []
         run = None
         rule = self._rules.get(eqn.primitive.name)
         if const and not (rule and any(v.known is not None for v in ins)):
             outs = [self.fresh(v.aval.shape) for v in eqn.outvars]
-        elif inner:
-            outs, programs = self._inner(eqn, ins, inner)
+        elif _jaxpr.inner(eqn):
+            outs, programs = self._inner(eqn, ins)
         elif rule is not None:
             result = rule(self, eqn, *ins)
             outs, run = result if isinstance(result, tuple) else (result, None)
@@ -131,9 +128,7 @@ class Walk:
             outs = [dataclasses.replace(v, full=True, const=const) for v in outs]
         return Step(eqn, ins, outs, programs, run)
 
-    def _inner(
-        self, eqn: Any, ins: list[Value], inner: list[_jaxpr.Inner]
-    ) -> tuple[list[Value], list[Program]]:
+    def _inner(self, eqn: Any, ins: list[Value]) -> tuple[list[Value], list[Program]]:
         """Walks the programs in an equation, each fed with its inputs as they are inside.
 
         ::
@@ -143,19 +138,18 @@ class Walk:
             cond        all branches see the same, and their results are united
             shard_map   an axis is smaller inside if it is sharded
         """
-        name = eqn.primitive.name
+        name, inner = eqn.primitive.name, _jaxpr.inner(eqn)
         if name in _jaxpr.TRANSPARENT:
-            program = self.program(inner[0].jaxpr, inner[0].consts, ins)
+            program = self.program(inner[0], ins)
             return program.outs, [program]
         # The cut program is called with cut operands, so that inside nothing is full any more.
-        ins = [dataclasses.replace(v, full=False, const=False) for v in ins]
-        by_operand = {id(atom): v for atom, v in zip(eqn.invars, ins, strict=True)}
-        fed = [[by_operand[id(atom)] for atom in body.operands] for body in inner]
+        ins = [Value.of(v.pairs, v.known) for v in ins]
+        fed = [[ins[i] for i in body.operands] for body in inner]
         if name == "scan":
             first = len(fed[0]) - inner[0].stacked
             for v in fed[0][first:]:
-                self.atoms.pin(v.axes[0], "the layers of a scan")
-            fed[0][first:] = [Value(v.axes[1:], v.zeros[1:]) for v in fed[0][first:]]
+                self.pin(v, "the layers of a scan", [0])
+            fed[0][first:] = [v.without([0]) for v in fed[0][first:]]
         elif name == "shard_map":
             fed = [self._shards(eqn, ins, eqn.params["in_specs"], inner[0].jaxpr.invars)]
         # The last program goes first: it is the body of a `while`, whose rounds decide what is
@@ -164,30 +158,23 @@ class Walk:
         if name == "while":
             carry = len(inner[-1].carried)
             fed[0][len(fed[0]) - carry :] = last.ins[len(last.ins) - carry :]
-        others = zip(inner[:-1], fed[:-1], strict=True)
-        programs = [*(self._rounds(body, values) for body, values in others), last]
+        programs = [*map(self._rounds, inner[:-1], fed[:-1]), last]
         outs = last.outs
         if name == "scan":
             carry = len(inner[0].carried)
-            length = self.atoms.pinned(eqn.params["length"], "the layers of a scan")
-            flag = self.flags(len(length), False)
-            outs = outs[:carry] + [Value((length, *v.axes), (flag, *v.zeros)) for v in outs[carry:]]
+            length = self.pinned([eqn.params["length"]], "the layers of a scan").pairs
+            outs = outs[:carry] + [Value.of(length + v.pairs) for v in outs[carry:]]
         elif name == "cond":
-            for other in programs[:-1]:
-                outs = [self._meet(a, b) for a, b in zip(outs, other.outs, strict=True)]
+            branches = [last, *programs[:-1]]
+            outs = [self.join(values) for values in zip(*(p.outs for p in branches), strict=True)]
         elif name == "shard_map":
             outs = self._shards(eqn, outs, eqn.params["out_specs"], eqn.outvars)
-        outs = [dataclasses.replace(v, full=False, const=False, known=None) for v in outs]
+        outs = [Value.of(v.pairs) for v in outs]
         if self._derivatives and name in ("custom_jvp_call", "custom_vjp_call"):
             self._derivatives = False  # a rule may call its function again
             programs += self._derive(eqn, ins, outs)
             self._derivatives = True
         return outs, programs
-
-    def _meet(self, a: Value, b: Value) -> Value:
-        """Unites two values, either of which may be the result."""
-        self.unite(a, b)
-        return Value(a.axes, tuple(x & y for x, y in zip(a.zeros, b.zeros, strict=True)))
 
     def _rounds(self, inner: _jaxpr.Inner, ins: list[Value]) -> Program:
         """Walks a program until what it hands to its next round is what it was given.
@@ -197,10 +184,10 @@ class Walk:
         noted = len(self.inexact)
         while True:
             del self.inexact[noted:]
-            program = self.program(inner.jaxpr, inner.consts, ins)
+            program = self.program(inner, ins)
             stable = True
             for i, out in zip(inner.carried, program.outs, strict=False):
-                carried = self._meet(ins[i], out)
+                carried = self.join([ins[i], out])
                 stable &= all(map(np.array_equal, carried.zeros, ins[i].zeros))
                 stable &= ins[i].known is None or ins[i].known == out.known
                 ins[i] = carried
@@ -214,13 +201,12 @@ class Walk:
         reason = f"sharded by {_jaxpr.where(eqn)}"
         shards = []
         for v, spec, atom in zip(values, specs, sized, strict=True):
-            axes = list(v.axes)
-            for axis, names in enumerate(spec):
+            pairs = v.pairs
+            for i, names in enumerate(spec):
                 if names is not None:
-                    self.atoms.pin(axes[axis], reason)
-                    axes[axis] = self.atoms.pinned(atom.aval.shape[axis], reason)
-            zeros = [z[:1].repeat(len(a)) for z, a in zip(v.zeros, axes, strict=True)]
-            shards.append(Value(tuple(axes), tuple(zeros)))
+                    self.pin(v, reason, [i])
+                    pairs[i] = self.pinned(atom.aval.shape[i : i + 1], reason).pairs[0]
+            shards.append(Value.of(pairs))
         return shards
 
     def _derive(self, eqn: Any, ins: list[Value], outs: list[Value]) -> list[Program]:
@@ -241,7 +227,7 @@ class Walk:
             lost = f"the derivative rule of {_jaxpr.where(eqn)} is lost ({error!s:.80})"
             for v in [*ins, *outs]:
                 for axis in v.axes:
-                    self.change(axis, self.flags(len(axis), False), lost)
+                    self.change(axis, lost)
             return []
 
         def tangents(values: list[Value], atoms: Sequence[Any]) -> list[Value]:
@@ -250,20 +236,16 @@ class Walk:
 
         floating = tangents(ins, eqn.invars)
         if len(traces) == 1:
-            (jvp,) = traces
-            program = self.program(jvp.jaxpr, jvp.consts, ins + floating)
-            expected, programs = tangents(outs, eqn.outvars) * 2, [program]
+            programs = [self.program(traces[0], ins + floating)]
+            expected = tangents(outs, eqn.outvars) * 2
         else:
-            first, second = traces
-            forward = self.program(first.jaxpr, first.consts, ins)
+            forward = self.program(traces[0], ins)
             for out, v in zip(forward.outs, outs, strict=False):
                 self.unite(out, v)
-            residuals = [
-                dataclasses.replace(v, full=False, const=False) for v in forward.outs[len(outs) :]
-            ]
+            residuals = [Value.of(v.pairs, v.known) for v in forward.outs[len(outs) :]]
             cotangents = [self.value(v.axes, zero=True) for v in outs]
-            program = self.program(second.jaxpr, second.consts, residuals + cotangents)
-            expected, programs = floating, [forward, program]
-        for out, v in zip(program.outs, expected, strict=True):
+            programs = [forward, self.program(traces[1], residuals + cotangents)]
+            expected = floating
+        for out, v in zip(programs[-1].outs, expected, strict=True):
             self.unite(out, v)
         return programs

@@ -12,40 +12,28 @@ from jaxprune._program.walk import Walk
 
 
 def _dot(walk: Walk, eqn: Any, left: Value, right: Value) -> list[Value]:
-    return [_product(walk, eqn, left, right, eqn.params["dimension_numbers"])]
-
-
-def _product(walk: Walk, eqn: Any, left: Value, right: Value, numbers: Any) -> Value:
     """Unites what is summed over; the result has the batch axes, then the rest of both."""
-    (lc, rc), (lb, rb) = numbers
-    for i, j in zip(lc, rc, strict=True):
+    ragged = eqn.params.get("ragged_dot_dimension_numbers")
+    (lc, rc), (lb, rb) = ragged.dot_dimension_numbers if ragged else eqn.params["dimension_numbers"]
+    pairs = []
+    for i, j in zip((*lc, *lb), (*rc, *rb), strict=True):
+        walk.atoms.unite(left.axes[i], right.axes[j])
         zero = combine(np.logical_or, [left.zeros[i], right.zeros[j]])
-        walk.atoms.unite(left.axes[i], right.axes[j])
-        walk.change(left.axes[i], zero, f"summed, not zero, by {_jaxpr.where(eqn)}")
-    axes, zeros = [], []
-    for i, j in zip(lb, rb, strict=True):
-        walk.atoms.unite(left.axes[i], right.axes[j])
-        axes.append(left.axes[i])
-        zeros.append(combine(np.logical_or, [left.zeros[i], right.zeros[j]]))
-    for value, used in ((left, (*lc, *lb)), (right, (*rc, *rb))):
-        rest = value.without(used)
-        axes += rest.axes
-        zeros += rest.zeros
-    return Value(tuple(axes), tuple(zeros))
+        if i in lb:
+            pairs.append((left.axes[i], zero))
+        else:
+            walk.change(left.axes[i], f"summed, not zero, by {_jaxpr.where(eqn)}", zero)
+    return [Value.of(pairs + left.without((*lc, *lb)).pairs + right.without((*rc, *rb)).pairs)]
 
 
 def _ragged_dot(walk: Walk, eqn: Any, left: Value, right: Value, sizes: Value) -> list[Value]:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (lc, rc), (lb, rb) = numbers.dot_dimension_numbers
     reason = f"grouped by {_jaxpr.where(eqn)}"
-    for value, axes in (
-        (left, numbers.lhs_ragged_dimensions),
-        (right, numbers.rhs_group_dimensions),
-        (sizes, range(len(sizes.axes))),
-    ):
-        for i in axes:
-            walk.atoms.pin(value.axes[i], reason)
-    out = _product(walk, eqn, left, right, ((lc, rc), (lb, rb)))
+    walk.pin(left, reason, numbers.lhs_ragged_dimensions)
+    walk.pin(right, reason, numbers.rhs_group_dimensions)
+    walk.pin(sizes, reason)
+    (out,) = _dot(walk, eqn, left, right)
     if any(i in (*lc, *lb) for i in numbers.lhs_ragged_dimensions):
         return [walk.pinned(eqn.outvars[0].aval.shape, reason)]
     # The result of a plain product would have the axis of the experts among those of the right.
@@ -70,23 +58,20 @@ def _conv(walk: Walk, eqn: Any, left: Value, right: Value) -> tuple[list[Value],
     (batch, inputs, *space), (outputs, taken, *window), result = p["dimension_numbers"]
     groups, atoms = p["feature_group_count"], walk.atoms
     position = f"a position of {_jaxpr.where(eqn)}"
-    out = walk.pinned(eqn.outvars[0].aval.shape, position)
-    axes, zeros = list(out.axes), list(out.zeros)
-    for value, positions in ((left, space), (right, window)):
-        for i in positions:
-            atoms.pin(value.axes[i], position)
+    pairs = walk.pinned(eqn.outvars[0].aval.shape, position).pairs
+    walk.pin(left, position, space)
+    walk.pin(right, position, window)
     x, rows, features = left.axes[inputs], right.axes[taken], right.axes[outputs]
     group = atoms.pinned(1, "of size 1")
     if p["batch_group_count"] > 1:
         for axis in (left.axes[batch], features):
             atoms.pin(axis, f"batch groups of {_jaxpr.where(eqn)}")
     else:
-        axes[result[0]], zeros[result[0]] = left.axes[batch], left.zeros[batch]
-        axes[result[1]], zeros[result[1]] = features, right.zeros[outputs]
+        pairs[result[0]], pairs[result[1]] = left.pairs[batch], right.pairs[outputs]
     if groups == 1:
         atoms.unite(x, rows)
         zero = combine(np.logical_or, [left.zeros[inputs], right.zeros[taken]])
-        walk.change(x, zero, f"summed, not zero, by {_jaxpr.where(eqn)}")
+        walk.change(x, f"summed, not zero, by {_jaxpr.where(eqn)}", zero)
     else:
         group = atoms.fresh(groups)
         for axis, within in ((x, rows), (features, None)):
@@ -101,19 +86,15 @@ def _conv(walk: Walk, eqn: Any, left: Value, right: Value) -> tuple[list[Value],
     def run(cut: Cut, eqn: Any, x: Any, w: Any) -> list[Any]:
         return _jaxpr.bind(eqn, x, w, feature_group_count=cut.size(group))
 
-    return [Value(tuple(axes), tuple(zeros))], run
+    return [Value.of(pairs)], run
 
 
-def _sum(walk: Walk, eqn: Any, x: Value) -> list[Value]:
+def _reduce(walk: Walk, eqn: Any, x: Value) -> list[Value]:
+    """Drops axes: zeros change no sum, but may be a maximum, or make a product zero."""
+    sums = eqn.primitive.name == "reduce_sum"
     for i in eqn.params["axes"]:
-        walk.change(x.axes[i], x.zeros[i], f"summed, not zero, by {_jaxpr.where(eqn)}")
-    return [x.without(eqn.params["axes"])]
-
-
-def _extreme(walk: Walk, eqn: Any, x: Value) -> list[Value]:
-    for i in eqn.params["axes"]:
-        never = walk.flags(len(x.axes[i]), False)
-        walk.change(x.axes[i], never, f"taken part in {_jaxpr.where(eqn)}")
+        reason = f"{'summed, not zero, by' if sums else 'taken part in'} {_jaxpr.where(eqn)}"
+        walk.change(x.axes[i], reason, x.zeros[i] if sums else None)
     return [x.without(eqn.params["axes"])]
 
 
@@ -122,8 +103,7 @@ def _arg_reduce(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
     reduced = eqn.params["dimensions" if "dimensions" in eqn.params else "axes"]
     operands = ins[: len(eqn.outvars)]  # then their initial values
     for x in operands:
-        for i in reduced:
-            walk.atoms.pin(x.axes[i], f"searched by {_jaxpr.where(eqn)}")
+        walk.pin(x, f"searched by {_jaxpr.where(eqn)}", reduced)
         walk.unite(ins[0].without(reduced), x.without(reduced))
     return [walk.value(x.without(reduced).axes) for x in operands]
 
@@ -137,52 +117,44 @@ def _order_or_accumulate(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
         keys = ("axis", "dimension", "operand_dimension", "reduction_dimension")
         along = [next((p[key] for key in keys if key in p), -1) % rank]
     for x in ins:
-        for i in along:
-            walk.atoms.pin(x.axes[i], f"ordered by {_jaxpr.where(eqn)}")
+        walk.pin(x, f"ordered by {_jaxpr.where(eqn)}", along)
         walk.unite(ins[0], x)
     keeps_zero = eqn.primitive.name in ("cumsum", "cummax", "cummin", "cumprod", "fft")
     outs = []
     for n, var in enumerate(eqn.outvars):
-        out = walk.pinned(var.aval.shape, f"ordered by {_jaxpr.where(eqn)}")
         x = ins[min(n, len(ins) - 1)]
-        axes, zeros = list(out.axes), list(out.zeros)
-        for i in range(rank):
-            if i not in along:
-                axes[i] = x.axes[i]
-                zeros[i] = x.zeros[i] if keeps_zero else out.zeros[i]
-        outs.append(Value(tuple(axes), tuple(zeros)))
+        pairs = walk.pinned(var.aval.shape, f"ordered by {_jaxpr.where(eqn)}").pairs
+        carried = x if keeps_zero else walk.value(x.axes)
+        outs.append(Value.of(pairs[i] if i in along else carried.pairs[i] for i in range(rank)))
     return outs
 
 
 def _window(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
     p = eqn.params
     position = f"a position of {_jaxpr.where(eqn)}"
-    out = walk.pinned(eqn.outvars[0].aval.shape, position)
     outs = []
     for x in ins[: len(eqn.outvars)]:
-        axes, zeros = list(out.axes), list(out.zeros)
+        pairs = walk.pinned(eqn.outvars[0].aval.shape, position).pairs
         for i, size in enumerate(p["window_dimensions"]):
             moves = p["window_strides"][i] != 1 or tuple(p["padding"][i]) != (0, 0)
-            moves |= p["base_dilation"][i] != 1
-            if size == 1 and not moves:
-                axes[i], zeros[i] = x.axes[i], x.zeros[i]
+            if size == 1 and not moves and p["base_dilation"][i] == 1:
+                pairs[i] = x.pairs[i]
             else:
                 walk.atoms.pin(x.axes[i], position)
-        outs.append(Value(tuple(axes), tuple(zeros)))
+        outs.append(Value.of(pairs))
     for other in outs[1:]:
         walk.unite(outs[0], other)
     return outs
 
 
-_EXTREMES = "reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor".split()
+_REDUCES = "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor".split()
 _ORDERS = "sort top_k approx_top_k cumsum cummax cummin cumprod cumlogsumexp fft".split()
 _WINDOWS = "reduce_window reduce_window_sum reduce_window_max reduce_window_min".split()
 RULES: dict[str, Rule] = {
     "dot_general": _dot,
     "ragged_dot_general": _ragged_dot,
     "conv_general_dilated": _conv,
-    "reduce_sum": _sum,
-    **dict.fromkeys(_EXTREMES, _extreme),
+    **dict.fromkeys(_REDUCES, _reduce),
     **dict.fromkeys(["reduce", "argmax", "argmin"], _arg_reduce),
     **dict.fromkeys(_ORDERS, _order_or_accumulate),
     **dict.fromkeys(_WINDOWS, _window),

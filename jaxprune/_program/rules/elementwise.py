@@ -27,32 +27,32 @@ _UNCHANGED = (
     "psum psum_invariant pvary reduce_precision reduced_vary_cast relayout reshard "
     "sharding_constraint stop_gradient tie to_edtype"
 ).split()
-_WITHOUT_RESULT = "debug_callback debug_print dce_sink".split()
-_KEYS = (
-    "random_seed random_wrap random_unwrap random_fold_in random_split random_clone"  # are not cut
+_UNCUT = (  # they have no result, or random keys
+    "debug_callback debug_print dce_sink random_seed random_wrap random_unwrap random_fold_in "
+    "random_split random_clone"
 ).split()
 _LINEAR = frozenset("add add_any convert_element_type neg sub".split())
 
 
 def _elementwise(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
-    shape = eqn.outvars[0].aval.shape
-    known = None
-    if all(v.known is not None for v in ins):
-        known = _evaluate(walk, eqn, ins)
-    axes, zeros = [], []
-    for i, size in enumerate(shape):
-        sized = [v.axes[i] for v in ins if v.shape and len(v.axes[i]) == size]
-        axes.append(sized[0] if sized else walk.fresh((size,)).axes[0])
-        for other in sized[1:]:
-            walk.atoms.unite(axes[i], other)
-        zeros.append(_zero(walk, eqn, ins, i, size))
-    return [Value(tuple(axes), tuple(zeros), known)]
+    known = _evaluate(walk, eqn, ins) if all(v.known is not None for v in ins) else None
+    pairs = []
+    for i, size in enumerate(eqn.outvars[0].aval.shape):
+        axes = [v.axes[i] for v in ins if v.shape and len(v.axes[i]) == size]
+        axes = axes or list(walk.fresh((size,)).axes)
+        for other in axes[1:]:
+            walk.atoms.unite(axes[0], other)
+        pairs.append((axes[0], _zero(walk, eqn, ins, i, size)))
+    return [Value.of(pairs, known)]
 
 
 def _zero(walk: Walk, eqn: Any, ins: Sequence[Value], i: int, size: int) -> np.ndarray:
     """Returns which slices along an axis of an elementwise result are zero once masked."""
     name = eqn.primitive.name
-    flags = [_flag(walk, v, i, size) for v in ins]
+    flags = []
+    for v in ins:
+        carried = v.known is None and v.shape and len(v.axes[i]) == size
+        flags.append(v.zeros[i] if carried else walk.flags(size, v.known == 0))
     if name in ("mul", "and"):
         return combine(np.logical_or, flags)
     if name in ("div", "rem"):
@@ -70,14 +70,6 @@ def _zero(walk: Walk, eqn: Any, ins: Sequence[Value], i: int, size: int) -> np.n
     return zero if _evaluate(walk, eqn, ins) == 0 else walk.flags(size, False)
 
 
-def _flag(walk: Walk, value: Value, i: int, size: int) -> np.ndarray:
-    if value.known is not None:
-        return walk.flags(size, value.known == 0)
-    if value.shape and len(value.axes[i]) == size:
-        return value.zeros[i]
-    return walk.flags(size, False)
-
-
 def _evaluate(walk: Walk, eqn: Any, ins: Sequence[Value]) -> float | None:
     """Applies a primitive to zeros, and to the numbers that are known."""
     numbers = tuple(0.0 if v.known is None else v.known for v in ins)
@@ -88,10 +80,8 @@ def _evaluate(walk: Walk, eqn: Any, ins: Sequence[Value]) -> float | None:
     key = (eqn.primitive.name, numbers, dtypes, str(params))
     if key not in walk.at_zero:
         with jax.ensure_compile_time_eval():
-            operands = [
-                np.asarray(x).astype(atom.aval.dtype)
-                for x, atom in zip(numbers, eqn.invars, strict=True)
-            ]
+            pairs = zip(numbers, eqn.invars, strict=True)
+            operands = [np.asarray(x).astype(atom.aval.dtype) for x, atom in pairs]
             (result,) = _jaxpr.bind(eqn, *operands)
             walk.at_zero[key] = float(np.asarray(result).real)
     return None if math.isnan(walk.at_zero[key]) else walk.at_zero[key]
@@ -99,14 +89,10 @@ def _evaluate(walk: Walk, eqn: Any, ins: Sequence[Value]) -> float | None:
 
 def _unchanged(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
     """Passes the axes of every operand on to its result, which has the same shape."""
-    return [Value(v.axes, v.zeros, v.known) for v in ins[-len(eqn.outvars) :]]
+    return [Value.of(v.pairs, v.known) for v in ins[-len(eqn.outvars) :]]
 
 
-def _without_result(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
-    return []
-
-
-def _random_key(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
+def _uncut(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
     return [walk.pinned(v.aval.shape, "a random key") for v in eqn.outvars]
 
 
@@ -126,7 +112,6 @@ def _random_bits(walk: Walk, eqn: Any, key: Value) -> tuple[list[Value], Run]:
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(_UNCHANGED, _unchanged),
-    **dict.fromkeys(_WITHOUT_RESULT, _without_result),
-    **dict.fromkeys(_KEYS, _random_key),
+    **dict.fromkeys(_UNCUT, _uncut),
     "random_bits": _random_bits,
 }

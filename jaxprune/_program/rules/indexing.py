@@ -4,47 +4,37 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxprune._program import jaxpr as _jaxpr
-from jaxprune._program.atoms import Axis
-from jaxprune._program.cut import Cut
+from jaxprune._program.cut import Cut, resizing
 from jaxprune._program.values import Rule, Run, Value
 from jaxprune._program.walk import Walk
 
 
 def _dynamic_slice(walk: Walk, eqn: Any, x: Value, *starts: Value) -> tuple[list[Value], Run]:
     out = _read(walk, eqn, x, eqn.params["slice_sizes"])
-
-    def run(cut: Cut, eqn: Any, *args: Any) -> list[Any]:
-        return _jaxpr.bind(eqn, *args, slice_sizes=cut.shape(out, eqn.outvars[0]))
-
-    return [out], run
+    return [out], resizing("slice_sizes", out)
 
 
 def _dynamic_update(walk: Walk, eqn: Any, x: Value, new: Value, *starts: Value) -> list[Value]:
     _read(walk, eqn, x, new.shape)
-    zeros = []
+    pairs = walk.value(x.axes).pairs
     for i, (a, b) in enumerate(zip(x.axes, new.axes, strict=True)):
         if len(a) == len(b):
             walk.atoms.unite(a, b)
-            zeros.append(x.zeros[i] & new.zeros[i])
+            pairs[i] = a, x.zeros[i] & new.zeros[i]
         else:
             walk.atoms.pin(b, f"a position of {_jaxpr.where(eqn)}")
-            zeros.append(walk.flags(len(a), False))
-    return [Value(x.axes, tuple(zeros))]
+    return [Value.of(pairs)]
 
 
 def _read(walk: Walk, eqn: Any, x: Value, sizes: Sequence[int]) -> Value:
     """Reads a slice of some sizes: axes that are read entirely are carried, others are pinned."""
-    axes, zeros = [], []
-    for axis, zero, size in zip(x.axes, x.zeros, sizes, strict=True):
-        if size == len(axis):
-            axes.append(axis)
-            zeros.append(zero)
-        else:
+    pairs = x.pairs
+    for i, size in enumerate(sizes):
+        if size != len(x.axes[i]):
             reason = f"a position of {_jaxpr.where(eqn)}"
-            walk.atoms.pin(axis, reason)
-            axes.append(walk.atoms.pinned(size, reason))
-            zeros.append(walk.flags(size, False))
-    return Value(tuple(axes), tuple(zeros))
+            walk.atoms.pin(x.axes[i], reason)
+            pairs[i] = walk.pinned([size], reason).pairs[0]
+    return Value.of(pairs)
 
 
 def _gather(walk: Walk, eqn: Any, x: Value, at: Value) -> tuple[list[Value], Run]:
@@ -67,12 +57,9 @@ def _gather(walk: Walk, eqn: Any, x: Value, at: Value) -> tuple[list[Value], Run
     for i, j in zip(d.operand_batching_dims, d.start_indices_batching_dims, strict=True):
         walk.atoms.unite(x.axes[i], at.axes[j])
     outer = [i for i in range(len(eqn.outvars[0].aval.shape)) if i not in d.offset_dims]
-    axes: dict[int, Axis] = dict(zip(outer, at.axes[:-1], strict=True))
-    axes |= {o: read.axes[i] for o, i in zip(d.offset_dims, offset, strict=True)}
-    zeros = {o: walk.flags(len(axes[o]), False) for o in outer}
-    zeros |= {o: read.zeros[i] for o, i in zip(d.offset_dims, offset, strict=True)}
+    pairs = dict(zip(outer, walk.value(at.axes[:-1]).pairs, strict=True))
+    pairs |= {o: read.pairs[i] for o, i in zip(d.offset_dims, offset, strict=True)}
     walk.atoms.pin(at.axes[-1], f"an index of {_jaxpr.where(eqn)}")
-    out = Value(tuple(axes[i] for i in sorted(axes)), tuple(zeros[i] for i in sorted(axes)))
 
     def run(cut: Cut, eqn: Any, x: Any, at: Any) -> list[Any]:
         sizes = list(eqn.params["slice_sizes"])
@@ -80,7 +67,7 @@ def _gather(walk: Walk, eqn: Any, x: Value, at: Value) -> tuple[list[Value], Run
             sizes[i] = cut.size(read.axes[i], sizes[i])
         return _jaxpr.bind(eqn, x, at, slice_sizes=tuple(sizes))
 
-    return [out], run
+    return [Value.of(pairs[i] for i in sorted(pairs))], run
 
 
 def _scatter(walk: Walk, eqn: Any, x: Value, at: Value, new: Value) -> list[Value]:
@@ -88,24 +75,23 @@ def _scatter(walk: Walk, eqn: Any, x: Value, at: Value, new: Value) -> list[Valu
     d = eqn.params["dimension_numbers"]
     batch = [i for i in range(len(x.axes)) if i in d.operand_batching_dims]
     window = [i for i in range(len(x.axes)) if i not in (*d.inserted_window_dims, *batch)]
-    sizes = [1] * len(x.axes)
-    for i, j in zip(window, d.update_window_dims, strict=True):
+    written = dict(zip(window, d.update_window_dims, strict=True))  # axes of x and of new
+    sizes = [len(x.axes[i]) if i in batch else 1 for i in range(len(x.axes))]
+    for i, j in written.items():
         sizes[i] = len(new.axes[j])
-    for i in batch:
-        sizes[i] = len(x.axes[i])
     read = _read(walk, eqn, x, sizes)
     outer = [j for j in range(len(new.axes)) if j not in d.update_window_dims]
     for j, axis in zip(outer, at.axes[:-1], strict=True):
         walk.atoms.unite(new.axes[j], axis)
     for i, j in zip(d.operand_batching_dims, d.scatter_indices_batching_dims, strict=True):
         walk.atoms.unite(x.axes[i], at.axes[j])
-    zeros = [walk.flags(len(axis), False) for axis in x.axes]
-    for i, j in zip(window, d.update_window_dims, strict=True):
+    pairs = walk.value(x.axes).pairs
+    for i, j in written.items():
         walk.atoms.unite(read.axes[i], new.axes[j])
         if len(new.axes[j]) == len(x.axes[i]):
-            zeros[i] = x.zeros[i] & new.zeros[j]
+            pairs[i] = x.axes[i], x.zeros[i] & new.zeros[j]
     walk.atoms.pin(at.axes[-1], f"an index of {_jaxpr.where(eqn)}")
-    return [Value(x.axes, tuple(zeros))]
+    return [Value.of(pairs)]
 
 
 _SCATTERS = "scatter scatter-add scatter-sub scatter-mul scatter-min scatter-max".split()
