@@ -47,8 +47,7 @@ class Plan(Shown):
             share = f"{after / max(before, 1):.1%}" if before != after else ""
             rows.append((_tree.show(path), spell(shape), spell(small[path]), f"{after:,}", share))
         rows.append(("total", f"{total:,}", "", f"{kept:,}", f"{kept / max(total, 1):.1%}"))
-        header = ("path", "dense", "shrunk", "params", "")
-        table = Table(header, rows, left=(0, 1, 2), total=True)
+        table = Table(("path", "dense", "shrunk", "params", ""), rows, left=(0, 1, 2), total=True)
         reasons = "\n".join(f"inexact: {reason}" for reason in self.inexact)
         return [table, reasons] if reasons else [table]
 
@@ -77,11 +76,7 @@ class Plan(Shown):
         return self._map(tree, dict(self.shapes), _cut, "dense")
 
     def put(self, small_tree: Any) -> Any:
-        """Fills a small tree with zeros up to the dense shapes: the inverse of :meth:`take`.
-
-        Raises:
-          ValueError: for an array that is not shaped as the small params.
-        """
+        """Fills a small tree with zeros up to the dense shapes: the inverse of :meth:`take`."""
         return self._map(small_tree, self._small(), _fill, "shrunk")
 
     def _small(self) -> dict[str, tuple[int, ...]]:

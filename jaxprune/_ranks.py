@@ -46,11 +46,7 @@ def check_params(groups: "Groups", params: Any) -> None:
 
 
 def order(
-    groups: "Groups",
-    scores: jax.Array,
-    pools: np.ndarray,
-    within: jax.Array | None = None,
-    round_to: int = 1,
+    groups: "Groups", scores: jax.Array, pools: np.ndarray, within: jax.Array | None, round_to: int
 ) -> Order:
     """Ranks units by one score each, +inf for all units of a group without scores.
 

@@ -206,13 +206,9 @@ class Groups(Shown):
         return pools, jnp.full(pools.max() + 1, _select.check_sparsity(sparsity), jnp.float32)
 
     def costs(self, kept: np.ndarray, cost: str) -> float:
-        """Returns the params or the FLOPs of the network with some units, as in :meth:`masks`.
+        """Returns the ``"params"`` or the ``"flops"`` of the network with some units kept.
 
-        Warns of `while` loops, whose FLOPs are counted once.
-
-        Args:
-          kept: for each of ``len(self)`` units, whether it is kept.
-          cost: ``"params"`` or ``"flops"``.
+        Units are kept as in :meth:`masks`. Warns of `while` loops, whose FLOPs are counted once.
         """
         _tree.check_word("cost", cost, ("params", "flops"))
         if cost == "flops":

@@ -74,5 +74,5 @@ def test_order_by_hand(seed):
 
 def test_nan_is_removed_first():
     groups = Units(groups=(Group(np.arange(1, 5), (("w", 0, 1),)),))
-    order = _ranks.order(groups, jnp.array([1.0, jnp.nan, 2.0, 3.0]), np.zeros(1, int))
+    order = _ranks.order(groups, jnp.array([1.0, jnp.nan, 2.0, 3.0]), np.zeros(1, int), None, 1)
     assert np.asarray(_ranks.kept(order, jnp.array([0.25]))).tolist() == [True, False, True, True]

@@ -160,8 +160,7 @@ def _without(
         for i in sliced:
             arrays[i] = masked(i, unit)
         for eqn, ins, outs in mixed:
-            results = _program.bind(eqn, *(arrays[i] for i in ins))
-            for i, x in zip(outs, results, strict=True):
+            for i, x in zip(outs, _program.bind(eqn, *(arrays[i] for i in ins)), strict=True):
                 arrays[i] = x
         return arrays[out].astype(jnp.float32)
 

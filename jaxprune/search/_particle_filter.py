@@ -52,8 +52,7 @@ def particle_filter(
 
     Args:
       groups: from ``find_groups``.
-      loss: maps ``(params, *batch)`` to a scalar, lower is better: a loss, or a misclassification
-        rate on held-out examples.
+      loss: maps ``(params, *batch)`` to a scalar, lower is better; an error rate will do.
       params: the trained params.
       sparsity: the fraction of the units removed, in [0, 1).
       key: a PRNG key; the same key returns the same masks.
@@ -62,11 +61,7 @@ def particle_filter(
       rounds: the number of times that all particles are evaluated.
       temperature: the :math:`T` of the equation; lower values prefer the best particles more.
       mutation: the probability that a child flips a unit.
-      batch_size: the number of networks evaluated in parallel; 1 is faster for convolutions on a
-        CPU.
-
-    Returns:
-      The best masks, one score per unit for ``groups.select``, and all losses.
+      batch_size: the number of networks evaluated in parallel; for convolutions on a CPU use 1.
 
     Raises:
       ValueError: for a number out of range, groups without units, params other than those of the
@@ -170,6 +165,6 @@ def _repair(groups: Groups, wishes: jax.Array, sparsity: Any) -> jax.Array:
     pools = np.zeros(len(groups.groups), int)
 
     def repair(wish: jax.Array) -> jax.Array:
-        return _ranks.kept(_ranks.order(groups, wish, pools), jnp.reshape(sparsity, 1))
+        return _ranks.kept(_ranks.order(groups, wish, pools, None, 1), jnp.reshape(sparsity, 1))
 
     return jax.vmap(repair)(wishes)

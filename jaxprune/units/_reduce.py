@@ -116,8 +116,7 @@ def _reduce(groups: "Groups", scores: Scores, how: str, where: Where | None) -> 
     if not members:
         raise ValueError(
             f"scores: at least one scored leaf must be in a group, got scores of {sorted(leaves)}. "
-            "Score leaves that print(groups) lists, or choose them with "
-            "`jp.units.reduce(groups, scores, where=lambda path, s: ...)`."
+            "Score leaves that print(groups) lists, or choose them with `where`."
         )
     # One key for every (unit, member), by unit first, then in the order of the members.
     count = len(members)
@@ -135,8 +134,7 @@ def _reduce(groups: "Groups", scores: Scores, how: str, where: Where | None) -> 
         path, *_ = members[int(np.argmin(finite))]
         raise ValueError(
             f"{_tree.show(path)}: scores must be finite, got NaN or infinity. Check the loss and "
-            "the params, or leave this leaf out with "
-            "`jp.units.reduce(groups, scores, where=lambda path, s: ...)`."
+            "the params, or leave it out with `jp.units.reduce(groups, scores, where=...)`."
         )
     scored = np.bincount(owner, minlength=len(groups) + 1)[1:] > 0
     return jnp.where(scored, result, jnp.inf)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _loss, _mesh, _ranks, _tree
+from jaxprune._loss import Loss
 from jaxprune._tree import Params, Where
 from jaxprune.units._reduce import NORMS, normalized
 
@@ -17,11 +18,7 @@ Gates = tuple[tuple[tuple[str, int], ...], ...]  # for each group, the leaves an
 
 
 def taylor(
-    groups: "Groups",
-    loss: Callable[..., jax.Array],
-    *,
-    where: Where | None = None,
-    normalize: str | None = None,
+    groups: "Groups", loss: Loss, *, where: Where | None = None, normalize: str | None = None
 ) -> Callable[..., jax.Array]:
     r"""Scores a unit by how much the loss of one example would change without it, to first order.
 
@@ -89,13 +86,7 @@ def taylor(
 
 @functools.partial(jax.jit, static_argnames=("loss", "groups", "gates"), donate_argnames="total")
 def _add(
-    loss: Callable[..., jax.Array],
-    groups: "Groups",
-    gates: Gates,
-    params: Params,
-    batch: Any,
-    total: jax.Array,
-    i: Any,
+    loss: Loss, groups: "Groups", gates: Gates, params: Params, batch: Any, total: jax.Array, i: Any
 ) -> jax.Array:
     example = _loss.example(batch, i)
     return total + jnp.abs(derivatives("units.taylor", loss, groups, gates, params, *example))
@@ -137,12 +128,7 @@ def _producer(group: "Group", leaves: dict[str, Any]) -> tuple[tuple[str, int], 
 
 @functools.partial(jax.jit, static_argnames=("name", "loss", "groups", "gates"))
 def derivatives(
-    name: str,
-    loss: Callable[..., jax.Array],
-    groups: "Groups",
-    gates: Gates,
-    params: Params,
-    *batch: Any,
+    name: str, loss: Loss, groups: "Groups", gates: Gates, params: Params, *batch: Any
 ) -> jax.Array:
     """Returns the derivative of the loss with respect to the gate of each unit."""
     grads = dict(_tree.named_leaves(_loss.grad(name, loss, params, *batch)))
