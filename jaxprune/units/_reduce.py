@@ -115,7 +115,7 @@ def _reduce(groups: "Groups", scores: Scores, how: str, where: Where | None) -> 
     if not members:
         raise ValueError(
             f"scores: at least one scored leaf must be in a group, got scores of {sorted(leaves)}. "
-            "Score leaves that print(groups) lists; choose them by `jp.units.reduce(..., where=...)`."
+            "Score leaves of print(groups), or choose with `jp.units.reduce(..., where=...)`."
         )
     # One key for every (unit, member), by unit first, then in the order of the members.
     count = len(members)
