@@ -13,9 +13,8 @@ if TYPE_CHECKING:
 def flops(groups: "Groups") -> jax.Array:
     """Returns the FLOPs that the removal of each unit alone saves.
 
-    They are counted as in :func:`jaxprune.metrics.flops`, for the example inputs of
-    ``find_groups``. The paper of :func:`taylor` subtracts them, times a small number, from its
-    scores.
+    They are counted for the inputs of ``find_groups``, as in :func:`jaxprune.metrics.flops`. The
+    paper of :func:`taylor` subtracts them from its scores, times a small number.
 
     Args:
       groups: from ``find_groups``.

@@ -76,9 +76,8 @@ def reduce(
 
 def is_per_unit(groups: "Groups", scores: Any) -> bool:
     """Returns whether scores are an array over units; params may be one array as well."""
-    if not isinstance(scores, (jax.Array, np.ndarray)):
-        return False
-    return not (hasattr(groups.like, "shape") and groups.like.shape == scores.shape)
+    shape = getattr(groups.like, "shape", None)
+    return isinstance(scores, (jax.Array, np.ndarray)) and scores.shape != shape
 
 
 def _checked(groups: "Groups", scores: jax.Array) -> jax.Array:
