@@ -16,6 +16,7 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import pytest  # noqa: E402
 
 
@@ -46,6 +47,14 @@ def rank_promotion(request):
         return
     with jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def names_of_examples(doctest_namespace):
+    """Lets examples of docstrings use the package and `jnp` without importing them."""
+    import jaxprune
+
+    doctest_namespace.update(jp=jaxprune, jnp=jnp)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -80,7 +80,6 @@ def report(
 
     Examples:
       >>> import tempfile
-      >>> import jax.numpy as jnp, jaxprune as jp
       >>> params, masks = {"w": jnp.ones((2, 2))}, {"w": jnp.eye(2, dtype=bool)}
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     path = jp.report(folder + "/report.html", summary=jp.summary(params, masks))

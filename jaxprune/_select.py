@@ -58,7 +58,6 @@ def select(
         scores that are not finite or lie on different devices.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> print(select({"w": jnp.array([[1.0, 4.0], [3.0, 2.0]])}, 0.5)["w"])
       [[False  True]
        [ True False]]
@@ -279,7 +278,6 @@ def select_iteratively(
         that are not finite in some round.
 
     Examples:
-      >>> import jax.numpy as jnp, jaxprune as jp
       >>> params = jnp.array([[1.0, 4.0], [3.0, 2.0]])
       >>> print(select_iteratively(jp.scores.magnitude, params, 0.5, rounds=2))
       [[False  True]

@@ -39,7 +39,7 @@ def apply(params: Params, scores: Scores, masks: Masks) -> Params:
       TypeError: if a mask is not bool.
 
     Examples:
-      >>> import optax, jaxprune as jp
+      >>> import optax
       >>> target = jnp.array([[4.0, 2.0]])
       >>> loss = lambda trained, masks: jnp.sum((apply(*trained, masks) - target) ** 2)
       >>> trained = jnp.array([[1.0, 3.0]]), jnp.zeros((1, 2))  # params and their scores

@@ -37,7 +37,6 @@ def split(
         random counts, to shrink a training step with ``has_aux=True``.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> apply_fn, state = split(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
       >>> apply_fn(state, jnp.ones((5, 3))).shape
       (5, 2)
@@ -70,7 +69,6 @@ def merge(
       ValueError: if the module cannot run with these arrays, or returns another result.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> model, x = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jnp.ones((5, 3))
       >>> merge(model, *split(model), x).kernel.shape  # `shrink` makes the second and third smaller
       (3, 2)

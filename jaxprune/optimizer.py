@@ -106,7 +106,6 @@ def gradual(
 
     Examples:
       >>> params = jnp.array([[1.0, 2.0]])
-      >>> import jaxprune as jp
       >>> tx = gradual(optax.sgd(0.0), jp.scores.magnitude, jp.schedules.one_shot(0.5))
       >>> updates, _ = tx.update(params, tx.init(params), params)
       >>> optax.apply_updates(params, updates).tolist()

@@ -36,7 +36,6 @@ class Pattern:
         needs no sparsity.
 
     Examples:
-      >>> import jaxprune as jp
       >>> def spread(kept, shape):
       ...     return jnp.broadcast_to(kept[:, None], shape)
       >>> rows = Pattern(pool=lambda scores: scores.sum(axis=1), spread=spread)
@@ -67,7 +66,6 @@ def block(shape: Sequence[int]) -> Pattern:
       A pattern for :func:`jaxprune.select`.
 
     Examples:
-      >>> import jaxprune as jp
       >>> scores = jnp.array([[1.0, 1.0, 5.0], [1.0, 9.0, 5.0], [0.0, 0.0, 1.0]])
       >>> print(jp.select(scores, 0.5, pattern=block((2, 2))).astype(int))
       [[1 1 1]
@@ -120,7 +118,6 @@ def axis(*axes: int) -> Pattern:
       A pattern for :func:`jaxprune.select`.
 
     Examples:
-      >>> import jaxprune as jp
       >>> scores = jnp.array([[1.0, 4.0, 2.0], [3.0, 2.0, 4.0]])
       >>> print(jp.select(scores, 1 / 3, pattern=axis(-1)).astype(int))
       [[0 1 1]
@@ -174,7 +171,6 @@ def n_of_m(n: int | None, m: int, axis: int = -2, *, pad: bool = False) -> Patte
       A pattern for :func:`jaxprune.select`.
 
     Examples:
-      >>> import jaxprune as jp
       >>> scores = jnp.array([[1.0, 4.0, 2.0, 3.0, 5.0, 7.0, 8.0, 6.0]])
       >>> print(jp.select(scores, pattern=n_of_m(2, 4, axis=-1)).astype(int))
       [[0 1 0 1 0 1 1 0]]

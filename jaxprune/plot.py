@@ -277,7 +277,6 @@ def groups(groups: Groups, *, axes: Any = None) -> Any:
     which the program uses them. Squares in the first column are pinned axes.
 
     Examples:
-      >>> import jaxprune as jp
       >>> params = {"in": jax.ShapeDtypeStruct((3, 8), "float32")}
       >>> params["out"] = jax.ShapeDtypeStruct((8, 2), "float32")
       >>> pair = jp.find_groups(lambda p, x: x @ p["in"] @ p["out"], params, np.ones((1, 3)))

@@ -132,7 +132,6 @@ def iterative(
         are not zero after ``train``.
 
     Examples:
-      >>> import jaxprune as jp
       >>> def train(params, masks):  # your code: some steps under `jp.enforce(optimizer, masks)`
       ...     return params
       >>> params = jnp.array([[1.0, 4.0, 3.0, 2.0]])

@@ -83,7 +83,6 @@ def group_lasso(groups: Groups, strength: float) -> optax.GradientTransformation
         ``update`` without params.
 
     Examples:
-      >>> import jaxprune as jp
       >>> params = {"in": jnp.array([[3.0, 0.0]]), "out": jnp.array([[4.0], [0.0]])}
       >>> groups = jp.find_groups(lambda p, x: x @ p["in"] @ p["out"], params, jnp.ones((5, 1)))
       >>> tx = group_lasso(groups, 1.0)

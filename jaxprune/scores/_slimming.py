@@ -27,7 +27,6 @@ def slimming(params: Params, where: Where = is_scale) -> Scores:
       ValueError: if no floating leaf is a scale.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> params = {"kernel": jnp.ones((3, 2)), "scale": jnp.array([0.5, -2.0])}
       >>> slimming(params)["scale"].tolist()
       [0.5, 2.0]

@@ -50,7 +50,6 @@ def oracle(
       TypeError: for a loss that is not scalar.
 
     Examples:
-      >>> import jaxprune as jp
       >>> params = {"in": jnp.eye(2), "out": jnp.array([[1.0], [-3.0]])}
       >>> apply_fn = lambda p, x: x @ p["in"] @ p["out"]
       >>> groups = jp.find_groups(apply_fn, params, jnp.ones((5, 2)))

@@ -69,7 +69,6 @@ def particle_filter(
       TypeError: for a loss that is not scalar.
 
     Examples:
-      >>> import jaxprune as jp
       >>> params = {"in": jnp.eye(4), "out": jnp.array([[1.0], [3.0], [2.0], [4.0]])}
       >>> apply_fn = lambda p, x: x @ p["in"] @ p["out"]
       >>> x = jnp.ones((1, 4))

@@ -42,7 +42,6 @@ def activation(
       ValueError: for an unknown statistic, groups of another function, or units in no activation.
 
     Examples:
-      >>> import jaxprune as jp
       >>> params = {"in": jnp.array([[1.0, -2.0]]), "out": jnp.ones((2, 1))}
       >>> apply_fn = lambda p, x: jax.nn.relu(x @ p["in"]) @ p["out"]
       >>> x = jnp.array([[1.0], [-1.0], [3.0], [1.0]])

@@ -23,7 +23,6 @@ def flops(groups: "Groups") -> jax.Array:
       A float32 array of shape ``(len(groups),)``.
 
     Examples:
-      >>> import jaxprune as jp
       >>> params = {"in": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}
       >>> groups = jp.find_groups(lambda p, x: x @ p["in"] @ p["out"], params, jnp.ones((1, 3)))
       >>> print(flops(groups))

@@ -52,7 +52,6 @@ def reduce(
         unknown word; or for ``how`` or ``where`` with one score per unit.
 
     Examples:
-      >>> import jaxprune as jp
       >>> params = {"in": jnp.array([[3.0, -1.0]]), "out": jnp.array([[1.0], [5.0]])}
       >>> groups = jp.find_groups(lambda p, x: x @ p["in"] @ p["out"], params, jnp.ones((5, 1)))
       >>> scores = jp.scores.magnitude(params)

@@ -56,7 +56,6 @@ def taylor(
       TypeError: for a loss that is not scalar.
 
     Examples:
-      >>> import jaxprune as jp
       >>> params = {"in": jnp.eye(2), "out": jnp.array([[1.0], [-3.0]])}
       >>> apply_fn = lambda p, x: x @ p["in"] @ p["out"]
       >>> x = jnp.array([[1.0, 1.0], [-1.0, 1.0]])

@@ -36,8 +36,6 @@ def taylor_gates(
       TypeError: for a loss that is not scalar.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import jaxprune as jp
       >>> params = {"in": jnp.eye(2), "out": jnp.array([[1.0], [-3.0]])}
       >>> apply_fn = lambda p, x: x @ p["in"] @ p["out"]
       >>> x = jnp.array([[1.0, 1.0], [-1.0, 1.0]])
