@@ -86,12 +86,15 @@ class Program:
     def on(self, closed: Any) -> "Program":
         """Returns these values for the same program, traced for inputs of other sizes."""
         jaxpr, consts = closed.jaxpr, closed.consts
+        mismatch = ProgramMismatch("the function has other equations on inputs of these sizes")
         if [s.eqn.primitive for s in self.steps] != [eqn.primitive for eqn in jaxpr.eqns]:
-            raise ProgramMismatch("the function has other equations on inputs of these sizes")
+            raise mismatch
         steps = []
         for step, eqn in zip(self.steps, jaxpr.eqns, strict=True):
             inner: list[Any] = list(_jaxpr.inner(eqn)) if step.programs else []
             inner += _jaxpr.rules(eqn) if len(step.programs) > len(inner) else []
+            if len(inner) != len(step.programs):  # a `cond` with another number of branches, say
+                raise mismatch
             programs = [p.on(other) for p, other in zip(step.programs, inner, strict=True)]
             steps.append(dataclasses.replace(step, eqn=eqn, programs=programs))
         return dataclasses.replace(self, jaxpr=jaxpr, consts=consts, steps=steps)
