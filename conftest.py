@@ -27,6 +27,18 @@ def pytest_xdist_auto_num_workers(config):
     return None  # one worker per core
 
 
+def pytest_xdist_make_scheduler(config, log):
+    """Gives a worker one module at a time; tests that start processes fill the gaps at the end."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            alone = nodeid.startswith(("tests/test_examples.py", "tests/test_notebooks.py"))
+            return nodeid if alone else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def compilation(request, monkeypatch):
     """Compiles `optimized` tests as users do; what they compile must not be compiled before."""
