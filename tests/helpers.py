@@ -18,12 +18,21 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
 from _collectives import collectives  # noqa: E402, F401
 
 auto_and_explicit = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+explicit_and_slowly_auto = pytest.mark.parametrize(
+    "kind", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)]
+)
 
 
 def slow_unless(fast, names):
-    """Lists parameters of a test; all but the fast ones are marked slow."""
+    """Lists parameters of a test, or tuples of them; all but the fast ones are marked slow."""
     assert set(fast) <= set(names), sorted(set(fast) - set(names))
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return [
+        pytest.param(
+            *(name if isinstance(name, tuple) else [name]),
+            marks=() if name in fast else pytest.mark.slow,
+        )
+        for name in names
+    ]
 
 
 def normal(shapes, dtype="float32", seed=0):

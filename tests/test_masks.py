@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from helpers import auto_and_explicit, equal, mesh, place
+from helpers import equal, explicit_and_slowly_auto, mesh, place
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
@@ -33,7 +33,7 @@ def test_unpacking_for_other_params_is_an_error():
 
 
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P("x", "y")])
-@auto_and_explicit
+@explicit_and_slowly_auto
 def test_packing_an_optimizer_state_on_a_mesh(kind, spec):
     params = {"w": jax.random.normal(jax.random.key(0), (64, 32)), "b": jnp.ones(16)}
     params["w"] = place(params["w"], mesh(kind, x=4, y=2), spec)

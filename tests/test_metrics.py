@@ -61,7 +61,7 @@ def test_flops_agree_with_xla(name):
     network, shape = NETWORKS[name]
     x = jax.random.normal(jax.random.key(0), shape)
     with jax.numpy_rank_promotion("allow"):
-        variables = network.init(jax.random.key(0), x)
+        variables = jax.jit(network.init)(jax.random.key(0), x)
         counted = jp.metrics.flops(network.apply, variables, x)
         compiled = jax.jit(network.apply).lower(variables, x).compile()
     np.testing.assert_allclose(counted, compiled.cost_analysis()["flops"], rtol=0.05)

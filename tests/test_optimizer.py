@@ -12,7 +12,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers import auto_and_explicit, equal, mesh, normal, python, slow_unless
+from helpers import equal, explicit_and_slowly_auto, mesh, normal, python, slow_unless
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -44,7 +44,7 @@ def pruned_are_zero(params, masks):
     return all(same(a, b) for a, b in zip(*map(jax.tree.leaves, (params, full)), strict=True))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", slow_unless(["float32"], ["float32", "bfloat16"]))
 @pytest.mark.parametrize("name", slow_unless({"adam", "adamw", "muon", "chain"}, OPTIMIZERS))
 def test_zero_means_zero(name, dtype):
     if name == "inject_hyperparams" and dtype == "bfloat16":
@@ -298,7 +298,7 @@ def test_linen_train_state():
     assert pruned_are_zero(state.params, masks)
 
 
-@auto_and_explicit
+@explicit_and_slowly_auto
 @pytest.mark.parametrize("link", ["enforce", "gradual"])
 def test_masks_have_the_sharding_of_their_leaf(kind, link):
     sharding = NamedSharding(mesh(kind, x=8), P("x"))

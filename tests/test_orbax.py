@@ -11,8 +11,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from files import run, same_bits, weights
-from helpers import bits, mesh, place, python
-from jax.sharding import AxisType, NamedSharding
+from helpers import bits, explicit_and_slowly_auto, mesh, place, python
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
@@ -141,9 +141,7 @@ def test_without_orbax_the_extra_is_named(capsys, monkeypatch, checkpoint):
     assert code == 2 and "pip install 'jaxprune[orbax]'" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit]
-)
+@explicit_and_slowly_auto
 def test_a_training_is_restored_onto_another_mesh(tmp_path, kind):
     def training(mesh, w_axis, b_axis):
         keys = jax.random.split(jax.random.key(0), 2)

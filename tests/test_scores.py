@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import mesh, place
+from helpers import mesh, place, slow_unless
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -53,12 +53,11 @@ SCORES = {  # a new score adds one row here: (params, batch) -> scores
 }
 
 
+DTYPES = ["float32", "bfloat16", "float64", "float16", "float8_e5m2"]
+
+
 @pytest.mark.filterwarnings("ignore:obd")
-@pytest.mark.parametrize(
-    "dtype",
-    ["float32", "bfloat16"]
-    + [pytest.param(d, marks=pytest.mark.slow) for d in ("float64", "float16", "float8_e5m2")],
-)
+@pytest.mark.parametrize("dtype", slow_unless(["bfloat16"], DTYPES))
 @pytest.mark.parametrize("name", SCORES)
 def test_score_contract(name, dtype):
     with jax.enable_x64(dtype == "float64"):
@@ -156,6 +155,7 @@ def test_synflow_survives_depths_where_float32_overflows():
     assert all(bool(jnp.all(jnp.isfinite(s))) for s in scores)
 
 
+@pytest.mark.slow
 def test_synflow_keeps_a_path_where_others_lose_a_layer():
     params = [
         jax.random.normal(k, s) * c

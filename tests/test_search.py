@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
+from helpers import slow_unless
 
 import jaxprune as jp
 from jaxprune.search import _oracle, _particle_filter
@@ -51,19 +52,20 @@ def by_masks(groups, loss, params, *batch):
     return np.array([measure(k) for k in kept]) - measure(np.ones(len(groups), bool))
 
 
-@pytest.mark.parametrize(
-    "name, exact, memory",
-    [
-        ("linen_resnet_basic", True, 0),  # batch norm, and a stream through all layers
-        ("linen_lenet", True, 1e5),  # biases, and a flatten
-        ("jax_gqa_decoder", True, 0),  # heads
-        ("linen_squeeze_excitation", True, 0),  # sigmoid is not zero at zero
-        ("linen_lstm", True, 0),
-        ("jax_cond", True, 1e6),
-        ("linen_mixer", False, 0),  # what changes the result beyond its masks
-    ],
-)
-def test_oracle_equals_masks(name, exact, memory):
+ORACLES = {  # a network: whether its units are exact, and the memory in bytes
+    "linen_resnet_basic": (True, 0),  # batch norm, and a stream through all layers
+    "linen_lenet": (True, 1e5),  # biases, and a flatten
+    "jax_gqa_decoder": (True, 0),  # heads
+    "linen_squeeze_excitation": (True, 0),  # sigmoid is not zero at zero
+    "linen_lstm": (True, 0),
+    "jax_cond": (True, 1e6),
+    "linen_mixer": (False, 0),  # what changes the result beyond its masks
+}
+
+
+@pytest.mark.parametrize("name", slow_unless({"linen_lenet", "jax_cond", "linen_mixer"}, ORACLES))
+def test_oracle_equals_masks(name):
+    exact, memory = ORACLES[name]
     with jax.numpy_rank_promotion("allow"):  # of flax
         net = zoo.NETWORKS[name]()
         groups = jp.find_groups(net.fn, net.params, *net.inputs, exact=exact)
@@ -146,6 +148,7 @@ def search(problem, seed=0, **options):
     )
 
 
+@pytest.mark.slow
 def test_particles_beat_random_masks():
     worth = np.random.default_rng(0).permutation(24) + 1.0
     params = {"in": jnp.eye(24), "out": jnp.asarray(worth, jnp.float32)[:, None]}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import auto_and_explicit, collectives, equal, mesh, place, python, removed
+from helpers import collectives, equal, explicit_and_slowly_auto, mesh, place, python, removed
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -157,7 +157,7 @@ def test_nan_counts_as_lowest_under_jit_and_is_an_error_outside():
 
 
 @pytest.mark.optimized
-@auto_and_explicit
+@explicit_and_slowly_auto
 @pytest.mark.parametrize("scope", ["global", "layer", "erk"])
 def test_same_on_every_mesh(kind, scope):
     params = tree()
@@ -173,6 +173,7 @@ def test_same_on_every_mesh(kind, scope):
     assert {sent.kind for sent in collectives(compiled.as_text())} == {"all-reduce"}
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_one_device_gives_the_same_masks_in_no_extra_memory():
     code = """

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import collectives, mesh, place
+from helpers import collectives, mesh, place, slow_unless
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from two_processes import digests
@@ -156,15 +156,17 @@ def check(result, expected, placed):
 EVERYWHERE = ("2:4", "units")  # others on two of the six meshes, because compiling takes long
 TWO = (("fsdp", "auto"), ("tensor", "explicit"))
 CASES = [
-    pytest.param(*case, marks=() if case in fast else pytest.mark.slow)
+    (name, layout, kind)
     for name in OPERATIONS
-    for fast in [[(name, *on) for on in TWO[: 1 + (name in EVERYWHERE)]]]
-    for case in [(name, layout, kind) for layout in LAYOUTS for kind in KINDS]
-    if name in EVERYWHERE or case[1:] in TWO
+    for layout in LAYOUTS
+    for kind in KINDS
+    if name in EVERYWHERE or (layout, kind) in TWO
 ]
+ONCE = ("global", "erk", "uneven block", "axis", "iteratively", "gradual", "unpack", "growing")
+FAST = [(name, *on) for name in EVERYWHERE for on in TWO] + [(name, *TWO[0]) for name in ONCE]
 
 
-@pytest.mark.parametrize("name, layout, kind", CASES)
+@pytest.mark.parametrize("name, layout, kind", slow_unless(FAST, CASES))
 def test_operation_on_a_mesh(name, layout, kind):
     _, placed = spread(layout, kind)
     compiled = jax.jit(OPERATIONS[name]).lower(placed).compile()
@@ -208,7 +210,7 @@ def normalized(groups):
     return lambda p, x: jp.units.reduce(groups, jp.scores.magnitude(p), normalize="max")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_unless(["explicit"], KINDS))
 def test_structure_on_a_mesh(kind):
     on, placed = spread("tensor", kind)
     fn, x = placed_network(on) if kind == "explicit" else (apply_fn, jnp.ones((8, 16)))
