@@ -74,7 +74,7 @@ def step(training):
 @jax.jit
 def train(params, masks, key):
     tx = jp.enforce(optax.adam(1e-2), masks)
-    run = lambda carry, key: (updated(tx, *carry, key), None)  # noqa: E731
+    run = lambda carry, key: (updated(tx, *carry, key), None)
     return jax.lax.scan(run, (params, tx.init(params)), jax.random.split(key, 8))[0][0]
 
 
@@ -127,7 +127,7 @@ def run(folder, ready=lambda: None):
 
 def bits(ended):
     """Returns the bytes of all arrays of a training."""
-    is_key = lambda w: jax.dtypes.issubdtype(w.dtype, jax.dtypes.prng_key)  # noqa: E731
+    is_key = lambda w: jax.dtypes.issubdtype(w.dtype, jax.dtypes.prng_key)
     leaves = map(jnp.asarray, jax.tree.leaves(ended))
     return [np.asarray(jax.random.key_data(w) if is_key(w) else w).tobytes() for w in leaves]
 

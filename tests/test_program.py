@@ -202,7 +202,7 @@ def test_a_while_loop_is_noted_when_it_is_counted_and_not_before():
         jp.units.flops(groups)
         groups.select(jp.scores.magnitude(params), 0.5, cost="flops")
     assert [warning.filename for warning in warned] == [__file__] * 5  # one each, at the call
-    add = lambda p, x: lax.while_loop(lambda x: x < 3, lambda x: x + p, x)  # noqa: E731
+    add = lambda p, x: lax.while_loop(lambda x: x < 3, lambda x: x + p, x)
     assert jp.metrics.flops(add, 1.0, 0.0) == 0  # without a contraction
 
 
@@ -215,7 +215,7 @@ def test_every_mode_of_a_ragged_product_counts_its_true_rows():
 
 
 def test_a_primitive_without_a_rule_is_no_obstacle_to_counting():
-    fn = lambda p, x: jnp.linalg.svd(x @ p["in"], compute_uv=False)  # noqa: E731
+    fn = lambda p, x: jnp.linalg.svd(x @ p["in"], compute_uv=False)
     assert jp.metrics.flops(fn, mlp(), jnp.ones((5, 6))) == 2 * 5 * 6 * 8
 
 
@@ -336,7 +336,7 @@ def test_values_fit_the_same_program_of_other_sizes_alone():
         return dense(p, x) if len(x) < 9 else jnp.tanh(dense(p, x))
 
     structure = _program.analyse(branching, mlp(), (jnp.ones((5, 6)),))
-    other = lambda n: _program.trace(branching, mlp(), (jnp.ones((n, 6)),), False)[0]  # noqa: E731
+    other = lambda n: _program.trace(branching, mlp(), (jnp.ones((n, 6)),), False)[0]
     program = structure.program.on(other(7))
     assert program.steps[0].eqn.outvars[0].aval.shape == (7, 8)
     assert program.steps[0].outs is structure.program.steps[0].outs

@@ -81,7 +81,7 @@ def test_oracle_equals_masks(name):
 
 def test_oracle_of_a_loss_that_unites_units(problem):
     groups, params, batch = problem
-    united = lambda p, x, y: loss(p, x, y) + jnp.sum(p["b"] * p["b"][:, ::-1] * p["a"][:1])  # noqa: E731
+    united = lambda p, x, y: loss(p, x, y) + jnp.sum(p["b"] * p["b"][:, ::-1] * p["a"][:1])
     found = jp.search.oracle(groups, united)(params, *batch)
     expected = by_masks(groups, united, params, *batch)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
@@ -99,8 +99,8 @@ def test_oracle_starts_where_units_meet(problem):
 def test_oracle_keeps_to_its_memory():
     params = {"in": jnp.ones((4, 64)), "out": jnp.ones((64, 32))}
     batch = jnp.ones((16, 4)), jnp.ones((16, 32))
-    fn = lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"]  # noqa: E731
-    loss = lambda p, x, y: jnp.mean((fn(p, x) - y) ** 2)  # noqa: E731
+    fn = lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"]
+    loss = lambda p, x, y: jnp.mean((fn(p, x) - y) ** 2)
     groups = jp.find_groups(fn, params, batch[0])
 
     def temporary(memory):
@@ -133,7 +133,7 @@ def test_oracle_without_units(problem):
 def test_oracle_does_not_retrace(problem):
     groups, params, batch = problem
     traces = []
-    counted = lambda *a: traces.append(0) or loss(*a)  # noqa: E731
+    counted = lambda *a: traces.append(0) or loss(*a)
     for _ in range(2):
         jp.search.oracle(groups, counted)(params, *batch)
         count = len(traces)
@@ -153,9 +153,9 @@ def test_particles_beat_random_masks():
     worth = np.random.default_rng(0).permutation(24) + 1.0
     params = {"in": jnp.eye(24), "out": jnp.asarray(worth, jnp.float32)[:, None]}
     x = jnp.ones((1, 24))
-    fn = lambda p, x: x @ p["in"] @ p["out"]  # noqa: E731
+    fn = lambda p, x: x @ p["in"] @ p["out"]
     groups = jp.find_groups(fn, params, x)
-    error = lambda p, x: 1 - jnp.mean(fn(p, x)) / worth.sum()  # noqa: E731
+    error = lambda p, x: 1 - jnp.mean(fn(p, x)) / worth.sum()
     found = jp.search.particle_filter(
         groups, error, params, 0.5, jax.random.key(0), x, rounds=12, batch_size=64
     )
@@ -191,7 +191,7 @@ def test_every_particle_keeps_an_exact_number(problem):
 def test_rounds_and_sparsities_are_one_compiled_program(problem):
     groups, params, batch = problem
     traces = []
-    counted = lambda *a: traces.append(0) or loss(*a)  # noqa: E731
+    counted = lambda *a: traces.append(0) or loss(*a)
     for sparsity in (0.5, 0.3):
         jp.search.particle_filter(
             groups, counted, params, sparsity, jax.random.key(0), *batch, particles=64, rounds=3
@@ -208,7 +208,7 @@ def test_same_key_same_result(problem):
 
 def test_particles_without_an_error_lose(problem):
     groups, params, batch = problem
-    broken = lambda p, *b: jnp.where((p["b"] != 0)[0, 0], jnp.nan, loss(p, *b))  # noqa: E731
+    broken = lambda p, *b: jnp.where((p["b"] != 0)[0, 0], jnp.nan, loss(p, *b))
     found = jp.search.particle_filter(
         groups, broken, params, 0.5, jax.random.key(0), *batch, particles=32, rounds=2
     )

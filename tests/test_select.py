@@ -229,7 +229,7 @@ def test_select_iteratively_asks_the_score_alone():
 
 
 def test_scores_that_turn_nan_between_rounds_name_their_leaf():
-    dead = lambda p, x: jnp.sum(x @ p["w"]) * 0 * p["v"]  # noqa: E731
+    dead = lambda p, x: jnp.sum(x @ p["w"]) * 0 * p["v"]
     params = {"v": jnp.ones((2, 2)), "w": jnp.ones((3, 3))}
     with pytest.raises(ValueError, match="v: scores became NaN"):
         jp.select_iteratively(jp.scores.synflow(dead), params, 0.5, jnp.ones((1, 3)), rounds=2)

@@ -430,7 +430,7 @@ def test_verified_quietly():
 def test_alike_layers_share_programs():
     """A program for all layers would be compiled for each of them: for half a minute, if deep."""
     params = [jnp.ones((7, 9)), jnp.ones((9, 7))] * 3
-    fn = lambda params, x: functools.reduce(jnp.matmul, params, x)  # noqa: E731
+    fn = lambda params, x: functools.reduce(jnp.matmul, params, x)
     groups = jp.find_groups(fn, params, jnp.ones((2, 7)))
     before = _sums.exact_sum._cache_size(), _ranks.kept_slices._cache_size()
     masks = groups.select(params, 0.5, scope="layer")

@@ -123,7 +123,7 @@ def test_biases_of_many_shapes():
         return [[path for path, _ in gate] for gate in _taylor.gates(groups, None)]
 
     def layers(p, x):  # a stack, as of `nn.scan`
-        body = lambda x, q: (x + jnp.tanh(x @ q["in"] + q["b"][None]) @ q["out"], None)  # noqa: E731
+        body = lambda x, q: (x + jnp.tanh(x @ q["in"] + q["b"][None]) @ q["out"], None)
         return jax.lax.scan(body, x, p)[0]
 
     x = jnp.ones((2, 5))
@@ -151,7 +151,7 @@ STATISTICS = {
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_activation_of_a_cnn(statistic, cnn, allow):
     groups, params, (x, _) = cnn
-    catch = lambda module, _: type(module) in (nn.Conv, nn.BatchNorm)  # noqa: E731
+    catch = lambda module, _: type(module) in (nn.Conv, nn.BatchNorm)
     _, state = CNN().apply(params, x, capture_intermediates=catch)
     hidden = {name: s["__call__"][0] for name, s in state["intermediates"].items()}
     read = nn.relu(hidden["Conv_0"]), nn.gelu(hidden["BatchNorm_0"])
@@ -196,8 +196,8 @@ def test_activation_errors(cnn, allow):
     groups, params, (x, _) = cnn
     with pytest.raises(ValueError, match="statistic"):
         jp.units.activation(groups, CNN().apply, "median")
-    softmax = lambda p: jax.nn.softmax(p["params"]["Conv_0"]["bias"])[0]  # noqa: E731
-    other = lambda p, x: CNN().apply(p, x) * softmax(p)  # noqa: E731
+    softmax = lambda p: jax.nn.softmax(p["params"]["Conv_0"]["bias"])[0]
+    other = lambda p, x: CNN().apply(p, x) * softmax(p)
     with pytest.raises(ValueError, match="must be those of this function"):
         jp.units.activation(groups, other)(params, x)
     stack = {"in": jnp.ones((3, 5, 4)), "out": jnp.ones((3, 4, 5))}
@@ -259,7 +259,7 @@ def test_reduce_normalizes_each_group(normalize, cnn):
 def test_a_group_without_scores_is_kept_and_counts_in_no_budget(jit, cnn):
     groups, params, _ = cnn
     scores = jp.scores.magnitude(params)
-    where = lambda path, s: path == "params/Conv_0/bias"  # noqa: E731
+    where = lambda path, s: path == "params/Conv_0/bias"
 
     def select(scores, sparsity):
         units = jp.units.reduce(groups, scores, where=where, normalize="max")
