@@ -194,6 +194,7 @@ def measure(model, topology, program):
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = memory.argument_size_in_bytes + new_outputs + memory.temp_size_in_bytes
     sent = [(*key, n) for key, n in exchanges(compiled.as_text()).items()]
     return {
         "model": model,
@@ -205,6 +206,7 @@ def measure(model, topology, program):
         "arguments": memory.argument_size_in_bytes / 2**30,
         "outputs": new_outputs / 2**30,
         "temporary": memory.temp_size_in_bytes / 2**30,
+        "total": total / 2**30,
         "arrays": [key for key in sent if not are_scalars(key[1], chips)],
         "scalars": [key for key in sent if are_scalars(key[1], chips)],
     }
@@ -226,10 +228,9 @@ def heading(result):
 
 
 def row(result):
-    arguments, outputs, temporary = (result[k] for k in ("arguments", "outputs", "temporary"))
     return (
-        f"{result['program']:<8} {result['seconds']:>6.0f} s {arguments:>10.2f} {outputs:>8.2f} "
-        f"{temporary:>10.2f} {arguments + outputs + temporary:>7.2f}  "
+        f"{result['program']:<8} {result['seconds']:>6.0f} s {result['arguments']:>10.2f} "
+        f"{result['outputs']:>8.2f} {result['temporary']:>10.2f} {result['total']:>7.2f}  "
         f"{counts(result['scalars'])}; {counts(result['arrays'])}"
     )
 

@@ -70,8 +70,7 @@ def five_rows(run, rows, pods):
         return next(r for r in rows if (r.part, r.name, r.at) == (part, name, at))
 
     def memory(program):
-        pod = next(p for p in pods if (p["model"], p["program"]) == ("70B", program))
-        return sum(pod[kind] for kind in ("arguments", "outputs", "temporary"))
+        return next(p["total"] for p in pods if (p["model"], p["program"]) == ("70B", program))
 
     gradual, adam = memory("gradual"), memory("Adam")
     lines = [
