@@ -49,8 +49,8 @@ __all__ += ["report", "select", "select_iteratively", "set_masks", "shrink", "su
 __all__ += ["curves", "gates", "groups", "masks", "metrics", "movement", "nnx", "optimizer"]
 __all__ += ["patterns", "plot", "recipes", "regularizers", "schedules", "scores", "search", "units"]
 
-# What reads programs, draws or trains is imported on first use: it takes two thirds of the time
-# that importing all of the package takes, and flax.nnx as long again.
+# Modules that read programs, draw or train are imported on first use: they take two thirds of the
+# time to import the package, and flax.nnx takes as long again.
 _HOMES = {"CannotShrink": "_shrink", "Plan": "_plan", "shrink": "_shrink"}
 _HOMES |= {"find_groups": "groups", "report": "_report", "summary": "metrics"}
 
