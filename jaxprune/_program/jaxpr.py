@@ -5,6 +5,7 @@ JAX releases differ in how an equation holds inner programs. :func:`inner` retur
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -159,7 +160,10 @@ def rules(eqn: Any) -> list[Any]:
 
 
 def rebuild(eqn: Any, bodies: Sequence[Body], args: Sequence[Any]) -> list[Any]:
-    """Runs an equation with other programs in place of ``inner(eqn)``, then of ``rules(eqn)``."""
+    """Runs an equation with other programs in place of ``inner(eqn)``, then of ``rules(eqn)``.
+
+    Every operand and result is a tree of arrays, all of its dtype; those of a scan are stacked.
+    """
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
         carried = inner(eqn)[0].carried
@@ -176,10 +180,12 @@ def rebuild(eqn: Any, bodies: Sequence[Body], args: Sequence[Any]) -> list[Any]:
         test, body = params["cond_nconsts"], params["body_nconsts"]
         tested, fixed, carry = args[:test], args[test : test + body], list(args[test + body :])
         return jax.lax.while_loop(
-            lambda c: bodies[0](*tested, *c)[0], lambda c: bodies[1](*fixed, *c), carry
+            lambda c: jax.tree.leaves(bodies[0](*tested, *c))[0],
+            lambda c: bodies[1](*fixed, *c),
+            carry,
         )
     if name == "cond":
-        return jax.lax.switch(args[0], bodies, *args[1:])
+        return jax.lax.switch(jax.tree.leaves(args[0])[0], bodies, *args[1:])
     if name in ("remat2", "checkpoint", "remat"):
         keywords = {key: params[key] for key in ("prevent_cse", "policy")}
         return jax.checkpoint(bodies[0], **keywords)(*args)
@@ -198,11 +204,12 @@ def _custom_jvp(body: Body, rule: Body) -> Any:
     fn = jax.custom_jvp(lambda *args: body(*args))
 
     def jvp(primals: Any, tangents: Any) -> Any:
-        given = [t for x, t in zip(primals, tangents, strict=True) if is_inexact(x)]
+        given = [t for x, t in zip(primals, tangents, strict=True) if _has_derivative(x)]
         # The outputs are those of `fn` itself, so that a second derivative finds its rule again.
         outputs = fn(*primals)
-        derived = iter(rule(*primals, *given)[sum(map(is_inexact, outputs)) :])
-        return outputs, [next(derived) if is_inexact(x) else _float0(x) for x in outputs]
+        derived = iter(rule(*primals, *given)[sum(map(_has_derivative, outputs)) :])
+        zeros = functools.partial(jax.tree.map, _float0)
+        return outputs, [next(derived) if _has_derivative(x) else zeros(x) for x in outputs]
 
     fn.defjvp(jvp)
     return fn
@@ -213,7 +220,7 @@ def _custom_vjp(body: Body, forward: Body, backward: Body) -> Any:
     inexact: list[bool] = []  # of every primal; `bwd` sees only what the residuals hold
 
     def fwd(*args: Any) -> Any:
-        inexact[:] = map(is_inexact, args)
+        inexact[:] = map(_has_derivative, args)
         results = forward(*args)
         count = len(jax.eval_shape(body, *args))
         return results[:count], results[count:]
@@ -224,6 +231,10 @@ def _custom_vjp(body: Body, forward: Body, backward: Body) -> Any:
 
     fn.defvjp(fwd, bwd)
     return fn
+
+
+def _has_derivative(tree: Any) -> bool:
+    return is_inexact(jax.tree.leaves(tree)[0])
 
 
 def _shape(aval: Any) -> Any:

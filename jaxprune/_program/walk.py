@@ -14,7 +14,18 @@ import numpy as np
 
 from jaxprune._program import jaxpr as _jaxpr
 from jaxprune._program.atoms import Atoms, Axis, Merge
-from jaxprune._program.values import Program, Rule, Step, Value, combine
+from jaxprune._program.values import (
+    DIFFERENT,
+    ZERO,
+    Kinds,
+    Program,
+    Rule,
+    Ruling,
+    Step,
+    Value,
+    either,
+    joined,
+)
 
 
 class Walk:
@@ -29,27 +40,21 @@ class Walk:
         self._rules = rules
         self._exact = exact
         self._derivatives = derivatives
-        self._flags: dict[tuple[int, bool], np.ndarray] = {}
+        self._since: dict[str, int] = {}  # why slices differ, with the kind that stands for it
 
-    def flags(self, size: int, flag: bool) -> np.ndarray:
-        """Returns the one array of a size that is all true, or all false."""
-        if (size, flag) not in self._flags:
-            self._flags[size, flag] = np.full(size, flag)
-        return self._flags[size, flag]
+    def value(self, axes: Sequence[Axis], kind: int, **more: Any) -> Value:
+        """Makes a value whose slices are all of one kind once masked."""
+        return Value(tuple(axes), (kind,) * len(axes), **more)
 
-    def value(self, axes: Sequence[Axis], zero: bool = False, **more: Any) -> Value:
-        """Makes a value whose slices are all zero once masked, or may all be nonzero."""
-        return Value(tuple(axes), tuple(self.flags(len(a), zero) for a in axes), **more)
-
-    def fresh(self, shape: Sequence[int], zero: bool = False, **more: Any) -> Value:
+    def fresh(self, shape: Sequence[int], kind: int = DIFFERENT, **more: Any) -> Value:
         """Makes a value whose axes have new atoms; axes of size one cannot be cut."""
         atoms = self.atoms
         axes = [atoms.fresh(n) if n > 1 else atoms.pinned(n, "of size 1") for n in shape]
-        return self.value(axes, zero, **more)
+        return self.value(axes, kind, **more)
 
     def pinned(self, shape: Sequence[int], reason: str, **more: Any) -> Value:
-        """Makes a value that cannot be cut."""
-        return self.value([self.atoms.pinned(n, reason) for n in shape], **more)
+        """Makes a value that cannot be cut, so that whatever is said of masked slices is true."""
+        return self.value([self.atoms.pinned(n, reason) for n in shape], ZERO, **more)
 
     def pin(self, value: Value, reason: str, axes: Iterable[int] | None = None) -> None:
         """Keeps all axes of a value, or some, from being cut."""
@@ -66,22 +71,44 @@ class Walk:
         """Unites all axes of values but one, along which they follow each other."""
         pairs = []
         for i, axes in enumerate(zip(*(v.axes for v in parts), strict=True)):
-            zeros = [v.zeros[i] for v in parts]
+            kinds = [v.kinds[i] for v in parts]
             if i == along:
-                pairs.append((np.concatenate(axes), np.concatenate(zeros)))
+                pairs.append((np.concatenate(axes), joined(kinds, [len(axis) for axis in axes])))
                 continue
             for other in axes[1:]:
                 self.atoms.unite(axes[0], other)
-            pairs.append((axes[0], combine(np.logical_and, zeros)))
+            pairs.append((axes[0], either(*kinds)))
         return Value.of(pairs)
 
-    def change(self, axis: Axis, reason: str, zero: np.ndarray | None = None) -> None:
-        """Records that a result changes without those slices of an axis that are not zero."""
-        changed = axis if zero is None else axis[~zero]
-        if self._exact and len(changed):
-            self.atoms.pin(changed, reason)
-        elif self.atoms.free(changed).any():
-            self.inexact.append((changed, reason))
+    def change(self, axis: Axis, reason: str) -> None:
+        """Records that a result changes without slices of an axis."""
+        if self._exact and len(axis):
+            self.atoms.pin(axis, reason)
+        elif self.atoms.free(axis).any():
+            self.inexact.append((axis, reason))
+
+    def read(self, axis: Axis, kinds: Kinds) -> None:
+        """Reads across an axis: slices that are the same have a ghost, different ones have none."""
+        if isinstance(kinds, int) and kinds >= 0:
+            return
+        every = np.broadcast_to(np.asarray(kinds), len(axis))
+        since = {number: reason for reason, number in self._since.items()}
+        for number in np.unique(every[every < 0]).tolist():
+            reason = since.get(number, "different for every index")
+            self.change(axis[every == number], reason)
+
+    def _named(self, value: Value, eqn: Any) -> Value:
+        """Says of slices that begin to differ, by which equation."""
+        if all(isinstance(k, int) and k != DIFFERENT for k in value.kinds):
+            return value
+        reason = f"different for every index since {_jaxpr.where(eqn)}"
+        number = self._since.setdefault(reason, DIFFERENT - 1 - len(self._since))
+
+        def kinds(k: Kinds) -> Kinds:
+            named = np.where(k == DIFFERENT, number, k)
+            return int(named) if isinstance(k, int) else named
+
+        return dataclasses.replace(value, kinds=tuple(map(kinds, value.kinds)))
 
     def program(self, closed: Any, ins: Sequence[Value]) -> Program:
         """Walks a program whose inputs are these values."""
@@ -103,30 +130,33 @@ class Walk:
     def _literal(self, atom: Any) -> Value:
         is_number = not atom.aval.shape and not jnp.issubdtype(atom.aval.dtype, jax.dtypes.extended)
         known = float(np.asarray(atom.val).real) if is_number else None
-        return self.fresh(atom.aval.shape, known == 0, known=known, full=True, const=True)
+        return self.fresh(atom.aval.shape, known=known, full=True, const=True)
 
     def _step(self, eqn: Any, ins: list[Value]) -> Step:
         full = all(v.full for v in ins) and eqn.primitive.name != "random_bits"
         const = full and all(v.const for v in ins)
         programs: list[Program] = []
-        run = None
         rule = self._rules.get(eqn.primitive.name)
         if const and not (rule and any(v.known is not None for v in ins)):
-            outs = [self.fresh(v.aval.shape) for v in eqn.outvars]
+            ruling = Ruling([self.fresh(v.aval.shape) for v in eqn.outvars])
         elif _jaxpr.inner(eqn):
             outs, programs = self._inner(eqn, ins)
+            ruling = Ruling(outs)
         elif rule is not None:
-            result = rule(self, eqn, *ins)
-            outs, run = result if isinstance(result, tuple) else (result, None)
+            found = rule(self, eqn, *ins)
+            ruling = found if isinstance(found, Ruling) else Ruling(found)
         else:
             reason = f"no rule for {_jaxpr.where(eqn)}"
             if not full:
                 for v in ins:
                     self.pin(v, reason)
-            outs = [self.pinned(getattr(v.aval, "shape", ()), reason) for v in eqn.outvars]
+            shapes = [getattr(v.aval, "shape", ()) for v in eqn.outvars]
+            ruling = Ruling([self.pinned(shape, reason) for shape in shapes])
         if full:
-            outs = [dataclasses.replace(v, full=True, const=const) for v in outs]
-        return Step(eqn, ins, outs, programs, run)
+            outs = [dataclasses.replace(v, full=True, const=const) for v in ruling.outs]
+        else:
+            outs = [v if v.full else self._named(v, eqn) for v in ruling.outs]
+        return Step(eqn, ins, ruling._replace(outs=outs), programs)
 
     def _inner(self, eqn: Any, ins: list[Value]) -> tuple[list[Value], list[Program]]:
         """Walks the programs in an equation, each fed with its inputs as they are inside.
@@ -188,7 +218,7 @@ class Walk:
             stable = True
             for i, out in zip(inner.carried, program.outs, strict=False):
                 carried = self.join([ins[i], out])
-                stable &= all(map(np.array_equal, carried.zeros, ins[i].zeros))
+                stable &= all(map(np.array_equal, carried.kinds, ins[i].kinds))
                 stable &= ins[i].known is None or ins[i].known == out.known
                 ins[i] = carried
             if stable:
@@ -218,8 +248,8 @@ class Walk:
             custom_vjp   ins                          -> (*outs, *residuals)
                          (*residuals, *cotangents)    -> cotangents of ins
 
-        A tangent or cotangent has the axes of its value, and where the value is removed it is
-        zero. So has what a rule returns, which unites the two.
+        A tangent or cotangent has the axes of its value, and its kinds: where a value is always
+        zero, so is its derivative. So has what a rule returns, which unites the two.
         """
         try:
             traces = _jaxpr.rules(eqn)
@@ -232,7 +262,7 @@ class Walk:
 
         def tangents(values: list[Value], atoms: Sequence[Any]) -> list[Value]:
             pairs = zip(values, atoms, strict=True)
-            return [self.value(v.axes, zero=True) for v, a in pairs if _jaxpr.is_inexact(a.aval)]
+            return [Value.of(v.pairs) for v, a in pairs if _jaxpr.is_inexact(a.aval)]
 
         floating = tangents(ins, eqn.invars)
         if len(traces) == 1:
@@ -243,7 +273,7 @@ class Walk:
             for out, v in zip(forward.outs, outs, strict=False):
                 self.unite(out, v)
             residuals = [Value.of(v.pairs, v.known) for v in forward.outs[len(outs) :]]
-            cotangents = [self.value(v.axes, zero=True) for v in outs]
+            cotangents = [Value.of(v.pairs) for v in outs]
             programs = [forward, self.program(traces[1], residuals + cotangents)]
             expected = floating
         for out, v in zip(programs[-1].outs, expected, strict=True):

@@ -1,5 +1,6 @@
 """Rules of primitives that work entry by entry, change nothing, or draw random numbers."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,18 @@ import numpy as np
 
 from jaxprune._program import jaxpr as _jaxpr
 from jaxprune._program.cut import Cut
-from jaxprune._program.values import Rule, Run, Value, combine
+from jaxprune._program.values import (
+    SAME,
+    ZERO,
+    Kinds,
+    Rule,
+    Ruling,
+    Value,
+    View,
+    product,
+    same,
+    where_zero,
+)
 from jaxprune._program.walk import Walk
 
 # Operands have the shape of the result, or are scalars, or broadcast sizes of one.
@@ -42,32 +54,32 @@ def _elementwise(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
         axes = axes or list(walk.fresh((size,)).axes)
         for other in axes[1:]:
             walk.atoms.unite(axes[0], other)
-        pairs.append((axes[0], _zero(walk, eqn, ins, i, size)))
+        pairs.append((axes[0], _kinds(walk, eqn, ins, i, size)))
     return [Value.of(pairs, known)]
 
 
-def _zero(walk: Walk, eqn: Any, ins: Sequence[Value], i: int, size: int) -> np.ndarray:
-    """Returns which slices along an axis of an elementwise result are zero once masked."""
+def _kinds(walk: Walk, eqn: Any, ins: Sequence[Value], i: int, size: int) -> Kinds:
+    """Returns the kinds of the slices along an axis of an elementwise result."""
     name = eqn.primitive.name
-    flags = []
+    kinds = []
     for v in ins:
         carried = v.known is None and v.shape and len(v.axes[i]) == size
-        flags.append(v.zeros[i] if carried else walk.flags(size, v.known == 0))
+        kinds.append(v.kinds[i] if carried else ZERO if v.known == 0 else SAME)
     if name in ("mul", "and"):
-        return combine(np.logical_or, flags)
+        return product(*kinds)
+    zero = [k == 0 for k in kinds]
     if name in ("div", "rem"):
-        return flags[0] if not flags[1].any() else flags[0] & ~flags[1]
+        return where_zero(np.logical_and(zero[0], np.logical_not(zero[1])), same(*kinds))
     if name == "select_n":
-        return combine(np.logical_and, flags[1:])
-    unknown = [f for v, f in zip(ins, flags, strict=True) if v.known is None]
-    if not unknown:
-        return walk.flags(size, _evaluate(walk, eqn, ins) == 0)
+        return where_zero(functools.reduce(np.logical_and, zero[1:]), same(*kinds))
     # Where all unknown operands are zero, the result is what the primitive makes of zeros: zero
     # for a ReLU, not for an exponential.
-    zero = combine(np.logical_and, unknown)
-    if not zero.any() or (len(unknown) == len(ins) and name in _LINEAR):
-        return zero
-    return zero if _evaluate(walk, eqn, ins) == 0 else walk.flags(size, False)
+    unknown = [z for v, z in zip(ins, zero, strict=True) if v.known is None]
+    zeros = functools.reduce(np.logical_and, unknown, True)
+    linear = len(unknown) == len(ins) and name in _LINEAR
+    if np.any(zeros) and not linear and _evaluate(walk, eqn, ins) != 0:
+        zeros = False
+    return where_zero(zeros, same(*kinds))
 
 
 def _evaluate(walk: Walk, eqn: Any, ins: Sequence[Value]) -> float | None:
@@ -96,17 +108,17 @@ def _uncut(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
     return [walk.pinned(v.aval.shape, "a random key") for v in eqn.outvars]
 
 
-def _random_bits(walk: Walk, eqn: Any, key: Value) -> tuple[list[Value], Run]:
+def _random_bits(walk: Walk, eqn: Any, key: Value) -> Ruling:
     """Draws as many numbers as are kept: they are other numbers, which is recorded."""
     out = walk.fresh(eqn.outvars[0].aval.shape)
     for axis in out.axes:
         walk.redraws.append((axis, f"another random draw by {_jaxpr.where(eqn)}"))
     keys = len(key.axes)
 
-    def run(cut: Cut, eqn: Any, key: Any) -> list[Any]:
-        return _jaxpr.bind(eqn, key, shape=cut.shape(out, eqn.outvars[0])[keys:])
+    def run(cut: Cut, view: View, eqn: Any, key: Any) -> list[Any]:
+        return _jaxpr.bind(eqn, key, shape=cut.shape(out, eqn.outvars[0], view)[keys:])
 
-    return [out], run
+    return Ruling([out], run)
 
 
 RULES: dict[str, Rule] = {

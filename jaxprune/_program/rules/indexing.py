@@ -3,24 +3,26 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxprune._program import jaxpr as _jaxpr
 from jaxprune._program.cut import Cut, resizing
-from jaxprune._program.values import Rule, Run, Value
+from jaxprune._program.values import Rule, Ruling, Value, View, either, same
 from jaxprune._program.walk import Walk
 
 
-def _dynamic_slice(walk: Walk, eqn: Any, x: Value, *starts: Value) -> tuple[list[Value], Run]:
+def _dynamic_slice(walk: Walk, eqn: Any, x: Value, *starts: Value) -> Ruling:
     out = _read(walk, eqn, x, eqn.params["slice_sizes"])
-    return [out], resizing("slice_sizes", out)
+    return Ruling([out], resizing("slice_sizes", out))
 
 
 def _dynamic_update(walk: Walk, eqn: Any, x: Value, new: Value, *starts: Value) -> list[Value]:
     _read(walk, eqn, x, new.shape)
-    pairs = walk.value(x.axes).pairs
+    pairs = x.pairs
     for i, (a, b) in enumerate(zip(x.axes, new.axes, strict=True)):
         if len(a) == len(b):
             walk.atoms.unite(a, b)
-            pairs[i] = a, x.zeros[i] & new.zeros[i]
+            pairs[i] = a, either(x.kinds[i], new.kinds[i])
         else:
             walk.atoms.pin(b, f"a position of {_jaxpr.where(eqn)}")
     return [Value.of(pairs)]
@@ -37,7 +39,7 @@ def _read(walk: Walk, eqn: Any, x: Value, sizes: Sequence[int]) -> Value:
     return Value.of(pairs)
 
 
-def _gather(walk: Walk, eqn: Any, x: Value, at: Value) -> tuple[list[Value], Run]:
+def _gather(walk: Walk, eqn: Any, x: Value, at: Value) -> Ruling:
     """Reads a slice of x at every index.
 
     ::
@@ -57,20 +59,27 @@ def _gather(walk: Walk, eqn: Any, x: Value, at: Value) -> tuple[list[Value], Run
     for i, j in zip(d.operand_batching_dims, d.start_indices_batching_dims, strict=True):
         walk.atoms.unite(x.axes[i], at.axes[j])
     outer = [i for i in range(len(eqn.outvars[0].aval.shape)) if i not in d.offset_dims]
-    pairs = dict(zip(outer, walk.value(at.axes[:-1]).pairs, strict=True))
-    pairs |= {o: read.pairs[i] for o, i in zip(d.offset_dims, offset, strict=True)}
+    pairs = {}
+    becomes: list[list[list[int]]] = [[[] for _ in v.axes] for v in (x, at)]
+    for j, o in enumerate(outer):
+        pairs[o], becomes[1][j] = (at.axes[j], same(at.kinds[j])), [o]
+    for i, j in zip(d.operand_batching_dims, d.start_indices_batching_dims, strict=True):
+        o = outer[j]
+        pairs[o], becomes[0][i] = (at.axes[j], same(x.kinds[i], at.kinds[j])), [o]
+    for o, i in zip(d.offset_dims, offset, strict=True):
+        pairs[o], becomes[0][i] = read.pairs[i], [o]
     walk.atoms.pin(at.axes[-1], f"an index of {_jaxpr.where(eqn)}")
 
-    def run(cut: Cut, eqn: Any, x: Any, at: Any) -> list[Any]:
+    def run(cut: Cut, view: View, eqn: Any, x: Any, at: Any) -> list[Any]:
         sizes = list(eqn.params["slice_sizes"])
-        for i in offset:
-            sizes[i] = cut.size(read.axes[i], sizes[i])
+        for o, i in zip(d.offset_dims, offset, strict=True):
+            sizes[i] = cut.size(read.axes[i], sizes[i], o in view)
         return _jaxpr.bind(eqn, x, at, slice_sizes=tuple(sizes))
 
-    return [Value.of(pairs[i] for i in sorted(pairs))], run
+    return Ruling([Value.of(pairs[i] for i in sorted(pairs))], run, becomes)
 
 
-def _scatter(walk: Walk, eqn: Any, x: Value, at: Value, new: Value) -> list[Value]:
+def _scatter(walk: Walk, eqn: Any, x: Value, at: Value, new: Value) -> Ruling:
     """Writes at every index: a gather with source and result exchanged."""
     d = eqn.params["dimension_numbers"]
     batch = [i for i in range(len(x.axes)) if i in d.operand_batching_dims]
@@ -80,18 +89,31 @@ def _scatter(walk: Walk, eqn: Any, x: Value, at: Value, new: Value) -> list[Valu
     for i, j in written.items():
         sizes[i] = len(new.axes[j])
     read = _read(walk, eqn, x, sizes)
+    pairs = x.pairs
+    becomes: list[Any] = [
+        [[i] for i in range(len(x.axes))],
+        [[]] * len(at.axes),
+        [[]] * len(new.axes),
+    ]
     outer = [j for j in range(len(new.axes)) if j not in d.update_window_dims]
-    for j, axis in zip(outer, at.axes[:-1], strict=True):
+    batches = dict(zip(d.scatter_indices_batching_dims, d.operand_batching_dims, strict=True))
+    for n, (j, axis) in enumerate(zip(outer, at.axes[:-1], strict=True)):
         walk.atoms.unite(new.axes[j], axis)
+        if n in batches:
+            becomes[2][j] = [batches[n]]
+        elif eqn.primitive.name != "scatter-add" or np.any(new.kinds[j] != 0):
+            # Without an index of these, something is not written.
+            walk.pin(new, f"written by {_jaxpr.where(eqn)}", [j])
     for i, j in zip(d.operand_batching_dims, d.scatter_indices_batching_dims, strict=True):
         walk.atoms.unite(x.axes[i], at.axes[j])
-    pairs = walk.value(x.axes).pairs
+        pairs[i] = x.axes[i], same(x.kinds[i], at.kinds[j])
+        becomes[1][j] = [i]
     for i, j in written.items():
         walk.atoms.unite(read.axes[i], new.axes[j])
         if len(new.axes[j]) == len(x.axes[i]):
-            pairs[i] = x.axes[i], x.zeros[i] & new.zeros[j]
+            pairs[i], becomes[2][j] = (x.axes[i], either(x.kinds[i], new.kinds[j])), [i]
     walk.atoms.pin(at.axes[-1], f"an index of {_jaxpr.where(eqn)}")
-    return [Value.of(pairs)]
+    return Ruling([Value.of(pairs)], None, becomes)
 
 
 _SCATTERS = "scatter scatter-add scatter-sub scatter-mul scatter-min scatter-max".split()
