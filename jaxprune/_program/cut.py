@@ -36,6 +36,8 @@ _COMBINE = {
     "reduce_prod": jnp.multiply,
     "reduce_and": jnp.bitwise_and,
     "reduce_or": jnp.bitwise_or,
+    "pmax": jnp.maximum,
+    "pmin": jnp.minimum,
 }
 
 

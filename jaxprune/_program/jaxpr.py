@@ -107,6 +107,12 @@ def bind(eqn: Any, *args: Any, **changes: Any) -> list[Any]:
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
+def constant(eqn: Any, operands: Sequence[Callable[[], Any]], result: int) -> Any:
+    """Computes a result of an equation on constants, while a program is traced or walked."""
+    with jax.ensure_compile_time_eval():
+        return bind(eqn, *(operand() for operand in operands))[result]
+
+
 # Derivative rules. An equation holds those of a `custom_jvp` or `custom_vjp` as opaque functions,
 # which JAX calls when it differentiates. To cut them too, `rules` traces them to programs on the
 # dense shapes, and `rebuild` makes a new custom function of the cut programs. The many ways to say

@@ -40,6 +40,7 @@ class Value:
     known: float | None = None  # the number that all entries are equal to, if it is known
     full: bool = False  # no floating param went into it: it is computed entirely, then sliced
     const: bool = False  # nor did an input, so that any of its axes can be cut anywhere
+    entries: Callable[[], Any] | None = None  # computes a constant
 
     @classmethod
     def of(cls, pairs: Iterable[Pair], known: float | None = None) -> "Value":

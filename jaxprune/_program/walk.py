@@ -5,6 +5,7 @@ the primitives. What it returns, a :class:`Program`, is the jaxpr with these val
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -113,7 +114,12 @@ class Walk:
     def program(self, closed: Any, ins: Sequence[Value]) -> Program:
         """Walks a program whose inputs are these values."""
         jaxpr = closed.jaxpr
-        env = {v: self.fresh(v.aval.shape, full=True, const=True) for v in jaxpr.constvars}
+        env = {
+            v: self.fresh(
+                v.aval.shape, full=True, const=True, entries=functools.partial(_itself, x)
+            )
+            for v, x in zip(jaxpr.constvars, closed.consts, strict=True)
+        }
         env.update(zip(jaxpr.invars, ins, strict=True))
 
         def read(atom: Any) -> Value:
@@ -130,7 +136,8 @@ class Walk:
     def _literal(self, atom: Any) -> Value:
         is_number = not atom.aval.shape and not jnp.issubdtype(atom.aval.dtype, jax.dtypes.extended)
         known = float(np.asarray(atom.val).real) if is_number else None
-        return self.fresh(atom.aval.shape, known=known, full=True, const=True)
+        entries = functools.partial(_itself, atom.val)
+        return self.fresh(atom.aval.shape, known=known, full=True, const=True, entries=entries)
 
     def _step(self, eqn: Any, ins: list[Value]) -> Step:
         full = all(v.full for v in ins) and eqn.primitive.name != "random_bits"
@@ -154,6 +161,12 @@ class Walk:
             ruling = Ruling([self.pinned(shape, reason) for shape in shapes])
         if full:
             outs = [dataclasses.replace(v, full=True, const=const) for v in ruling.outs]
+            if const and all(v.entries for v in ins):
+                constant = functools.partial(_jaxpr.constant, eqn, [v.entries for v in ins])
+                outs = [
+                    dataclasses.replace(v, entries=functools.partial(constant, n))
+                    for n, v in enumerate(outs)
+                ]
         else:
             outs = [v if v.full else self._named(v, eqn) for v in ruling.outs]
         return Step(eqn, ins, ruling._replace(outs=outs), programs)
@@ -279,3 +292,7 @@ class Walk:
         for out, v in zip(programs[-1].outs, expected, strict=True):
             self.unite(out, v)
         return programs
+
+
+def _itself(x: Any) -> Any:
+    return x

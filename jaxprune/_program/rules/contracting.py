@@ -128,13 +128,21 @@ def _conv(walk: Walk, eqn: Any, left: Value, right: Value) -> Ruling:
 
 def _reduce(walk: Walk, eqn: Any, x: Value) -> Ruling:
     """Drops axes: a sum does not need what is zero, but a maximum, or a product, may be zero."""
-    name, axes = eqn.primitive.name, eqn.params["axes"]
+    name = eqn.primitive.name
+    axes = [i for i in eqn.params["axes"] if isinstance(i, (int, np.integer))]
     if name == "reduce_xor":
         walk.pin(x, f"searched by {_jaxpr.where(eqn)}", axes)
-    sums = [Sum(((0, i),), x.kinds[i] if name == "reduce_sum" else same(x.kinds[i])) for i in axes]
+    sums = [Sum(((0, i),), x.kinds[i] if "sum" in name else same(x.kinds[i])) for i in axes]
     for i, summed in zip(axes, sums, strict=True):
         walk.read(x.axes[i], summed.kinds)
     return Ruling([x.without(axes)], None, [x.places(axes)], sums)
+
+
+def _collective(walk: Walk, eqn: Any, *ins: Value) -> Ruling:
+    """Combines over names of axes, which changes none, or over axes, as `vmap` makes of names."""
+    if len(ins) == 1:
+        return _reduce(walk, eqn, *ins)
+    return Ruling([Value.of(v.pairs) for v in ins])
 
 
 def _arg_reduce(walk: Walk, eqn: Any, *ins: Value) -> Ruling:
@@ -171,6 +179,14 @@ def _order_or_accumulate(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
     return outs
 
 
+def _opaque(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
+    """Pins what is read and written as one thing: matrices, or all that a callback takes."""
+    reason = f"read entirely by {_jaxpr.where(eqn)}"
+    for x in ins:
+        walk.pin(x, reason)
+    return [walk.pinned(v.aval.shape, reason) for v in eqn.outvars]
+
+
 def _window(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
     p = eqn.params
     position = f"a position of {_jaxpr.where(eqn)}"
@@ -194,13 +210,19 @@ def _window(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
 
 _REDUCES = "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor".split()
 _ORDERS = "sort top_k approx_top_k cumsum cummax cummin cumprod cumlogsumexp fft".split()
+_OPAQUE = (
+    "cholesky custom_linear_solve eig eigh ffi_call householder_product io_callback lu "
+    "lu_pivots_to_permutation pure_callback qr schur svd triangular_solve tridiagonal_solve"
+).split()
 _WINDOWS = "reduce_window reduce_window_sum reduce_window_max reduce_window_min".split()
 RULES: dict[str, Rule] = {
     "dot_general": _dot,
     "ragged_dot_general": _ragged_dot,
     "conv_general_dilated": _conv,
     **dict.fromkeys(_REDUCES, _reduce),
+    **dict.fromkeys("psum psum_invariant pmax pmin".split(), _collective),
     **dict.fromkeys(["reduce", "argmax", "argmin"], _arg_reduce),
     **dict.fromkeys(_ORDERS, _order_or_accumulate),
     **dict.fromkeys(_WINDOWS, _window),
+    **dict.fromkeys(_OPAQUE, _opaque),
 }

@@ -35,8 +35,8 @@ ELEMENTWISE = (
     "shift_right_logical sign sin sinh sqrt square sub tan tanh xor zeta zeros_like"
 ).split()
 _UNCHANGED = (
-    "copy from_edtype layout_constraint name optimization_barrier pbroadcast pmax pmin ppermute "
-    "psum psum_invariant pvary reduce_precision reduced_vary_cast relayout reshard "
+    "copy device_put from_edtype layout_constraint name optimization_barrier pbroadcast ppermute "
+    "pvary reduce_precision reduced_vary_cast relayout reshard "
     "sharding_constraint stop_gradient tie to_edtype"
 ).split()
 _UNCUT = (  # they have no result, or random keys

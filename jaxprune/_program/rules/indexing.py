@@ -1,13 +1,26 @@
 """Rules of primitives that read and write at indices."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._program import jaxpr as _jaxpr
 from jaxprune._program.cut import Cut, resizing
-from jaxprune._program.values import Rule, Ruling, Value, View, either, same
+from jaxprune._program.values import (
+    SAME,
+    ZERO,
+    Rule,
+    Ruling,
+    Value,
+    View,
+    either,
+    same,
+    simple,
+    where_zero,
+)
 from jaxprune._program.walk import Walk
 
 
@@ -52,6 +65,8 @@ def _gather(walk: Walk, eqn: Any, x: Value, at: Value) -> Ruling:
 
     A batching axis (of a gather under `vmap`) is one of x and of the indices: they are united.
     """
+    if (picked := _picked(eqn, x, at)) is not None:
+        return picked
     d, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     batch = [i for i in range(len(x.axes)) if i in d.operand_batching_dims]
     offset = [i for i in range(len(x.axes)) if i not in (*d.collapsed_slice_dims, *batch)]
@@ -81,6 +96,8 @@ def _gather(walk: Walk, eqn: Any, x: Value, at: Value) -> Ruling:
 
 def _scatter(walk: Walk, eqn: Any, x: Value, at: Value, new: Value) -> Ruling:
     """Writes at every index: a gather with source and result exchanged."""
+    if (written := _written(walk, eqn, x, at, new)) is not None:
+        return written
     d = eqn.params["dimension_numbers"]
     batch = [i for i in range(len(x.axes)) if i in d.operand_batching_dims]
     window = [i for i in range(len(x.axes)) if i not in (*d.inserted_window_dims, *batch)]
@@ -114,6 +131,107 @@ def _scatter(walk: Walk, eqn: Any, x: Value, at: Value, new: Value) -> Ruling:
             pairs[i], becomes[2][j] = (x.axes[i], either(x.kinds[i], new.kinds[j])), [i]
     walk.atoms.pin(at.axes[-1], f"an index of {_jaxpr.where(eqn)}")
     return Ruling([Value.of(pairs)], None, becomes)
+
+
+def _constant(at: Value) -> np.ndarray | None:
+    """Returns indices that are a constant, such as a permutation of channels."""
+    if at.entries is None or math.prod(at.shape) > 1 << 16:
+        return None
+    try:
+        return np.asarray(at.entries())
+    except Exception:  # an index of a device, say, which has no value while a program is traced
+        return None
+
+
+def _picked(eqn: Any, x: Value, at: Value) -> Ruling | None:
+    """Reads constant indices along one axis, which may be cut: ``x[:, indices]``."""
+    d, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    along = d.collapsed_slice_dims
+    others = [i for i in range(len(x.axes)) if i not in along]
+    if len(at.axes) != 2 or len(along) != 1 or along != d.start_index_map:
+        return None
+    if any(sizes[i] != len(x.axes[i]) for i in others) or (picks := _constant(at)) is None:
+        return None
+    axis, picks = x.axes[along[0]], picks[:, 0]
+    if not ((picks >= 0) & (picks < len(axis))).all():
+        return None
+    picked = x.map(lambda i, entries: entries[picks] if i in along else entries).pairs
+    (out,) = set(range(len(x.axes))) - set(d.offset_dims)
+    order = dict(zip([*d.offset_dims, out], [*others, *along], strict=True))
+    becomes = [[[o for o in order if order[o] == i] for i in range(len(x.axes))], [[], []]]
+
+    def run(cut: Cut, view: View, eqn: Any, x: Any, at: Any) -> list[Any]:
+        before = cut.kept(axis, out in view)
+        if before is not None:
+            after = picks[np.isin(picks, before)]
+            at = jnp.asarray(np.searchsorted(before, after)[:, None], at.dtype)
+        sizes = tuple(1 if i in along else n for i, n in enumerate(x.shape))
+        return _jaxpr.bind(eqn, x, at, slice_sizes=sizes)
+
+    return Ruling([Value.of(picked[order[o]] for o in sorted(order))], run, becomes)
+
+
+def _written(walk: Walk, eqn: Any, x: Value, at: Value, new: Value) -> Ruling | None:
+    """Writes at constant indices along axes that may be cut: ``x.at[:, 2:5].set(new)``.
+
+    The indices are those of one axis, or the first of a window.
+    """
+    d, name, sizes = eqn.params["dimension_numbers"], eqn.primitive.name, x.shape
+    along = d.scatter_dims_to_operand_dims
+    if d.operand_batching_dims or len(at.axes) > 2 or (len(at.axes) == 2 and len(along) > 1):
+        return None
+    if (picks := _constant(at)) is None:
+        return None
+    window = [i for i in range(len(sizes)) if i not in d.inserted_window_dims]
+    new_axis = dict(zip(window, d.update_window_dims, strict=True))
+    places = {i: np.arange(len(new.axes[j])) for i, j in new_axis.items()}
+    for n, i in enumerate(along):
+        if len(at.axes) == 2:
+            (new_axis[i],) = set(range(len(new.axes))) - set(d.update_window_dims)
+            places[i] = picks[:, n]
+        else:
+            places[i] = picks[n] + places.get(i, np.arange(1))
+    for i, indices in places.items():
+        inside = (indices >= 0) & (indices < sizes[i])
+        if not inside.all() or len(np.unique(indices)) < len(indices):
+            return None
+    partly = [i for i in places if len(places[i]) < sizes[i]]
+    pairs = x.pairs
+    becomes: list[Any] = [
+        [[i] for i in range(len(sizes))],
+        [[]] * len(at.axes),
+        [[]] * len(new.axes),
+    ]
+    for i, indices in places.items():
+        axis, kinds = x.pairs[i]
+        kinds = np.broadcast_to(kinds, len(axis))
+        written: Any = ZERO if new.known == 0 else SAME
+        if i in new_axis:
+            becomes[2][new_axis[i]] = [i]
+            walk.atoms.unite(axis[indices], new.axes[new_axis[i]])
+            written = written if new.known is not None else new.kinds[new_axis[i]]
+        if name == "scatter-mul":
+            written = where_zero(kinds[indices] == 0, same(kinds[indices], written))
+        elif name != "scatter" or any(other != i for other in partly):
+            written = either(kinds[indices], written)
+        kinds = kinds.copy()
+        kinds[indices] = np.where(np.asarray(written) > 0, written + kinds.max(), written)
+        pairs[i] = axis, simple(kinds)
+
+    def run(cut: Cut, view: View, eqn: Any, array: Any, at: Any, new: Any) -> list[Any]:
+        index = np.array(picks)
+        for n, i in enumerate(along):
+            before = cut.kept(x.axes[i], i in view)
+            if before is not None:
+                left = np.searchsorted(before, places[i][np.isin(places[i], before)])
+                if not len(left):
+                    return [array]
+                index = (
+                    left[:, None] if index.ndim == 2 else np.r_[index[:n], left[0], index[n + 1 :]]
+                )
+        return _jaxpr.bind(eqn, array, jnp.asarray(index, at.dtype), new)
+
+    return Ruling([Value.of(pairs)], run, becomes)
 
 
 _SCATTERS = "scatter scatter-add scatter-sub scatter-mul scatter-min scatter-max".split()
