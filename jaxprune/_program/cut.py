@@ -133,7 +133,7 @@ class Cut:
                     slices[atom, view] = self.take(arrays[()], value, view)
                 return slices[atom, view]
             if view not in arrays:  # no one asked for it, as it is zero
-                return jnp.zeros(self.shape(value, atom, view), atom.aval.dtype)
+                return _jaxpr.zeros(atom.aval, self.shape(value, atom, view))
             return arrays[view]
 
         def operand(step: Step, n: int, view: View) -> Any:

@@ -107,6 +107,15 @@ def bind(eqn: Any, *args: Any, **changes: Any) -> list[Any]:
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
+def zeros(aval: Any, shape: Sequence[Any]) -> Any:
+    """Makes zeros of the type of a value but for the sizes of some axes, which are not sharded."""
+    spec = [p if n == m else None for p, n, m in zip(aval.sharding.spec, shape, aval.shape, strict=True)]
+    sharding = jax.NamedSharding(aval.sharding.mesh, jax.P(*spec)) if any(spec) else None
+    x = jax.numpy.zeros(shape, aval.dtype, out_sharding=sharding)
+    varying = tuple(aval.mat.varying)
+    return jax.lax.pcast(x, varying, to="varying") if varying else x
+
+
 def constant(eqn: Any, operands: Sequence[Callable[[], Any]], result: int) -> Any:
     """Computes a result of an equation on constants, while a program is traced or walked."""
     with jax.ensure_compile_time_eval():

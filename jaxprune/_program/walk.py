@@ -161,8 +161,9 @@ class Walk:
             ruling = Ruling([self.pinned(shape, reason) for shape in shapes])
         if full:
             outs = [dataclasses.replace(v, full=True, const=const) for v in ruling.outs]
-            if const and all(v.entries for v in ins):
-                constant = functools.partial(_jaxpr.constant, eqn, [v.entries for v in ins])
+            entries = [v.entries for v in ins if v.entries is not None]
+            if const and len(entries) == len(ins):
+                constant = functools.partial(_jaxpr.constant, eqn, entries)
                 outs = [
                     dataclasses.replace(v, entries=functools.partial(constant, n))
                     for n, v in enumerate(outs)

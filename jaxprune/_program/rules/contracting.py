@@ -129,7 +129,7 @@ def _conv(walk: Walk, eqn: Any, left: Value, right: Value) -> Ruling:
 def _reduce(walk: Walk, eqn: Any, x: Value) -> Ruling:
     """Drops axes: a sum does not need what is zero, but a maximum, or a product, may be zero."""
     name = eqn.primitive.name
-    axes = [i for i in eqn.params["axes"] if isinstance(i, (int, np.integer))]
+    axes = [int(i) for i in eqn.params["axes"] if isinstance(i, (int, np.integer))]
     if name == "reduce_xor":
         walk.pin(x, f"searched by {_jaxpr.where(eqn)}", axes)
     sums = [Sum(((0, i),), x.kinds[i] if "sum" in name else same(x.kinds[i])) for i in axes]

@@ -96,8 +96,8 @@ def _gather(walk: Walk, eqn: Any, x: Value, at: Value) -> Ruling:
 
 def _scatter(walk: Walk, eqn: Any, x: Value, at: Value, new: Value) -> Ruling:
     """Writes at every index: a gather with source and result exchanged."""
-    if (written := _written(walk, eqn, x, at, new)) is not None:
-        return written
+    if (ruling := _written(walk, eqn, x, at, new)) is not None:
+        return ruling
     d = eqn.params["dimension_numbers"]
     batch = [i for i in range(len(x.axes)) if i in d.operand_batching_dims]
     window = [i for i in range(len(x.axes)) if i not in (*d.inserted_window_dims, *batch)]
