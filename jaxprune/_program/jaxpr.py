@@ -109,7 +109,9 @@ def bind(eqn: Any, *args: Any, **changes: Any) -> list[Any]:
 
 def zeros(aval: Any, shape: Sequence[Any]) -> Any:
     """Makes zeros of the type of a value but for the sizes of some axes, which are not sharded."""
-    spec = [p if n == m else None for p, n, m in zip(aval.sharding.spec, shape, aval.shape, strict=True)]
+    spec = [
+        p if n == m else None for p, n, m in zip(aval.sharding.spec, shape, aval.shape, strict=True)
+    ]
     sharding = jax.NamedSharding(aval.sharding.mesh, jax.P(*spec)) if any(spec) else None
     x = jax.numpy.zeros(shape, aval.dtype, out_sharding=sharding)
     varying = tuple(aval.mat.varying)
@@ -129,8 +131,10 @@ def constant(eqn: Any, operands: Sequence[Callable[[], Any]], result: int) -> An
 # and only inexact values have derivatives, in the order of the operands.
 
 
-def rules(eqn: Any) -> list[Any]:
+def rules(eqn: Any, constants: Sequence[bool]) -> list[Any]:
     """Traces the derivative rules of an equation to programs, on the shapes that it has.
+
+    Of the operands that are constants, a rule may assume that no derivative is taken.
 
     For a `custom_jvp` one program, ``(*primals, *tangents) -> (*outputs, *tangents)``; for a
     `custom_vjp` two, ``primals -> (*outputs, *residuals)`` and ``(*residuals, *cotangents) ->
@@ -154,18 +158,26 @@ def rules(eqn: Any) -> list[Any]:
 
         return [trace(jvp, *primals, *filter(is_inexact, primals))]
     _, forward, backward = params["subfuns"]
+    static: list[Any] = []  # of every residual that depends on no argument, a list of its value
 
     def fwd(*args: Any) -> list[Any]:
         # JAX asks for each primal whether it is perturbed, and stores no residual that is a primal
         # itself: `forwarded` has its index there, and `None` for the residuals that it returns.
-        results = forward.call_wrapped(*[x for arg in args for x in (arg, True)])
+        pairs = zip(args, constants, strict=True)
+        given = [x for arg, const in pairs for x in (arg, is_inexact(arg) and not const)]
+        results = forward.call_wrapped(*given)
         forwarded = params["out_trees"]()[2]
         stored = iter(results[: len(results) - len(outputs)])
         residuals = [next(stored) if i is None else args[i] for i in forwarded]
-        return [*results[len(results) - len(outputs) :], *residuals]
+        # Some rules branch on the others, which are numbers of Python: those of Equinox do.
+        static[:] = [[] if isinstance(x, jax.core.Tracer) else [x] for x in residuals]
+        traced = [x for x, value in zip(residuals, static, strict=True) if not value]
+        return [*results[len(results) - len(outputs) :], *traced]
 
     def bwd(*args: Any) -> list[Any]:
-        results = backward.call_wrapped(*args)
+        given = iter(args)
+        residuals = [value[0] if value else next(given) for value in static]
+        results = backward.call_wrapped(*residuals, *given)
         results = results[0] if isinstance(results[0], list) else results  # with logs since 0.12
         return [_instantiate(x, a) for x, a in zip(results, primals, strict=True) if is_inexact(a)]
 

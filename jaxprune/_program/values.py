@@ -192,7 +192,8 @@ class Program:
         steps = []
         for step, eqn in zip(self.steps, jaxpr.eqns, strict=True):
             inner: list[Any] = list(_jaxpr.inner(eqn)) if step.programs else []
-            inner += _jaxpr.rules(eqn) if len(step.programs) > len(inner) else []
+            constants = [v.const for v in step.ins]
+            inner += _jaxpr.rules(eqn, constants) if len(step.programs) > len(inner) else []
             if len(inner) != len(step.programs):  # a `cond` with another number of branches, say
                 raise mismatch
             programs = [p.on(other) for p, other in zip(step.programs, inner, strict=True)]

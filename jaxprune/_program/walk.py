@@ -186,6 +186,7 @@ class Walk:
         if name in _jaxpr.TRANSPARENT:
             program = self.program(inner[0], ins)
             return program.outs, [program]
+        constants = [v.const for v in ins]
         # The cut program is called with cut operands, so that inside nothing is full any more.
         ins = [Value.of(v.pairs, v.known) for v in ins]
         fed = [[ins[i] for i in body.operands] for body in inner]
@@ -216,7 +217,7 @@ class Walk:
         outs = [Value.of(v.pairs) for v in outs]
         if self._derivatives and name in ("custom_jvp_call", "custom_vjp_call"):
             self._derivatives = False  # a rule may call its function again
-            programs += self._derive(eqn, ins, outs)
+            programs += self._derive(eqn, ins, outs, constants)
             self._derivatives = True
         return outs, programs
 
@@ -253,7 +254,9 @@ class Walk:
             shards.append(Value.of(pairs))
         return shards
 
-    def _derive(self, eqn: Any, ins: list[Value], outs: list[Value]) -> list[Program]:
+    def _derive(
+        self, eqn: Any, ins: list[Value], outs: list[Value], constants: list[bool]
+    ) -> list[Program]:
         """Walks the derivative rules of an equation: gradients are cut like their values.
 
         ::
@@ -266,7 +269,7 @@ class Walk:
         zero, so is its derivative. So has what a rule returns, which unites the two.
         """
         try:
-            traces = _jaxpr.rules(eqn)
+            traces = _jaxpr.rules(eqn, constants)
         except Exception as error:  # whatever the user's rule raises on its own shapes
             lost = f"the derivative rule of {_jaxpr.where(eqn)} is lost ({error!s:.80})"
             for v in [*ins, *outs]:

@@ -212,7 +212,8 @@ _REDUCES = "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or re
 _ORDERS = "sort top_k approx_top_k cumsum cummax cummin cumprod cumlogsumexp fft".split()
 _OPAQUE = (
     "cholesky custom_linear_solve eig eigh ffi_call householder_product io_callback lu "
-    "lu_pivots_to_permutation pure_callback qr schur svd triangular_solve tridiagonal_solve"
+    "lu_pivots_to_permutation pure_callback qr schur svd triangular_solve tridiagonal_solve "
+    "unvmap_all unvmap_any unvmap_max"
 ).split()
 _WINDOWS = "reduce_window reduce_window_sum reduce_window_max reduce_window_min".split()
 RULES: dict[str, Rule] = {

@@ -41,6 +41,21 @@ def _dynamic_update(walk: Walk, eqn: Any, x: Value, new: Value, *starts: Value) 
     return [Value.of(pairs)]
 
 
+def _maybe_set(walk: Walk, eqn: Any, keep: Value, x: Value, new: Value, *at: Value) -> Ruling:
+    """Writes into a buffer of Equinox, at one place along its first axis."""
+    along = range(1, len(x.axes))
+    if new.shape != x.shape[1:]:
+        walk.pin(new, f"a position of {_jaxpr.where(eqn)}")
+        along = range(0)
+    pairs = x.pairs
+    for i in along:
+        walk.atoms.unite(x.axes[i], new.axes[i - 1])
+        pairs[i] = x.axes[i], either(x.kinds[i], new.kinds[i - 1])
+    walk.pin(x, f"a position of {_jaxpr.where(eqn)}", set(range(len(x.axes))) - set(along))
+    becomes: list[Any] = [[[i + by] for i in range(len(v.axes))] for v, by in ((x, 0), (new, 1))]
+    return Ruling([Value.of(pairs)], None, [[], *becomes, *([[]] * len(v.axes) for v in at)])
+
+
 def _read(walk: Walk, eqn: Any, x: Value, sizes: Sequence[int]) -> Value:
     """Reads a slice of some sizes: axes that are read entirely are carried, others are pinned."""
     pairs = x.pairs
@@ -239,5 +254,6 @@ RULES: dict[str, Rule] = {
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update,
     "gather": _gather,
+    "maybe_set": _maybe_set,
     **dict.fromkeys(_SCATTERS, _scatter),
 }
