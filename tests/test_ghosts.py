@@ -1,7 +1,5 @@
 """Removed slices that are equal, but not zero: one of them, a ghost, stands for all."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,6 +174,7 @@ def named_axes(p, x):
     return jax.vmap(one, axis_name="batch")(x), total_of_columns
 
 
+NORM = {"scale": 1.0, "bias": 0.0}
 READS = {
     f.__name__: f
     for f in (
@@ -226,7 +225,7 @@ def test_shrunk_is_masked(name):
 
 
 def claims(fn, params, masks, inputs):
-    """Yields all masked slices along an axis of a value, with the kinds that they are said to be."""
+    """Yields the masked slices along every axis of every value, with their kinds."""
     masked = _shrink._masked_slices(params, masks)
     structure = _program.analyse(fn, params, inputs, exact=False, has_aux=False, removed=masked)
     flat = _program.Flat()
@@ -270,3 +269,43 @@ def test_slices_of_a_kind_are_equal(name):
 def test_slices_of_a_kind_are_equal_in_the_zoo(name):
     net = zoo.NETWORKS[name]()
     assert check_kinds(net.fn, net.params, pruned(net.fn, net.params, net.inputs)[1], net.inputs)
+
+
+def test_ghosts_in_a_shard_map():
+    total_of_rows = jax.shard_map(
+        lambda x: two_pass(NORM, jnp.exp(x)).max(1) + x.sum(1),
+        mesh=mesh(data=2),
+        in_specs=P("data"),
+        out_specs=P("data"),
+    )
+
+    def fn(p, x):  # a masked entry of the bias is one in the sum, one of the matmul is zero
+        return total_of_rows(jnp.concatenate([x @ p["w"], jnp.exp(p["b"])[None].repeat(4, 0)], 1))
+
+    params, x = draw({"w": (2, 5), "b": (7,)}), jnp.ones((4, 2))
+    groups, masks, small_fn, small, _ = pruned(fn, params, (x,))
+    assert len(groups) == 12
+    assert_close(small_fn(small, x), fn(jp.apply_masks(params, masks), x), 1e-5)
+
+
+def test_what_differs_is_named_where_it_begins():
+    table = jnp.sin(jnp.arange(12.0))
+
+    def fn(p, x):
+        h = linear(p["in"], x)
+        with jax.named_scope("positions"):
+            h = h + table
+        return linear(p["out"], two_pass(p["norm"], jnp.tanh(h)))
+
+    params = draw(SHAPES)
+    with jax.numpy_rank_promotion("allow"):
+        exact = jp.find_groups(fn, params, X)
+        assert not exact.unit["in/w"][1].any()
+        why = "different for every index since `add` in positions"
+        assert ("in/w", 1, 12, (why,)) in exact.pinned
+        groups = jp.find_groups(fn, params, X, exact=False)
+        masks = groups.select(jp.scores.magnitude(params), 0.5)
+        small_fn, small, plan = jp.shrink(fn, params, masks, X, groups=groups)
+        assert plan.inexact[0] == why and "differs by" in plan.inexact[1]
+        read_by_a_matmul = lambda p, x: (linear(p["in"], x) + table) @ p["out"]["w"]
+        assert len(jp.find_groups(read_by_a_matmul, params, X)) == 12
