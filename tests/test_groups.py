@@ -257,6 +257,19 @@ def test_an_unknown_primitive_pins_and_is_reported():
         groups.select(jp.scores.magnitude(params), 0.5)
 
 
+def test_each_reason_holds_the_params_that_only_it_and_others_pin():
+    fn, params, x = mlp()
+    assert jp.find_groups(fn, params, x).held == {"an output": 4}  # the last bias
+
+    def sorted_features(params, x):
+        return jnp.sort(x @ params["layer0"]["w"], -1) @ jnp.ones((8, 2))
+
+    groups = jp.find_groups(sorted_features, {"layer0": params["layer0"]}, x)
+    why = "ordered by `sort`"
+    assert groups.held == {why: 6 * 8, "an input": 6 * 8, "not used": 8}
+    assert "48   85.7%  ordered by `sort`" in str(groups)
+
+
 def test_unused_params_stay():
     fn, params, x = mlp()
     expected = [group.members for group in jp.find_groups(fn, params, x).groups]

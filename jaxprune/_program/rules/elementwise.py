@@ -31,13 +31,13 @@ ELEMENTWISE = (
     "div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag "
     "integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul mulhi ne "
     "neg nextafter not one_minus_square or polygamma population_count pow random_gamma_grad real "
-    "regularized_incomplete_beta rem round rsqrt select_if_vmap select_n shift_left shift_right_arithmetic "
-    "shift_right_logical sign sin sinh sqrt square sub tan tanh xor zeta zeros_like"
+    "regularized_incomplete_beta rem round rsqrt select_if_vmap select_n shift_left "
+    "shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh xor zeta zeros_like"
 ).split()
 _UNCHANGED = (
     "copy device_put from_edtype layout_constraint name nonbatchable nondifferentiable_backward "
-    "nontraceable optimization_barrier pbroadcast ppermute pvary reduce_precision reduced_vary_cast relayout reshard "
-    "sharding_constraint stop_gradient tie to_edtype"
+    "nontraceable optimization_barrier pbroadcast ppermute pvary reduce_precision "
+    "reduced_vary_cast relayout reshard sharding_constraint stop_gradient tie to_edtype"
 ).split()
 _UNCUT = (  # they have no result, or random keys
     "debug_callback debug_print dce_sink random_seed random_wrap random_unwrap random_fold_in "
