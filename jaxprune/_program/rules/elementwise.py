@@ -32,7 +32,8 @@ ELEMENTWISE = (
     "integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul mulhi ne "
     "neg nextafter not one_minus_square or polygamma population_count pow random_gamma_grad real "
     "regularized_incomplete_beta rem round rsqrt select_if_vmap select_n shift_left "
-    "shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh xor zeta zeros_like"
+    "shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh xor zeta "
+    "zeros_like"
 ).split()
 _UNCHANGED = (
     "copy device_put from_edtype layout_constraint name nonbatchable nondifferentiable_backward "
