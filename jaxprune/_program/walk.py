@@ -146,12 +146,14 @@ class Walk:
         rule = self._rules.get(eqn.primitive.name)
         if const and not (rule and any(v.known is not None for v in ins)):
             ruling = Ruling([self.fresh(v.aval.shape) for v in eqn.outvars])
+            if rule and eqn.primitive.name == "broadcast_in_dim":  # the same along new axes
+                kinds = _ruled(rule(self, eqn, *ins)).outs[0].kinds
+                ruling = Ruling([dataclasses.replace(ruling.outs[0], kinds=kinds)])
         elif _jaxpr.inner(eqn):
             outs, programs = self._inner(eqn, ins)
             ruling = Ruling(outs)
         elif rule is not None:
-            found = rule(self, eqn, *ins)
-            ruling = found if isinstance(found, Ruling) else Ruling(found)
+            ruling = _ruled(rule(self, eqn, *ins))
         else:
             reason = f"no rule for {_jaxpr.where(eqn)}"
             if not full:
@@ -300,3 +302,7 @@ class Walk:
 
 def _itself(x: Any) -> Any:
     return x
+
+
+def _ruled(found: list[Value] | Ruling) -> Ruling:
+    return found if isinstance(found, Ruling) else Ruling(found)

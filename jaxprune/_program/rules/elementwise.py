@@ -1,7 +1,6 @@
 """Rules of primitives that work entry by entry, change nothing, or draw random numbers."""
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,7 +96,7 @@ def _evaluate(walk: Walk, eqn: Any, ins: Sequence[Value]) -> float | None:
             operands = [np.asarray(x).astype(atom.aval.dtype) for x, atom in pairs]
             (result,) = _jaxpr.bind(eqn, *operands)
             walk.at_zero[key] = float(np.asarray(result).real)
-    return None if math.isnan(walk.at_zero[key]) else walk.at_zero[key]
+    return walk.at_zero[key]
 
 
 def _unchanged(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
