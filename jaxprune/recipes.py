@@ -87,8 +87,7 @@ def rounds(fraction: float, count: int) -> list[float]:
       [0.2, 0.36, 0.488]
     """
     _select.check_sparsity(fraction, "fraction")
-    if count < 1:
-        raise ValueError(f"rounds: count must be at least 1, got {count}.")
+    _tree.check_count("rounds: count", count)
     return [1 - (1 - fraction) ** k for k in range(1, count + 1)]
 
 

@@ -333,7 +333,7 @@ def test_bad_input_is_named():
         jp.get_masks(optax.sgd(0.1).init(params))
     with pytest.raises(ValueError, match="v: masks must keep `None`"):
         jp.set_masks(tx.init(params), {**masks, "v": None})
-    with pytest.raises(ValueError, match="gradual: every must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="gradual: every must be an integer of at least 1, got 0"):
         jp.gradual(optax.sgd(0.1), jp.scores.magnitude, jp.schedules.one_shot(0.5), every=0)
 
 
