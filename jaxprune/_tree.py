@@ -91,6 +91,11 @@ def is_floating(leaf: Any) -> bool:
     return jnp.issubdtype(dtype(leaf), jnp.floating)
 
 
+def wide(x: jax.Array) -> jax.Array:
+    """Converts an array to float32, unless it is float64."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
 def is_traced(*trees: Tree) -> bool:
     """Returns whether any leaf is a tracer, whose values cannot be read."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))

@@ -197,7 +197,7 @@ def _inverse_norms(groups: Groups, params: Params) -> jax.Array:
     squares = jnp.zeros(len(groups) + 1)
     for path, w in _tree.named_leaves(params):
         for unit, others in _slices(groups, path):
-            square = jnp.sum(jnp.square(w.astype(jnp.float32)), others)
+            square = jnp.sum(jnp.square(_tree.wide(w)), others)
             squares = squares.at[unit].add(_mesh.replicated(square))
     positive = (squares > 0).at[0].set(False)
     # At zero `rsqrt` has no derivative, which `where` would multiply by 0, to NaN.
@@ -211,7 +211,6 @@ def _add(
     entries = zip(_tree.named_leaves(updates), _tree.align(updates, params, "params"), strict=True)
     leaves = []
     for (path, g), w in entries:
-        wide = w.astype(jnp.float32) if _tree.is_floating(w) and w.dtype != jnp.float64 else w
-        gradient = term(path, wide) if _tree.is_floating(w) else None
+        gradient = term(path, _tree.wide(w)) if _tree.is_floating(w) else None
         leaves.append(g if gradient is None else g + gradient.astype(g.dtype))
     return _tree.rebuild(updates, leaves)
