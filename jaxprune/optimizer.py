@@ -4,7 +4,6 @@ Gradients are masked first, so that clipping and normalisation ignore pruned wei
 are then replaced by ``-w`` where the mask is false, and ``w + (-w)`` is exactly 0.
 """
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -44,9 +43,10 @@ def enforce(
     .. math:: u = m \odot \mathrm{inner}(m \odot g) - (1 - m) \odot w
 
     This is exact if the link is the outermost or the last one. Inside wrappers that delay updates
-    (``MultiSteps``) or mix params over time (``lookahead``), it is exact from the first emitted
-    update on, provided that the params start masked. A pruned NaN stays NaN, because
-    ``NaN - NaN`` is NaN: call :func:`jaxprune.apply_masks` once to remove it.
+    (``MultiSteps``) or mix params over time (``lookahead``, ``schedule_free``), it is exact from
+    the first emitted update on, provided that the params start masked. Around ``schedule_free``,
+    the evaluated params are masked as well. A pruned NaN stays NaN, because ``NaN - NaN`` is NaN:
+    call :func:`jaxprune.apply_masks` once to remove it.
 
     Args:
       inner: any gradient transformation.
@@ -57,7 +57,7 @@ def enforce(
 
     Raises:
       ValueError: in ``init`` for masks of other paths or shapes; in ``update`` without params.
-      TypeError: in ``init`` for masks that are not bool.
+      TypeError: for an ``inner`` of another kind; in ``init`` for masks that are not bool.
 
     Examples:
       >>> params = jnp.array([1.0, 2.0])
@@ -89,23 +89,37 @@ def gradual(
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes on a schedule during training and keeps pruned weights at zero.
 
-    Every ``every`` steps, and when the schedule reaches its final value, the weights are scored
-    and masked to the scheduled sparsity, unless it is the same as before. Pruned weights stay
-    pruned. Inside ``MultiSteps``, a due pruning step is computed on every micro-step.
+    At the steps ``begin + n * every``, and when the schedule reaches its final value, the weights
+    are scored and masked to the scheduled sparsity, unless it is the same as before. Pruned weights
+    stay pruned. Inside ``MultiSteps``, a due pruning step is computed on every micro-step.
+
+    The params that the link is given are pruned, and so are the evaluated params of
+    ``gradual(schedule_free(...), ...)``. Other copies of the weights are not: the average of
+    ``optax.incremental_update``, the slow params of ``lookahead(gradual(...))`` and the evaluated
+    ones of ``schedule_free(gradual(...))``. The last two also mix old weights into the params. Mask
+    what you evaluate: ``jp.apply_masks(average, masks)``. After a pruning,
+    ``optax.value_and_grad_from_state`` returns the value before it: use ``jax.value_and_grad``.
+    A derivative through ``update`` takes the masks as constants.
 
     Args:
       inner: any gradient transformation.
-      score: maps params to scores, or ``(params, *batch)`` with ``update(..., batch=(x, y))``.
+      score: maps params to scores, or ``(params, *batch)`` with ``update(..., batch=(x, y))``. A
+        leaf without scores is never pruned. In ``init``, a score that takes a batch is not called:
+        every floating leaf that ``select`` chooses then has a mask.
       schedule: maps the step to a sparsity, such as ``jp.schedules.cubic(...)``.
       every: number of steps between two pruning steps.
       select: maps ``(scores, sparsity, within=masks)`` to masks. To pass further arguments, use
         ``functools.partial(jp.select, scope=..., where=...)``.
+      begin: one of the pruning steps. To count from the begin of the schedule, as in the paper,
+        pass its ``begin`` here too.
 
     Returns:
       A gradient transformation. Extra arguments other than ``batch`` are passed to ``inner``.
 
     Raises:
-      ValueError: for ``every`` below 1; in ``update`` without params.
+      ValueError: for ``every`` below 1; in ``init`` for scores without a leaf to prune; in
+        ``update`` without params.
+      TypeError: for arguments of another kind.
 
     Examples:
       >>> params = jnp.array([[1.0, 2.0]])
@@ -184,7 +198,8 @@ def get_masks(opt_state: optax.OptState) -> Masks:
 def set_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
     """Returns an optimizer state with other masks, for the same transformation.
 
-    Nothing is compiled again. Newly pruned weights become zero in the next update.
+    Nothing is compiled again. Newly pruned weights become zero in the next update. The state of
+    :func:`gradual` prunes further at its next pruning step, to the scheduled sparsity.
 
     Raises:
       ValueError: if the state holds no masks, or for masks of other paths or shapes.
@@ -222,11 +237,12 @@ def _checked(inner: Any, link: str) -> optax.GradientTransformationExtraArgs:
 
 def _takes_batch(score: Score) -> bool:
     """Returns whether a score takes more than params, so that ``init`` cannot evaluate it."""
-    _, *rest = inspect.signature(score).parameters.values()
-    return any(
-        p.kind is p.VAR_POSITIONAL or (p.kind is not p.VAR_KEYWORD and p.default is p.empty)
-        for p in rest
-    )
+    parameters = [
+        p
+        for p in inspect.signature(score).parameters.values()
+        if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+    ]
+    return len(parameters) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
 def check_given(params: Params | None, link: str) -> None:

@@ -81,6 +81,7 @@ def group_lasso(groups: Groups, strength: float) -> optax.GradientTransformation
     Raises:
       ValueError: for groups without units; in ``init`` for params of other paths or shapes; in
         ``update`` without params.
+      TypeError: for groups of another kind.
 
     Examples:
       >>> params = {"in": jnp.array([[3.0, 0.0]]), "out": jnp.array([[4.0], [0.0]])}
@@ -98,6 +99,11 @@ def group_lasso(groups: Groups, strength: float) -> optax.GradientTransformation
       Wen et al, `Learning Structured Sparsity in Deep Neural Networks
       <https://arxiv.org/abs/1608.03665>`_, 2016
     """
+    if not isinstance(groups, Groups):
+        raise TypeError(
+            f"group_lasso: groups must be Groups, got {type(groups).__name__}. Pass what "
+            "`jp.find_groups(apply_fn, params, *inputs)` returns."
+        )
     if not len(groups):
         raise ValueError(
             f"group_lasso: groups must have at least one unit, got none. All are pinned:\n{groups}"
@@ -114,7 +120,8 @@ def group_lasso(groups: Groups, strength: float) -> optax.GradientTransformation
 
         def term(path, w):
             factors = [jnp.expand_dims(inverse[unit], axes) for unit, axes in _slices(groups, path)]
-            return sum(factors).astype(w.dtype) * w if factors else None
+            factors = [factor.astype(w.dtype) for factor in factors]
+            return w * sum(factors) if factors else None
 
         return _add(updates, params, term), state
 
@@ -177,7 +184,11 @@ def growing(
         factor = jnp.minimum(growth * (1 + state.count // every).astype(jnp.float32), limit)
 
         def term(path, w):
-            return None if entries[path] is None else jnp.where(entries[path], 0.0, factor.astype(w.dtype) * w)
+            return (
+                None
+                if entries[path] is None
+                else jnp.where(entries[path], 0.0, factor.astype(w.dtype) * w)
+            )
 
         state = GrowingState(optax.safe_increment(state.count), state.masks)
         return _add(updates, params, term), state

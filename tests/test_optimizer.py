@@ -99,6 +99,7 @@ WRAPPERS = {
         {"x": tx, "y": optax.sgd(0.1)}, {"w": "x", "b": "y", "v": "x", "none": None}
     ),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "schedule_free": lambda tx: optax.contrib.schedule_free(tx, 1e-2),
 }
 
 
@@ -386,7 +387,9 @@ def test_bad_input_is_named():
         jp.set_masks(tx.init(params), {**masks, "v": None})
     sgd, score, schedule = optax.sgd(0.1), jp.scores.magnitude, jp.schedules.one_shot(0.5)
     for every in (0, 1.5):
-        with pytest.raises(ValueError, match=f"every must be an integer of at least 1, got {every}"):
+        with pytest.raises(
+            ValueError, match=f"every must be an integer of at least 1, got {every}"
+        ):
             jp.gradual(sgd, score, schedule, every=every)
     for message, kinds in {
         "inner must be a gradient transformation, got <function sgd": (optax.sgd, score, schedule),
