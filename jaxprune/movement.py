@@ -27,7 +27,7 @@ def apply(params: Params, scores: Scores, masks: Masks) -> Params:
 
     Gradient descent with learning rate :math:`\alpha` thus accumulates the score
     :math:`-\alpha \sum_t w \, \partial L / \partial \tilde w`, for kept and for masked weights. A
-    masked weight itself does not change.
+    masked weight itself does not change. Derivatives of such a training step are the true ones.
 
     Args:
       params: any pytree of arrays.

@@ -117,8 +117,8 @@ def gradual(
       A gradient transformation. Extra arguments other than ``batch`` are passed to ``inner``.
 
     Raises:
-      ValueError: for ``every`` below 1; in ``init`` for scores without a leaf to prune; in
-        ``update`` without params.
+      ValueError: for ``every`` below 1 or ``begin`` below 0; in ``init`` if there is no leaf to
+        prune; in ``update`` without params.
       TypeError: for arguments of another kind.
 
     Examples:
@@ -134,7 +134,9 @@ def gradual(
     inner = _checked(inner, "gradual")
     _tree.check_function("gradual: score", score, "Pass `jp.scores.magnitude`, not its result.")
     _tree.check_function("gradual: schedule", schedule, "Use `jp.schedules.one_shot(0.9)`.")
+    _tree.check_function("gradual: select", select, "Use `functools.partial(jp.select, ...)`.")
     _tree.check_count("gradual: every", every)
+    _tree.check_count("gradual: begin", begin, least=0)
 
     def whole(params):
         scores = None if _takes_batch(score) else jax.eval_shape(score, params)
@@ -216,7 +218,7 @@ def set_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
         if _is_link_state(state):
             state = state._replace(masks=copy_masks(state.masks, _tree.refit(state.masks, masks)))
         if isinstance(state, GradualState):  # so that the next pruning step is due
-            state = state._replace(sparsity=jnp.zeros_like(state.sparsity))
+            state = state._replace(sparsity=jax.tree.map(lambda x: 0 * x, state.sparsity))
         return state
 
     return jax.tree.map(replace, opt_state, is_leaf=_is_link_state)

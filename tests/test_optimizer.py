@@ -395,9 +395,12 @@ def test_bad_input_is_named():
         "inner must be a gradient transformation, got <function sgd": (optax.sgd, score, schedule),
         "score must be a function, got dict": (sgd, masks, schedule),
         "schedule must be a function, got float": (sgd, score, 0.5),
+        "select must be a function, got str": (sgd, score, schedule, 1, "layer"),
     }.items():
         with pytest.raises(TypeError, match=f"gradual: {message}"):
             jp.gradual(*kinds)
+    with pytest.raises(ValueError, match="begin must be an integer of at least 0, got -1"):
+        jp.gradual(sgd, score, schedule, begin=-1)
     with pytest.raises(TypeError, match="enforce: inner must be a gradient transformation"):
         jp.enforce(optax.sgd, masks)
 
