@@ -239,12 +239,9 @@ def _checked(inner: Any, link: str) -> optax.GradientTransformationExtraArgs:
 
 def _takes_batch(score: Score) -> bool:
     """Returns whether a score takes more than params, so that ``init`` cannot evaluate it."""
-    parameters = [
-        p
-        for p in inspect.signature(score).parameters.values()
-        if p.default is p.empty and p.kind is not p.VAR_KEYWORD
-    ]
-    return len(parameters) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    parameters = inspect.signature(score).parameters.values()
+    needed = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    return len(needed) > 1 or any(p.kind is p.VAR_POSITIONAL for p in needed)
 
 
 def check_given(params: Params | None, link: str) -> None:
@@ -277,11 +274,13 @@ def copy_masks(params: Params, masks: Masks | Callable[[Params], Masks]) -> Mask
 def _masked(inner, updates, masks, inner_state, params, extra_args):
     updates = _tree.map_masks(_silence, updates, masks)
     updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
-    inner_state = jax.tree.map(
-        lambda s: s._replace(z=_tree.map_masks(_silence, s.z, masks)) if _has_z(s) else s,
-        inner_state,
-        is_leaf=_has_z,
-    )
+
+    def mask_z(state):
+        return (
+            state._replace(z=_tree.map_masks(_silence, state.z, masks)) if _has_z(state) else state
+        )
+
+    inner_state = jax.tree.map(mask_z, inner_state, is_leaf=_has_z)
     aligned = _tree.align(updates, params, "params"), _tree.align(updates, masks)
     leaves = [
         u if m is None else jnp.where(m, u, -w)  # in the wider dtype of u and w
@@ -297,11 +296,8 @@ def _has_z(state: Any) -> bool:
 
 def _silence(grads: jax.Array, mask: jax.Array) -> jax.Array:
     """Computes ``where(mask, grads, 0)``."""
-    floating = jnp.issubdtype(grads.dtype, jnp.floating)
-    return _silence_bits(grads, mask) if floating else _silence_slowly(grads, mask)
-
-
-def _silence_slowly(grads: jax.Array, mask: jax.Array) -> jax.Array:
+    if jnp.issubdtype(grads.dtype, jnp.floating):
+        return _silence_bits(grads, mask)
     return jnp.where(mask, grads, jnp.zeros_like(grads))
 
 
@@ -316,4 +312,4 @@ def _silence_bits(grads: jax.Array, mask: jax.Array) -> jax.Array:
 
 @_silence_bits.defjvp
 def _silence_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return _silence_bits(*primals), _silence_slowly(tangents[0], primals[1])
+    return _silence_bits(*primals), jnp.where(primals[1], tangents[0], jnp.zeros_like(tangents[0]))

@@ -102,10 +102,7 @@ def perturbed(name, deltas, rate, strength):
     return train(name, params, rate, strength)
 
 
-FAST = {"enforce", "gradual by blocks", "group_lasso", "movement"}
-
-
-@pytest.mark.parametrize("name", slow_unless(FAST, [*LINKS, *LOSSES]))
+@pytest.mark.parametrize("name", slow_unless({"enforce", "gradual by blocks"}, [*LINKS, *LOSSES]))
 def test_derivatives_are_those_of_finite_differences(name):
     with jax.enable_x64(True):
         deltas = jax.tree.map(lambda w: jnp.zeros(w.shape, "float64"), problem()[0])
@@ -117,7 +114,7 @@ def test_derivatives_are_those_of_finite_differences(name):
 SELECTING = {"enforce a function", "movement", *(name for name in LINKS if "gradual" in name)}
 
 
-@pytest.mark.parametrize("name", slow_unless(FAST, [*LINKS, *LOSSES]))
+@pytest.mark.parametrize("name", [*LINKS, *LOSSES])
 def test_strict_settings(name):
     params, _ = problem()
     outer = jax.jit(jax.value_and_grad(functools.partial(train, name), argnums=(0, 1, 2)))
