@@ -53,11 +53,13 @@ def remove_dead(apply_fn: Callable[..., Any], params: Params, masks: Masks, *inp
     _tree.check_params(params)
     leaves, aligned = jax.tree.leaves(params), _tree.align_masks(params, masks)
     nonzero = [w != 0 if _tree.is_floating(w) else True for w in leaves]
+    # A jit of this call alone: `apply_fn` may depend on more than its arguments.
+    find_alive = jax.jit(functools.partial(_alive, apply_fn))
     changed = True
     while changed:
         present = [n if m is None else m for n, m in zip(nonzero, aligned, strict=True)]
         with jax.enable_x64(True):  # in deep networks signals vanish in float32
-            alive = _alive(apply_fn, params, _tree.rebuild(params, present), inputs)
+            alive = find_alive(params, _tree.rebuild(params, present), inputs)
         changed = False
         for i, a in enumerate(_tree.align(params, alive)):
             mask = True if aligned[i] is None else aligned[i]
@@ -74,7 +76,6 @@ def remove_dead(apply_fn: Callable[..., Any], params: Params, masks: Masks, *inp
     return result
 
 
-@functools.partial(jax.jit, static_argnames="apply_fn")
 def _alive(
     apply_fn: Callable[..., Any], params: Params, present: Masks, inputs: Sequence[Any]
 ) -> Masks:
@@ -99,11 +100,13 @@ def _alive(
             # others in a sum. Biases are at most as large as the inputs.
             fan = jnp.maximum(jnp.sum(mask) / mask.shape[-1], 1) if mask.ndim > 1 else 1
             size = jnp.minimum(scale, 1) if mask.ndim < 2 else 1
-            return jnp.where(mask, jnp.where(given, w, size * random / fan), 0)
+            return jnp.where(mask, jnp.where(given, jnp.float64(w), size * random / fan), 0)
 
         def examples(x, key):
             random = jax.random.normal(key, jnp.shape(x), jnp.float64)
-            return jnp.where(given, x, scale * jnp.where(signed, random, jnp.abs(random)))
+            return jnp.where(
+                given, jnp.float64(x), scale * jnp.where(signed, random, jnp.abs(random))
+            )
 
         drawn = _tree.merge(_tree.map_floating(examples, inputs, input_keys), inputs)
 
