@@ -222,6 +222,8 @@ def test_shrunk_is_masked(name):
         assert_close(small_grads, plan.take(grads), 1e-3)
         more = jnp.concatenate([X, X[:1] - 1])  # another batch size
         assert_close(jax.jit(small_fn)(small, more), jax.jit(fn)(masked, more), 1e-5)
+        kept = np.asarray(groups._kept(masks))
+        assert jp.metrics.flops(small_fn, small, X) == groups.costs(kept, "flops")
 
 
 def claims(fn, params, masks, inputs):
@@ -309,3 +311,16 @@ def test_what_differs_is_named_where_it_begins():
         assert plan.inexact[0] == why and "differs by" in plan.inexact[1]
         read_by_a_matmul = lambda p, x: (linear(p["in"], x) + table) @ p["out"]["w"]
         assert len(jp.find_groups(read_by_a_matmul, params, X)) == 12
+
+
+def test_units_are_scored_as_they_are_removed():
+    fn, params = READS["norms"], draw(SHAPES)
+    loss = lambda p, x: jnp.sum(jnp.sin(fn(p, x)))
+    with jax.numpy_rank_promotion("allow"):
+        groups = jp.find_groups(fn, params, X)
+        change = jp.search.oracle(groups, loss)(params, X)
+        for n, expected in enumerate(change):
+            masks = groups.masks(np.arange(len(groups)) != n)
+            actual = abs(loss(jp.apply_masks(params, masks), X) - loss(params, X))
+            np.testing.assert_allclose(actual, abs(expected), 1e-3, 1e-5)
+        assert (jp.units.activation(groups, fn)(params, X) > 0).all()

@@ -139,7 +139,8 @@ def test_multiply_adds_are_those_of_the_closed_form(name):
 
 ZOO = (
     "jax_gqa_decoder linen_mobilenet_v2 nnx_deconv_generator linen_resnext linen_vit_fused_qkv "
-    "jax_cond jax_while_loop linen_scan_remat jax_custom_vjp jax_mixture_of_experts"
+    "jax_cond jax_while_loop linen_scan_remat jax_custom_vjp jax_mixture_of_experts "
+    "linen_mixer jax_layer_norm_lstm haiku_nf_net"
 ).split()
 
 

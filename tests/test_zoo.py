@@ -12,11 +12,11 @@ import jaxprune as jp
 # Together they use every primitive of the zoo, which a slow test asserts.
 FAST = """
     equinox_feature_pyramid equinox_group_norm equinox_swin_v2 haiku_nf_net haiku_resnet_blocks
-    jax_cond jax_custom_vjp jax_gqa_decoder jax_layer_norm_lstm jax_mixture_of_experts
-    jax_neural_ode jax_rope_interleaved jax_scan_decoder jax_sorted_channels jax_state_space
-    jax_swin_window jax_while_loop linen_bfloat16 linen_channel_shuffle linen_densenet
-    linen_group_norm linen_lenet linen_lstm linen_mixer linen_mobilenet_v2 linen_scan_remat
-    linen_zero_pad_shortcut nnx_vit
+    jax_cond jax_custom_vjp jax_gqa_decoder jax_layer_norm_lstm jax_mamba2
+    jax_mixture_of_experts jax_neural_ode jax_rope_interleaved jax_scan_decoder
+    jax_sorted_channels jax_state_space jax_swin_window jax_while_loop linen_bfloat16
+    linen_channel_shuffle linen_densenet linen_graph_network linen_group_norm linen_lenet
+    linen_lstm linen_mixer linen_mobilenet_v2 linen_scan_remat linen_zero_pad_shortcut nnx_vit
 """.split()
 # Derivatives here take rules of their own; for other networks they follow from the outputs.
 DERIVATIVES = (

@@ -48,11 +48,12 @@ class Cut:
         self, removed: np.ndarray, roots: np.ndarray | None = None, program: Program | None = None
     ) -> None:
         self._removed = removed  # for every atom, whether it is removed
-        self._ghosts = np.zeros(len(removed), bool)  # for every atom, whether it is a ghost
+        self.ghosts = np.zeros(len(removed), bool)  # for every atom, whether it is a ghost
         self._indices: dict[tuple[int, bool], tuple[Axis, np.ndarray | None]] = {}
-        self._known: dict[Any, Any] = {}  # what `_reads` found
+        self._known: dict[Any, Any] = {}  # what `reads` found
         if program is not None and roots is not None:
             self._choose(program, roots)
+        self._has_ghosts = bool(self.ghosts.any())
 
     def _choose(self, program: Program, roots: np.ndarray) -> None:
         """Chooses the units that are ghosts, so that every kind that is counted has one."""
@@ -60,8 +61,8 @@ class Cut:
             for ((n, i), *_), kinds in step.ruling.sums:
                 axis = step.ins[n].axes[i]
                 every = np.where(self._removed[axis], kinds, 0)
-                for kind in np.setdiff1d(every[every > 0], every[self._ghosts[axis]]):
-                    self._ghosts |= roots == roots[axis[np.argmax(every == kind)]]
+                for kind in np.setdiff1d(every[every > 0], every[self.ghosts[axis]]):
+                    self.ghosts |= roots == roots[axis[np.argmax(every == kind)]]
             for inner in step.programs:
                 self._choose(inner, roots)
 
@@ -69,7 +70,7 @@ class Cut:
         """Returns the indices of an axis that are kept, or are ghosts; `None` for all of them."""
         key = id(axis), ghost
         if key not in self._indices:
-            removed, chosen = self._removed[axis], self._ghosts[axis]
+            removed, chosen = self._removed[axis], self.ghosts[axis]
             indices = np.flatnonzero(chosen if ghost else ~removed) if removed.any() else None
             self._indices[key] = axis, indices  # with the axis: a freed id is reused
         return self._indices[key][1]
@@ -139,7 +140,7 @@ class Cut:
         def operand(step: Step, n: int, view: View) -> Any:
             return read(step.eqn.invars[n], step.ins[n], view)
 
-        for step, asked in zip(program.steps, self._reads(program, wanted)[1], strict=True):
+        for step, asked in zip(program.steps, self.reads(program, wanted)[1], strict=True):
             eqn = step.eqn
             operands = [views(atom) for atom in eqn.invars]
             results: list[Viewed]
@@ -175,8 +176,8 @@ class Cut:
         """Runs one equation for one view of its results, and counts ghosts that it sums over."""
         eqn, run = step.eqn, step.ruling.run
         name, terms = eqn.primitive.name, []
-        for chosen, times in self._terms(step):
-            operands = [read(n, self._view(step, n, view, chosen)) for n in range(len(step.ins))]
+        for chosen, times in self.terms(step):
+            operands = [read(n, self.view(step, n, view, chosen)) for n in range(len(step.ins))]
             for (n, axis), picks in chosen.items():
                 if len(picks) < operands[n].shape[axis]:
                     operands[n] = take(operands[n], picks, axis)
@@ -189,14 +190,14 @@ class Cut:
         combine = functools.partial(functools.reduce, _COMBINE.get(name, jnp.add))
         return [combine(outs) for outs in zip(*terms, strict=True)]
 
-    def _terms(self, step: Step) -> list[tuple[Picks, int]]:
+    def terms(self, step: Step) -> list[tuple[Picks, int]]:
         """Lists the terms of a sum: which ghosts are summed over, and how often they occur.
 
         A sum over two axes that are cut has four: what is kept along both, or along one, and the
         ghosts along the other, or along both. In the first, no ghosts are chosen.
         """
         terms: list[tuple[Picks, int]] = [({}, 1)]
-        for places, kinds in step.ruling.sums:
+        for places, kinds in step.ruling.sums if self._has_ghosts else ():
             n, i = places[0]
             axis = step.ins[n].axes[i]
             ghosts = self.kept(axis, ghost=True)
@@ -216,7 +217,7 @@ class Cut:
         """Counts the removed slices of a kind; those of no positive kind are not counted."""
         return int(np.count_nonzero(self._removed[axis] & (kinds == kind))) if kind > 0 else 0
 
-    def _view(self, step: Step, n: int, view: View, chosen: Collection[tuple[int, int]]) -> View:
+    def view(self, step: Step, n: int, view: View, chosen: Collection[tuple[int, int]]) -> View:
         """Returns the view of an operand from which a view of the results is computed."""
         axes, becomes = step.ins[n].axes, step.ruling.becomes
         places = [[i] for i in range(len(axes))] if becomes is None else becomes[n]
@@ -229,8 +230,10 @@ class Cut:
 
     # Which views are read is known before any is computed, going backwards.
 
-    def _reads(self, program: Program, wanted: Asked) -> tuple[Asked, list[Asked]]:
+    def reads(self, program: Program, wanted: Asked) -> tuple[Asked, list[Asked]]:
         """Returns the views that are read of the inputs, and of the results of each equation."""
+        if not self._has_ghosts:
+            return [set() for _ in program.ins], [[set() for _ in s.outs] for s in program.steps]
         key = id(program), tuple(map(frozenset, wanted))
         if key not in self._known:
             self._known[key] = program, *self._find_reads(program, wanted)
@@ -249,8 +252,8 @@ class Cut:
         steps = []
         for step in reversed(program.steps):
             steps.append([asked.get(v, set()) for v in step.eqn.outvars])
-            if self._ghosts.any() and self.touches(step):
-                ask(step.eqn.invars, step.ins, self._operands(step, steps[-1])[0])
+            if self.touches(step):
+                ask(step.eqn.invars, step.ins, self.operands(step, steps[-1])[0])
         return [asked.get(v, set()) for v in program.jaxpr.invars], steps[::-1]
 
     def _is_zero(self, value: Value, view: View) -> bool:
@@ -262,14 +265,16 @@ class Cut:
 
         return any(map(never, view))
 
-    def _operands(self, step: Step, asked: Asked) -> tuple[Asked, list[Asked]]:
+    def operands(self, step: Step, asked: Asked) -> tuple[Asked, list[Asked]]:
         """Returns the views that are read of the operands, and those wanted of inner programs."""
         operands: Asked = [set() for _ in step.ins]
+        if not self._has_ghosts:
+            return operands, [[set() for _ in program.outs] for program in step.programs]
         if not step.programs:
             for view in {(), *itertools.chain(*asked)}:
-                for chosen, _ in self._terms(step):
+                for chosen, _ in self.terms(step):
                     for n, views in enumerate(operands):
-                        views.add(self._view(step, n, view, chosen))
+                        views.add(self.view(step, n, view, chosen))
             return operands, []
         inner = _jaxpr.inner(step.eqn)
         wanted = [list(asked) for _ in inner]
@@ -283,7 +288,7 @@ class Cut:
         while before != (operands, wanted):  # what is carried has the same views in all rounds
             before = [set(views) for views in operands], [list(views) for views in wanted]
             for body, program, results in zip(inner, step.programs, wanted, strict=False):
-                reads = self._reads(program, results)[0]
+                reads = self.reads(program, results)[0]
                 for i, n in enumerate(body.operands):
                     stacked = i >= len(body.operands) - body.stacked
                     operands[n] |= _moved(reads[i], 1) if stacked else reads[i]
@@ -302,20 +307,20 @@ class Cut:
         )
         if len(step.programs) == 2:
             wanted = [[asked[n] for n in outs] * 2]
-            reads = self._reads(step.programs[1], wanted[0])[0]
+            reads = self.reads(step.programs[1], wanted[0])[0]
             tangents = reads[len(operands) :]
         else:
             backward = [set(operands[n]) for n in ins]
-            residuals = self._reads(step.programs[2], backward)[0][: -len(asked)]
+            residuals = self.reads(step.programs[2], backward)[0][: -len(asked)]
             wanted = [[*asked, *residuals], backward]
-            reads, tangents = self._reads(step.programs[1], wanted[0])[0], []
+            reads, tangents = self.reads(step.programs[1], wanted[0])[0], []
         for n, views in [*enumerate(reads[: len(operands)]), *zip(ins, tangents, strict=False)]:
             operands[n] |= views
         return wanted
 
     def _rebuild(self, step: Step, asked: Asked, read: Callable[[int, View], Any]) -> list[Viewed]:
         """Runs an equation that has programs, on views."""
-        operands, wanted = self._operands(step, asked)
+        operands, wanted = self.operands(step, asked)
         args = [{view: read(n, view) for view in {(), *vs}} for n, vs in enumerate(operands)]
         pairs = zip(step.programs, wanted, strict=True)
         bodies = [functools.partial(self._run, p, wanted=views) for p, views in pairs]

@@ -69,7 +69,7 @@ class Value:
         """Returns the value with the same change of every axis and of its kinds."""
 
         def kinds(i: int) -> Kinds:
-            one = isinstance(self.kinds[i], int)
+            one = type(self.kinds[i]) is int
             return self.kinds[i] if one else simple(change(i, self.kinds[i]))
 
         pairs = [(change(i, axis), kinds(i)) for i, axis in enumerate(self.axes)]
@@ -78,8 +78,8 @@ class Value:
 
 def same(*kinds: Kinds) -> Kinds:
     """Returns the kinds of what is computed from slices of these kinds, unless it is zero."""
-    arrays = [k for k in kinds if not isinstance(k, int)]
-    least = min((k for k in kinds if isinstance(k, int)), default=SAME)
+    arrays = [k for k in kinds if type(k) is not int]
+    least = min((k for k in kinds if type(k) is int), default=SAME)
     if least < 0 or not arrays:
         return least if least < 0 else SAME
     lowest = np.min(arrays, axis=0)
@@ -87,31 +87,35 @@ def same(*kinds: Kinds) -> Kinds:
     return simple(np.where(lowest < 0, lowest, number))
 
 
+def zeros(kinds: Sequence[Kinds], which: Callable[..., bool] = all) -> Any:
+    """Returns whether all kinds, or any, are of zeros: for all indices, or for each of them."""
+    if all(type(k) is int for k in kinds):
+        return which(k == ZERO for k in kinds)
+    function = np.logical_and if which is all else np.logical_or
+    return functools.reduce(function, [np.equal(k, ZERO) for k in kinds])
+
+
 def where_zero(zero: Any, kinds: Kinds) -> Kinds:
     """Returns the kinds, with 0 for what is zero."""
-    if isinstance(zero, (bool, np.bool_)) or zero.all() or not zero.any():
-        return ZERO if np.all(zero) else kinds
-    return np.where(zero, ZERO, kinds)
+    if type(zero) is bool:
+        return ZERO if zero else kinds
+    return simple(np.where(zero, ZERO, kinds)) if np.any(zero) else kinds
 
 
 def product(*kinds: Kinds) -> Kinds:
     """Returns the kinds of a product, which is zero if any factor is."""
-    return where_zero(functools.reduce(np.logical_or, [k == 0 for k in kinds]), same(*kinds))
+    return where_zero(zeros(kinds, any), same(*kinds))
 
 
 def either(*kinds: Kinds) -> Kinds:
     """Returns the kinds of what is one of several values, or a sum of them."""
-    return where_zero(functools.reduce(np.logical_and, [k == 0 for k in kinds]), same(*kinds))
+    return where_zero(zeros(kinds), same(*kinds))
 
 
 def joined(kinds: Sequence[Kinds], sizes: Sequence[int]) -> Kinds:
     """Returns the kinds along an axis of which the parts were computed separately."""
     first = kinds[0]
-    if (
-        isinstance(first, int)
-        and first <= 0
-        and all(isinstance(k, int) and k == first for k in kinds)
-    ):
+    if type(first) is int and first <= 0 and all(type(k) is int and k == first for k in kinds):
         return first
     parts, count = [], 0
     for k, size in zip(kinds, sizes, strict=True):
@@ -131,7 +135,7 @@ def rows(kinds: np.ndarray) -> Kinds:
 
 def simple(kinds: Any) -> Kinds:
     """Returns one number for slices of one kind."""
-    if isinstance(kinds, int):
+    if type(kinds) is int:
         return kinds
     if not len(kinds) or (kinds == kinds[0]).all():
         return min(int(kinds[0]), SAME) if len(kinds) else ZERO

@@ -1,6 +1,5 @@
 """Rules of primitives that work entry by entry, change nothing, or draw random numbers."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from jaxprune._program.values import (
     product,
     same,
     where_zero,
+    zeros,
 )
 from jaxprune._program.walk import Walk
 
@@ -67,19 +67,19 @@ def _kinds(walk: Walk, eqn: Any, ins: Sequence[Value], i: int, size: int) -> Kin
         kinds.append(v.kinds[i] if carried else ZERO if v.known == 0 else SAME)
     if name in ("mul", "and"):
         return product(*kinds)
-    zero = [k == 0 for k in kinds]
     if name in ("div", "rem"):
-        return where_zero(np.logical_and(zero[0], np.logical_not(zero[1])), same(*kinds))
+        zero = zeros([kinds[0]])
+        by_zero = zeros([kinds[1]])
+        return where_zero(zero if by_zero is False else zero & ~np.asarray(by_zero), same(*kinds))
     if name == "select_n":
-        return where_zero(functools.reduce(np.logical_and, zero[1:]), same(*kinds))
+        return where_zero(zeros(kinds[1:]), same(*kinds))
     # Where all unknown operands are zero, the result is what the primitive makes of zeros: zero
     # for a ReLU, not for an exponential.
-    unknown = [z for v, z in zip(ins, zero, strict=True) if v.known is None]
-    zeros = functools.reduce(np.logical_and, unknown, True)
-    linear = len(unknown) == len(ins) and name in _LINEAR
-    if np.any(zeros) and not linear and _evaluate(walk, eqn, ins) != 0:
-        zeros = False
-    return where_zero(zeros, same(*kinds))
+    unknown = [k for v, k in zip(ins, kinds, strict=True) if v.known is None]
+    zero = zeros(unknown)
+    if zero is not False and not (name in _LINEAR and len(unknown) == len(ins)):
+        zero = zero if _evaluate(walk, eqn, ins) == 0 else False
+    return where_zero(zero, same(*kinds))
 
 
 def _evaluate(walk: Walk, eqn: Any, ins: Sequence[Value]) -> float | None:
