@@ -6,7 +6,7 @@ JAX releases differ in how an equation holds inner programs. :func:`inner` retur
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -118,10 +118,10 @@ def zeros(aval: Any, shape: Sequence[Any]) -> Any:
     return jax.lax.pcast(x, varying, to="varying") if varying else x
 
 
-def constant(eqn: Any, operands: Sequence[Callable[[], Any]], result: int) -> Any:
+def constant(eqn: Any, operands: Iterable[Any], result: int) -> Any:
     """Computes a result of an equation on constants, while a program is traced or walked."""
     with jax.ensure_compile_time_eval():
-        return bind(eqn, *(operand() for operand in operands))[result]
+        return bind(eqn, *operands)[result]
 
 
 # Derivative rules. An equation holds those of a `custom_jvp` or `custom_vjp` as opaque functions,

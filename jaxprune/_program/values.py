@@ -40,7 +40,7 @@ class Value:
     known: float | None = None  # the number that all entries are equal to, if it is known
     full: bool = False  # no floating param went into it: it is computed entirely, then sliced
     const: bool = False  # nor did an input, so that any of its axes can be cut anywhere
-    entries: Callable[[], Any] | None = None  # computes a constant
+    source: tuple[Any, Any, int] | None = None  # of a constant, for `entries`
 
     @classmethod
     def of(cls, pairs: Iterable[Pair], known: float | None = None) -> "Value":
@@ -74,6 +74,14 @@ class Value:
 
         pairs = [(change(i, axis), kinds(i)) for i, axis in enumerate(self.axes)]
         return Value.of(pairs, self.known)
+
+
+def entries(value: Value) -> Any:
+    """Computes a constant: its source is an array, or a result of an equation on constants."""
+    if value.source is None:
+        raise ValueError("the value must be a constant")
+    eqn, given, result = value.source
+    return given if eqn is None else _jaxpr.constant(eqn, map(entries, given), result)
 
 
 def same(*kinds: Kinds) -> Kinds:

@@ -5,7 +5,6 @@ the primitives. What it returns, a :class:`Program`, is the jaxpr with these val
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from jaxprune._program import jaxpr as _jaxpr
 from jaxprune._program.atoms import Atoms, Axis, Merge
 from jaxprune._program.values import (
     DIFFERENT,
+    SAME,
     ZERO,
     Kinds,
     Program,
@@ -114,12 +114,9 @@ class Walk:
     def program(self, closed: Any, ins: Sequence[Value]) -> Program:
         """Walks a program whose inputs are these values."""
         jaxpr = closed.jaxpr
-        env = {
-            v: self.fresh(
-                v.aval.shape, full=True, const=True, entries=functools.partial(_itself, x)
-            )
-            for v, x in zip(jaxpr.constvars, closed.consts, strict=True)
-        }
+        pairs = zip(jaxpr.constvars, closed.consts, strict=True)
+        constant = {"full": True, "const": True}
+        env = {v: self.fresh(v.aval.shape, source=(None, x, 0), **constant) for v, x in pairs}
         env.update(zip(jaxpr.invars, ins, strict=True))
 
         def read(atom: Any) -> Value:
@@ -136,8 +133,8 @@ class Walk:
     def _literal(self, atom: Any) -> Value:
         is_number = not atom.aval.shape and not jnp.issubdtype(atom.aval.dtype, jax.dtypes.extended)
         known = float(np.asarray(atom.val).real) if is_number else None
-        entries = functools.partial(_itself, atom.val)
-        return self.fresh(atom.aval.shape, known=known, full=True, const=True, entries=entries)
+        shape, source = atom.aval.shape, (None, atom.val, 0)
+        return self.fresh(shape, known=known, full=True, const=True, source=source)
 
     def _step(self, eqn: Any, ins: list[Value]) -> Step:
         full = all(v.full for v in ins) and eqn.primitive.name != "random_bits"
@@ -146,9 +143,11 @@ class Walk:
         rule = self._rules.get(eqn.primitive.name)
         if const and not (rule and any(v.known is not None for v in ins)):
             ruling = Ruling([self.fresh(v.aval.shape) for v in eqn.outvars])
-            if rule and eqn.primitive.name == "broadcast_in_dim":  # the same along new axes
-                kinds = _ruled(rule(self, eqn, *ins)).outs[0].kinds
-                ruling = Ruling([dataclasses.replace(ruling.outs[0], kinds=kinds)])
+            if eqn.primitive.name == "broadcast_in_dim":  # it is the same along new axes
+                before = set(eqn.params["broadcast_dimensions"])
+                (out,) = ruling.outs
+                kinds = [DIFFERENT if i in before else SAME for i in range(len(out.axes))]
+                ruling = Ruling([Value(out.axes, tuple(kinds))])
         elif _jaxpr.inner(eqn):
             outs, programs = self._inner(eqn, ins)
             ruling = Ruling(outs)
@@ -162,14 +161,10 @@ class Walk:
             shapes = [getattr(v.aval, "shape", ()) for v in eqn.outvars]
             ruling = Ruling([self.pinned(shape, reason) for shape in shapes])
         if full:
-            outs = [dataclasses.replace(v, full=True, const=const) for v in ruling.outs]
-            entries = [v.entries for v in ins if v.entries is not None]
-            if const and len(entries) == len(ins):
-                constant = functools.partial(_jaxpr.constant, eqn, entries)
-                outs = [
-                    dataclasses.replace(v, entries=functools.partial(constant, n))
-                    for n, v in enumerate(outs)
-                ]
+            outs = [
+                Value(v.axes, v.kinds, v.known, full, const, (eqn, ins, n) if const else None)
+                for n, v in enumerate(ruling.outs)
+            ]
         else:
             outs = [v if v.full else self._named(v, eqn) for v in ruling.outs]
         return Step(eqn, ins, ruling._replace(outs=outs), programs)
@@ -298,10 +293,6 @@ class Walk:
         for out, v in zip(programs[-1].outs, expected, strict=True):
             self.unite(out, v)
         return programs
-
-
-def _itself(x: Any) -> Any:
-    return x
 
 
 def _ruled(found: list[Value] | Ruling) -> Ruling:

@@ -17,6 +17,7 @@ from jaxprune._program.values import (
     Value,
     View,
     either,
+    entries,
     same,
     simple,
     where_zero,
@@ -150,10 +151,10 @@ def _scatter(walk: Walk, eqn: Any, x: Value, at: Value, new: Value) -> Ruling:
 
 def _constant(at: Value) -> np.ndarray | None:
     """Returns indices that are a constant, such as a permutation of channels."""
-    if at.entries is None or math.prod(at.shape) > 1 << 16:
+    if not at.const or math.prod(at.shape) > 1 << 16:
         return None
     try:
-        return np.asarray(at.entries())
+        return np.asarray(entries(at))
     except Exception:  # an index of a device, say, which has no value while a program is traced
         return None
 
@@ -170,7 +171,7 @@ def _picked(eqn: Any, x: Value, at: Value) -> Ruling | None:
     axis, picks = x.axes[along[0]], picks[:, 0]
     if not ((picks >= 0) & (picks < len(axis))).all():
         return None
-    picked = x.map(lambda i, entries: entries[picks] if i in along else entries).pairs
+    picked = x.map(lambda i, axis: axis[picks] if i in along else axis).pairs
     (out,) = set(range(len(x.axes))) - set(d.offset_dims)
     order = dict(zip([*d.offset_dims, out], [*others, *along], strict=True))
     becomes = [[[o for o in order if order[o] == i] for i in range(len(x.axes))], [[], []]]
