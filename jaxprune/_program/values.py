@@ -86,10 +86,14 @@ def entries(value: Value) -> Any:
 
 def same(*kinds: Kinds) -> Kinds:
     """Returns the kinds of what is computed from slices of these kinds, unless it is zero."""
-    arrays = [k for k in kinds if type(k) is not int]
-    least = min((k for k in kinds if type(k) is int), default=SAME)
+    least, arrays = ZERO, []
+    for k in kinds:
+        if type(k) is not int:
+            arrays.append(k)
+        elif k < least:
+            least = k
     if least < 0 or not arrays:
-        return least if least < 0 else SAME
+        return least or SAME
     lowest = np.min(arrays, axis=0)
     number = np.unique(np.stack(arrays), axis=1, return_inverse=True)[1].reshape(-1) + 1
     return simple(np.where(lowest < 0, lowest, number))
@@ -97,8 +101,8 @@ def same(*kinds: Kinds) -> Kinds:
 
 def zeros(kinds: Sequence[Kinds], which: Callable[..., bool] = all) -> Any:
     """Returns whether all kinds, or any, are of zeros: for all indices, or for each of them."""
-    if all(type(k) is int for k in kinds):
-        return which(k == ZERO for k in kinds)
+    if all([type(k) is int for k in kinds]):  # in a list, as this is called for every axis
+        return not any(kinds) if which is all else ZERO in kinds
     function = np.logical_and if which is all else np.logical_or
     return functools.reduce(function, [np.equal(k, ZERO) for k in kinds])
 
