@@ -131,7 +131,7 @@ def joined(kinds: Sequence[Kinds], sizes: Sequence[int]) -> Kinds:
         return first
     parts, count = [], 0
     for k, size in zip(kinds, sizes, strict=True):
-        part = np.broadcast_to(np.asarray(k, np.int32), size)
+        part = np.broadcast_to(k, size)
         parts.append(np.where(part > 0, part + count, part))
         count = max(count, int(parts[-1].max(initial=0)))
     return simple(np.concatenate(parts))

@@ -226,8 +226,9 @@ def _merged_kinds(x: Value, factors: Sequence[int], free: Sequence[int]) -> Kind
     if len(free) > 1:
         return simple(np.where(zero, ZERO, DIFFERENT))
     place = np.arange(math.prod(shape)).reshape(shape).take([0], factors.index(free[0]))
-    kinds = np.where(grids[0] > 0, grids[0] * math.prod(shape) + place, grids[0])
-    return simple(kinds.reshape(-1))
+    kinds = np.where(grids[0] > 0, grids[0] * math.prod(shape) + place, grids[0]).reshape(-1)
+    number = np.unique(kinds, return_inverse=True)[1].reshape(-1) + 1  # else a product overflows
+    return simple(np.where(kinds > 0, number, kinds))
 
 
 def _sizes(shape: Sequence[int], axes: Sequence[int]) -> str:
