@@ -97,11 +97,16 @@ def _places(*keys: jax.Array) -> jax.Array:
     return jnp.zeros(len(order), jnp.int32).at[order].set(jnp.arange(len(order), dtype=jnp.int32))
 
 
-@jax.jit
 def _removed(order: Order, fractions: Any) -> jax.Array:
-    count = jnp.round(jnp.asarray(fractions) * order.counts).astype(jnp.int32)
-    bound = jnp.minimum(count, order.limits)[jnp.maximum(order.pool, 0)]
-    return (order.rank_in_pool < bound) & (order.pool >= 0)
+    with jax.enable_x64(True):  # or 0.7 of 45 units, rounded to float32, would be 32
+        return _removed_in_x64(order, fractions)
+
+
+@jax.jit
+def _removed_in_x64(order: Order, fractions: Any) -> jax.Array:
+    count = jnp.round(jnp.asarray(fractions, jnp.float64) * order.counts.astype(jnp.float64))
+    limits = jnp.minimum(count.astype(jnp.int32), order.limits)
+    return (order.rank_in_pool < limits[jnp.maximum(order.pool, 0)]) & (order.pool >= 0)
 
 
 def wanted(order: Order, fractions: Any) -> jax.Array:

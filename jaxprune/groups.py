@@ -207,7 +207,10 @@ class Groups(Shown):
             words = '"global", "layer", "isomorphic" or a dict of paths'
             raise ValueError(f"scope must be {words}, got {scope!r}.")
         pools = np.unique(kinds[scope], return_inverse=True)[1]
-        return pools, jnp.full(pools.max() + 1, _select.check_sparsity(sparsity), jnp.float32)
+        sparsity, count = _select.check_sparsity(sparsity), pools.max() + 1
+        if _tree.is_traced(sparsity):
+            return pools, jnp.full(count, sparsity)
+        return pools, np.full(count, sparsity)
 
     def costs(self, kept: np.ndarray, cost: str) -> float:
         """Returns the ``"params"`` or the ``"flops"`` of the network with some units kept.
