@@ -112,7 +112,7 @@ def _update(
     return apply_masks(moved, masks)
 
 
-@_loss.checked("woodfisher", examples=True, curvature=True)
+@_loss.checked("woodfisher", compiled=False, examples=True, curvature=True)
 def _inverses(
     loss: _loss.Loss, params: Params, *batch: Any, block: int, damping: float
 ) -> tuple[tuple[Params, Tree], Tree]:
@@ -121,9 +121,9 @@ def _inverses(
     count = len(jax.tree.leaves(batch)[0])
     outer = bool(jax.enable_x64.value)  # the loss runs as the caller has it
     with jax.enable_x64(True):
-        grow = functools.partial(_grow, loss, block, outer, params, batch)
+        grow = functools.partial(_grow, loss, block, outer)
         start = _start(block, params, damping)
-        inverses, largest = _loss.fold(grow, start, count, _tree.is_traced(params, batch))
+        inverses, largest = _loss.fold(grow, start, count, params, batch)
     return (params, inverses), largest
 
 
@@ -139,9 +139,8 @@ def _start(block: int, params: Params, damping: float) -> tuple[Tree, Tree]:
     return jax.tree.map(start, floats), jax.tree.map(lambda w: jnp.zeros((), w.dtype), floats)
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "block", "outer"), donate_argnames="state")
 def _grow(
-    loss: _loss.Loss, block: int, outer: bool, params: Params, batch: Tree, state: Any, i: jax.Array
+    loss: _loss.Loss, block: int, outer: bool, state: Any, i: jax.Array, params: Params, batch: Tree
 ) -> tuple[Tree, Tree]:
     """Adds one example to the inverses by the formula of Sherman and Morrison."""
     inverses, largest = state

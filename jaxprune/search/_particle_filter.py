@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _ranks, _select
+from jaxprune import _program, _ranks, _select
 from jaxprune._tree import Masks, Params
 from jaxprune.groups import Groups
 from jaxprune.masks import apply_masks
@@ -98,9 +98,11 @@ def particle_filter(
     first, *keys = jax.random.split(key, rounds + 1)
     kept = _repair(groups, jax.random.uniform(first, (particles, len(groups))), sparsity)
     state = _State(kept, kept[0], jnp.float32(jnp.inf))
-    numbers, errors = (sparsity, temperature, mutation), []
+    args, errors = ((sparsity, temperature, mutation), params, *batch), []
+    play = functools.partial(_round, loss, groups, batch_size)
+    play = _program.freeze(play, state, first, *args, donate=True)
     for key in keys:
-        state, scores, error = _round(loss, groups, batch_size, state, key, numbers, params, *batch)
+        state, scores, error = play(state, key, *args)
         errors.append(error)
     if not jnp.isfinite(state.least):
         raise ValueError(
@@ -116,7 +118,6 @@ class _State(NamedTuple):
     least: jax.Array  # shape=(), dtype=float32, the loss of the best
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "groups", "batch_size"))
 def _round(
     loss: Callable[..., jax.Array],
     groups: Groups,

@@ -60,12 +60,12 @@ def activation(
 
     def score(params: Params, *inputs: Any) -> jax.Array:
         _ranks.check_params(groups, params)
-        return _activation(apply_fn, groups, statistic, params, *inputs)
+        measure = functools.partial(_activation, apply_fn, groups, statistic)
+        return _program.freeze(measure, params, *inputs)(params, *inputs)
 
     return score
 
 
-@functools.partial(jax.jit, static_argnames=("apply_fn", "groups", "statistic"))
 def _activation(
     apply_fn: Callable[..., Any], groups: "Groups", statistic: str, params: Params, *inputs: Any
 ) -> jax.Array:

@@ -75,17 +75,16 @@ def taylor(
         _loss.check_examples("units.taylor", batch)
         params, batch = jax.tree.map(jnp.asarray, (params, batch))
         count = len(jax.tree.leaves(batch)[0])
-        add = functools.partial(_add, loss, groups, chosen, params, batch)
+        add = functools.partial(_add, loss, groups, chosen)
         zeros = jnp.zeros(len(groups), jnp.float32)
-        scores = _loss.fold(add, zeros, count, _tree.is_traced(params, batch)) / count
+        scores = _loss.fold(add, zeros, count, params, batch) / count
         return normalized(groups, scores, normalize)
 
     return score
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "groups", "gates"), donate_argnames="total")
 def _add(
-    loss: Loss, groups: "Groups", gates: Gates, params: Params, batch: Any, total: jax.Array, i: Any
+    loss: Loss, groups: "Groups", gates: Gates, total: jax.Array, i: Any, params: Params, batch: Any
 ) -> jax.Array:
     example = _loss.example(batch, i)
     return total + jnp.abs(derivatives("units.taylor", loss, groups, gates, params, *example))
@@ -125,7 +124,6 @@ def _producer(group: "Group", leaves: dict[str, Any]) -> tuple[tuple[str, int], 
     return tuple(gate)
 
 
-@functools.partial(jax.jit, static_argnames=("name", "loss", "groups", "gates"))
 def derivatives(
     name: str, loss: Loss, groups: "Groups", gates: Gates, params: Params, *batch: Any
 ) -> jax.Array:

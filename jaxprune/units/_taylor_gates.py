@@ -1,9 +1,10 @@
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jaxprune import _ranks
+from jaxprune import _program, _ranks
 from jaxprune._tree import Params, Where
 from jaxprune.units._taylor import derivatives, gates
 
@@ -51,6 +52,7 @@ def taylor_gates(
 
     def score(params: Params, *batch: Any) -> jax.Array:
         _ranks.check_params(groups, params)
-        return derivatives("units.taylor_gates", loss, groups, chosen, params, *batch) ** 2
+        gates = functools.partial(derivatives, "units.taylor_gates", loss, groups, chosen)
+        return _program.freeze(gates, params, *batch)(params, *batch) ** 2
 
     return score
