@@ -2,7 +2,7 @@
 
 A criterion is a function ``(loss, params, *batch) -> scores`` decorated with :func:`checked`. It
 differentiates with :func:`grad`, with respect to the floating leaves alone, and is compiled by
-:func:`compiled` or :func:`fold`, so that it follows what the loss closes over.
+:func:`checked` or :func:`fold`, so that it follows what the loss closes over.
 """
 
 import contextlib
@@ -25,8 +25,9 @@ def checked(
 ) -> Callable[..., Any]:
     """Returns a decorator that checks the arguments of a criterion before it is traced.
 
-    A criterion that is ``compiled`` runs as one program. With ``examples``, all arrays of the batch must have the examples along their first axis. With
-    ``curvature``, the criterion also returns the :func:`largest` curvature, which is checked here.
+    A criterion that is ``compiled`` runs as one program. With ``examples``, all arrays of the batch
+    must have the examples along their first axis. With ``curvature``, the criterion also returns
+    the :func:`largest` curvature, which is checked here.
     """
 
     def decorate(criterion: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,8 +54,8 @@ def check_callable(name: str, argument: str, fn: Any) -> None:
     """Raises a `TypeError` for anything else in place of a function of the params."""
     if not callable(fn):
         raise TypeError(
-            f"{name}: {argument} must be a function of (params, ...), got {type(fn).__name__}. Pass "
-            "the function itself; its arguments follow in a second call."
+            f"{name}: {argument} must be a function of (params, ...), got {type(fn).__name__}. "
+            "Pass the function itself; its arguments follow in a second call."
         )
 
 

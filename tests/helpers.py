@@ -1,5 +1,6 @@
 """What several test modules need: random arrays, a network, comparisons, meshes, processes."""
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -120,6 +121,22 @@ def python(*arguments, cwd=None, **environment):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+@contextlib.contextmanager
+def compilations():
+    """Yields a list that counts the programs compiled inside."""
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def removed(masks):

@@ -26,7 +26,7 @@ from jaxprune._program.cost import (
 )
 from jaxprune._program.cut import Cut, take
 from jaxprune._program.flat import Flat
-from jaxprune._program.frozen import freeze
+from jaxprune._program.frozen import freeze, inlined
 from jaxprune._program.jaxpr import bind, inner
 from jaxprune._program.structure import Structure, analyse, check_inputs, trace
 from jaxprune._program.uses import JOINED, SUBTRACTED, uses
@@ -34,7 +34,17 @@ from jaxprune._program.values import ProgramMismatch
 
 __all__ = (
     ["Contraction", "Cost", "Cut", "Flat", "Merge", "ProgramMismatch", "Structure", "analyse"]
-    + ["bind", "check_inputs", "contractions", "contractions_of_units", "freeze", "inner", "loops"]
-    + ["JOINED", "SUBTRACTED", "most_expensive", "take", "total", "trace", "uses"]
+    + ["bind", "check_inputs", "contractions", "contractions_of_units", "freeze", "inner"]
+    + [
+        "inlined",
+        "loops",
+        "JOINED",
+        "SUBTRACTED",
+        "most_expensive",
+        "take",
+        "total",
+        "trace",
+        "uses",
+    ]
     + ["warn_of_loops"]
 )

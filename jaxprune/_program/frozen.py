@@ -7,6 +7,8 @@ equations that are left are the static argument of one `jit`, compared by their 
 
     fn, args ──trace──▶ jaxpr ──┬─▶ arrays ─────────────────────────┐
                                 └─▶ Frozen (equations, key) ─▶ _run ◀┴── leaves of args
+
+Arrays in the program of a `jit` inside a loop or a branch stay there: other ones compile anew.
 """
 
 import functools
@@ -16,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxprune import _tree
 from jaxprune._program import jaxpr as _jaxpr
 
 
@@ -25,8 +28,33 @@ def freeze(fn: Callable[..., Any], *args: Any, donate: bool = False) -> Callable
     With ``donate``, the arrays of the first argument are donated. Inside a transformation, whose
     own program reads the closures, the function itself is returned.
     """
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args)):
+    if _tree.is_traced(args):
         return fn
+    frozen, consts, tree = _traced(fn, args)
+    if _tree.is_traced(consts):
+        return fn
+    consts = [_placed(x) for x in consts]
+
+    def run(*args: Any) -> Any:
+        first, *rest = ([_placed(x) for x in jax.tree.leaves(arg)] for arg in args)
+        leaves = (first, [], rest) if donate else ([], first, rest)
+        return tree.unflatten(_run(frozen, consts, *leaves))
+
+    return run
+
+
+def inlined(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function whose calls are inlined, for use in a loop of a function to freeze."""
+
+    def run(*args: Any) -> Any:
+        frozen, consts, tree = _traced(fn, args)
+        return tree.unflatten(frozen.evaluate(consts, jax.tree.leaves(args)))
+
+    return run
+
+
+def _traced(fn: Callable[..., Any], args: Any) -> tuple["Frozen", list[Any], Any]:
+    """Returns the equations, the arrays that they read, and the structure of the result."""
     tree: list[Any] = []
 
     def flat(*args: Any) -> list[Any]:
@@ -35,14 +63,8 @@ def freeze(fn: Callable[..., Any], *args: Any, donate: bool = False) -> Callable
         return leaves
 
     frozen = Frozen(_jaxpr.trace(flat, *args))
-    consts, frozen.consts = [_placed(x) for x in frozen.consts], []
-
-    def run(*args: Any) -> Any:
-        first, *rest = ([_placed(x) for x in jax.tree.leaves(arg)] for arg in args)
-        leaves = (first, [], rest) if donate else ([], first, rest)
-        return tree[0].unflatten(_run(frozen, consts, *leaves))
-
-    return run
+    consts, frozen.consts = frozen.consts, []
+    return frozen, consts, tree[0]
 
 
 def _placed(x: Any) -> Any:

@@ -44,7 +44,7 @@ def _uses(program: Frozen, values: list[_Value]) -> Iterator[tuple[int, str]]:
             result = ins[0]._replace(negative=ins[0].negative != (name == "neg"))
         elif programs := _jaxpr.inner(eqn):
             for inner in programs:
-                yield from _uses(Frozen(inner.jaxpr), [ins[i] for i in inner.operands])
+                yield from _uses(Frozen(inner), [ins[i] for i in inner.operands])
         else:
             for place, v in enumerate(ins):
                 if v.leaf is not None:

@@ -21,9 +21,9 @@ def synflow(apply_fn: Callable[..., Any]) -> Score:
     are made positive, except running means, which are set to zero: the leaves that the program only
     subtracts from values that depend on the inputs, as batch norm does. A leaf named ``mean``,
     ``running_mean``, ``moving_mean`` or ``average`` also counts as one if it meets only other
-    params, as in a batch norm that is written as one scale and one shift. Networks of linear layers, ReLU-like units and batch norm in inference mode
-    conserve the flow; GELU, softmax and LayerNorm do not. Use the scores in
-    :func:`jaxprune.select_iteratively`.
+    params, as in a batch norm that is written as one scale and one shift. Networks of linear
+    layers, ReLU-like units and batch norm in inference mode conserve the flow; GELU, softmax and
+    LayerNorm do not. Use the scores in :func:`jaxprune.select_iteratively`.
 
     Args:
       apply_fn: maps ``(params, *inputs)`` to outputs, in inference mode.

@@ -66,6 +66,7 @@ def oracle(
 
     def score(params: Params, *batch: Any) -> jax.Array:
         _ranks.check_params(groups, params)
+
         def measure(bar: int | None) -> jax.Array:
             return _program.freeze(compute, bar, params, *batch)(bar, params, *batch)
 

@@ -99,8 +99,8 @@ def particle_filter(
     kept = _repair(groups, jax.random.uniform(first, (particles, len(groups))), sparsity)
     state = _State(kept, kept[0], jnp.float32(jnp.inf))
     args, errors = ((sparsity, temperature, mutation), params, *batch), []
-    play = functools.partial(_round, loss, groups, batch_size)
-    play = _program.freeze(play, state, first, *args, donate=True)
+    fn = functools.partial(_round, loss, groups, batch_size)
+    play = _program.freeze(fn, state, first, *args, donate=True)
     for key in keys:
         state, scores, error = play(state, key, *args)
         errors.append(error)
@@ -132,7 +132,8 @@ def _round(
     sparsity, temperature, mutation = numbers
 
     def measure(kept: jax.Array) -> jax.Array:
-        value = loss(apply_masks(params, _ranks.masks_like(groups, kept, params)), *batch)
+        masked = apply_masks(params, _ranks.masks_like(groups, kept, params))
+        value = _program.inlined(loss)(masked, *batch)
         if jnp.shape(value):
             raise TypeError(
                 f"particle_filter: the loss must return one number, got {jax.typeof(value)}. "
