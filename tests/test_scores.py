@@ -1,14 +1,17 @@
 import functools
 
+import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import mesh, place, slow_unless
+from helpers import bits, mesh, place, slow_unless
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
+from jaxprune.scores import _synflow
 
 
 def apply_fn(params, x):
@@ -179,10 +182,67 @@ def test_synflow_without_flow_is_an_error():
         jp.scores.synflow(deep)([jnp.zeros((3, 3))], jnp.ones((1, 3)))
 
 
-def test_synflow_ignores_running_means():
-    f = lambda p, x: (x @ p["w"] - p["mean"]) @ p["v"]
-    p = {"w": jnp.ones((2, 2)), "v": jnp.ones((2, 1)), "mean": jnp.full((1, 2), 9.0)}
-    assert jp.scores.synflow(f)(p, jnp.ones((1, 2)))["w"].tolist() == [[0.5, 0.5], [0.5, 0.5]]
+def linen_norm():
+    net = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=True), nn.Dense(1)])
+    return net.apply, net.init(jax.random.key(0), jnp.ones((1, 2)))
+
+
+def haiku_norm():
+    def network(x, train):
+        return hk.Linear(1)(hk.BatchNorm(True, True, 0.9)(hk.Linear(3)(x), train))
+
+    net = hk.without_apply_rng(hk.transform_with_state(network))
+    params = net.init(jax.random.key(0), jnp.ones((1, 2)), True)
+    return (lambda p, x: net.apply(*p, x, False)[0]), params
+
+
+def written(norm, **shapes):
+    """A network around a norm of some leaves."""
+    shapes = {"w": (2, 3), "v": (3, 1), **shapes}
+    params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return (lambda p, x: norm(x @ p["w"], p) @ p["v"]), params
+
+
+def folded(x, p):
+    scale = jax.lax.rsqrt(p["variance"])
+    return x * scale + (p["b"] - p["mean"] * scale)
+
+
+def scanned(x, p):
+    return jax.lax.scan(lambda x, m: (jax.nn.relu(x - m[None]), None), x, p["m"])[0]
+
+
+ROW = (1, 3)
+RUNNING_MEANS = {  # a network with params, and the leaves that are running means
+    "linen": (linen_norm, {"batch_stats/layers_1/mean"}),
+    "haiku": (haiku_norm, {"1/batch_norm/~/mean_ema/average"}),
+    "minus": (lambda: written(lambda x, p: x - p["m"] + p["b"], m=ROW, b=ROW), {"m"}),
+    "plus the negative": (lambda: written(lambda x, p: x + -p["m"], m=ROW), {"m"}),
+    "scan": (lambda: written(scanned, m=(2, 3)), {"m"}),
+    "one scale and one shift": (
+        lambda: written(folded, b=ROW, mean=ROW, variance=ROW),
+        {"mean"},
+    ),
+    "an offset": (lambda: written(lambda x, p: x + p["mean"], mean=ROW), set()),
+    "a layer": (lambda: written(lambda x, p: x @ p["mean"], mean=(3, 3)), set()),
+    "a gate": (lambda: written(lambda x, p: x * (1.5 - p["m"]), m=ROW), set()),
+    "a residual": (lambda: written(lambda x, p: (1.5 * x - p["m"]) * p["m"], m=ROW), set()),
+}
+
+
+@pytest.mark.parametrize("name", RUNNING_MEANS)
+def test_synflow_zeroes_running_means(name):
+    make, expected = RUNNING_MEANS[name]
+    with jax.numpy_rank_promotion("allow"):  # of flax
+        f, params = make()
+        flat, structure = jax.tree_util.tree_flatten_with_path(params)
+        flat = {jax.tree_util.keystr(n, simple=True, separator="/"): w for n, w in flat}
+        x = jnp.ones((1, 2))
+        means = zip(flat, _synflow._running_means(f, params, (x,)), strict=True)
+        assert {n for n, is_mean in means if is_mean} == expected
+        changed = ([w + c * (n in expected) for n, w in flat.items()] for c in (0, 9))
+        before, after = (jp.scores.synflow(f)(structure.unflatten(c), x) for c in changed)
+        assert bits(before) == bits(after)
 
 
 def test_half_precision_products_do_not_underflow():

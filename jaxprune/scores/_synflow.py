@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxprune import _loss, _program, _tree
 from jaxprune._tree import Params, Score, Scores, Tree
 
-_MEANS = ("mean", "running_mean", "moving_mean", "average")  # in Flax, Equinox, Keras, Haiku
+_MEANS = ("mean", "mean_ema/average")  # in Flax, and running_mean, moving_mean; in Haiku
 
 
 def synflow(apply_fn: Callable[..., Any]) -> Score:
@@ -19,11 +19,11 @@ def synflow(apply_fn: Callable[..., Any]) -> Score:
     The scores are divided by the largest one. They are computed in float64, so that deep networks
     do not overflow; TPUs emulate float64 by two float32, with the range of one. All floating leaves
     are made positive, except running means, which are set to zero: the leaves that the program only
-    subtracts from values that depend on the inputs, as batch norm does. A leaf named ``mean``,
-    ``running_mean``, ``moving_mean`` or ``average`` also counts as one if it meets only other
-    params, as in a batch norm that is written as one scale and one shift. Networks of linear
-    layers, ReLU-like units and batch norm in inference mode conserve the flow; GELU, softmax and
-    LayerNorm do not. Use the scores in :func:`jaxprune.select_iteratively`.
+    subtracts from values that depend on the inputs, as batch norm does. A leaf whose name ends in
+    ``mean`` (``mean_ema/average`` in Haiku) also counts as one if it meets only other params, as in
+    a batch norm that is written as one scale and one shift. Networks of linear layers, ReLU-like
+    units and batch norm in inference mode conserve the flow; GELU, softmax and LayerNorm do not.
+    Use the scores in :func:`jaxprune.select_iteratively`.
 
     Args:
       apply_fn: maps ``(params, *inputs)`` to outputs, in inference mode.
@@ -104,7 +104,6 @@ def _running_means(apply_fn: Callable[..., Any], params: Params, inputs: Any) ->
     """Returns for every leaf whether the network only subtracts it from activations."""
     paths = [path for path, _ in _tree.named_leaves(params)]
     return [
-        uses == {_program.SUBTRACTED}
-        or (path.split("/")[-1] in _MEANS and _program.JOINED not in uses)
+        uses == {_program.SUBTRACTED} or (path.endswith(_MEANS) and _program.JOINED not in uses)
         for path, uses in zip(paths, _program.uses(apply_fn, params, inputs), strict=True)
     ]
