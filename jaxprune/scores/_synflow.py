@@ -104,6 +104,6 @@ def _running_means(apply_fn: Callable[..., Any], params: Params, inputs: Any) ->
     """Returns for every leaf whether the network only subtracts it from activations."""
     paths = [path for path, _ in _tree.named_leaves(params)]
     return [
-        uses == {_program.SUBTRACTED} or (path.endswith(_MEANS) and _program.JOINED not in uses)
-        for path, uses in zip(paths, _program.uses(apply_fn, params, inputs), strict=True)
+        not use.joined and (use.subtracted or path.endswith(_MEANS))
+        for path, use in zip(paths, _program.uses(apply_fn, params, inputs), strict=True)
     ]

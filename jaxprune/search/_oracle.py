@@ -60,6 +60,7 @@ def oracle(
       Molchanov et al, `Pruning Convolutional Neural Networks for Resource Efficient Inference
       <https://arxiv.org/abs/1611.06440>`_, 2016
     """
+    _loss.check_callable("search.oracle", "loss", loss)
     if not memory >= 0:
         raise ValueError(f"memory must be a number of bytes, 0 or more, got {memory!r}.")
     compute = functools.partial(_scores, loss, groups, absolute, float(memory))

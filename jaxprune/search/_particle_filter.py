@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _program, _ranks, _select
+from jaxprune import _loss, _program, _ranks, _select
 from jaxprune._tree import Masks, Params
 from jaxprune.groups import Groups
 from jaxprune.masks import apply_masks
@@ -82,6 +82,7 @@ def particle_filter(
       Anwar et al, `Structured Pruning of Deep Convolutional Neural Networks
       <https://arxiv.org/abs/1512.08571>`_, 2015
     """
+    _loss.check_callable("particle_filter", "loss", loss)
     for name, value in (("particles", particles), ("rounds", rounds), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jaxprune import _program, _ranks
+from jaxprune import _loss, _program, _ranks
 from jaxprune._tree import Params, Where
-from jaxprune.units._taylor import derivatives, gates
+from jaxprune.units._taylor import choose, derivatives, gates
 
 if TYPE_CHECKING:
     from jaxprune.groups import Groups
@@ -48,11 +48,13 @@ def taylor_gates(
       Molchanov et al, `Importance Estimation for Neural Network Pruning
       <https://arxiv.org/abs/1906.10771>`_, 2019
     """
-    chosen = gates(groups, where)
+    _loss.check_callable("units.taylor_gates", "loss", loss)
+    chosen = choose(groups, where)
 
     def score(params: Params, *batch: Any) -> jax.Array:
         _ranks.check_params(groups, params)
-        gates = functools.partial(derivatives, "units.taylor_gates", loss, groups, chosen)
-        return _program.freeze(gates, params, *batch)(params, *batch) ** 2
+        made = gates(groups, chosen, loss, params, batch)
+        derive = functools.partial(derivatives, "units.taylor_gates", loss, groups, made)
+        return _program.freeze(derive, params, *batch)(params, *batch) ** 2
 
     return score
