@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
-from jaxprune.scores import _synflow
+from jaxprune.scores import _fpgm, _synflow
 
 
 def apply_fn(params, x):
@@ -329,6 +329,41 @@ def test_fpgm_ranks_filters_by_their_distances(axis):
     assert scores["b"] is None
     summed = np.moveaxis(scores["w"], axis, 0).reshape(len(filters), -1).sum(1)
     np.testing.assert_allclose(summed, distances, rtol=1e-5)
+
+
+FILTERS = {  # arrays on which products of filters cancel, or are too many, or none
+    "near-duplicates beside a large one": lambda r: (
+        np.concatenate([1 + 1e-4 * r.normal(size=(31, 20)), 10 * r.normal(size=(1, 20))]).T
+    ),
+    "two clusters": lambda r: np.repeat([[1.0], [50.0]], 8, 0).T + 1e-3 * r.normal(size=(20, 16)),
+    "equal": lambda r: np.full((3, 4), 0.1),
+    "in several blocks": lambda r: r.normal(size=(3, 50)),
+    "one": lambda r: r.normal(size=(5, 1)),
+    "none": lambda r: np.zeros((5, 0)),
+    "empty": lambda r: np.zeros((0, 5)),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_fpgm_is_exact(name, monkeypatch):
+    monkeypatch.setattr(_fpgm, "_PAIRS", 500)  # ten of fifty filters at a time
+    w = FILTERS[name](np.random.default_rng(0)).astype(np.float32)
+    with jax.debug_nans(True):
+        scores = jp.scores.fpgm({"w": jnp.asarray(w), "v": jnp.ones((2, 2))})["w"]
+    assert scores.shape == w.shape
+    exact = w.astype(np.float64).T
+    sums = np.array([np.linalg.norm(exact - row, axis=1).sum() for row in exact])
+    rounding = 1e-7 * np.abs(exact).sum()
+    np.testing.assert_allclose(scores.sum(0), sums, rtol=2e-6, atol=rounding)
+    if len(w) and len(sums) > 10:
+        np.testing.assert_array_equal(np.argsort(sums)[:8], np.argsort(scores[0])[:8])
+
+
+@pytest.mark.optimized
+def test_fpgm_of_a_vocabulary_fits_memory():
+    w = jax.ShapeDtypeStruct((64, 50257), jnp.float32)
+    used = jax.jit(jp.scores.fpgm).lower(w).compile().memory_analysis()
+    assert used.temp_size_in_bytes < 40 * w.size
 
 
 def test_fpgm_removes_the_filter_in_the_middle():
