@@ -126,6 +126,12 @@ def fold(step: Callable[..., Any], carry: Any, count: int, *args: Any) -> Any:
     return functools.reduce(lambda carry, i: step(carry, i, *args), numbers, carry)
 
 
+def zeros(params: Params) -> Tree:
+    """Returns float32 zeros for floating leaves, sharded as they are."""
+    with jax.transfer_guard_host_to_device("allow"):  # of one zero
+        return _tree.map_floating(lambda w: jnp.zeros_like(w, jnp.float32), params)
+
+
 def largest(curvature: Tree) -> Tree:
     """Returns the largest absolute value of every leaf."""
     return jax.tree.map(lambda h: jnp.max(jnp.abs(h), initial=0), curvature)

@@ -28,11 +28,12 @@ def exact_sum(x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
         finite = jnp.isfinite(largest)
         shift = 46 - (x.size // max(largest.size, 1)).bit_length() - jnp.frexp(largest)[1]
         half, rest = _powers(shift)
-        scale = half.astype(jnp.float64) * rest
-        total = jnp.sum(jnp.round(x * scale), axes, keepdims=True) / scale
+        scale = half.astype(jnp.float64) * rest.astype(jnp.float64)
+        total = jnp.sum(jnp.round(x.astype(jnp.float64) * scale), axes, keepdims=True) / scale
 
         def special() -> jax.Array:  # a plain sum of NaN and infinities has no order either
-            return jnp.where(finite, total, jnp.sum(x, axes, keepdims=True))
+            plain = jnp.sum(x, axes, keepdims=True).astype(jnp.float64)
+            return jnp.where(finite, total, plain)
 
         total = jax.lax.cond(jnp.all(finite), lambda: total, special)
         return jnp.squeeze(total.astype(jnp.float32), axes)

@@ -366,7 +366,9 @@ def latency(
     if not sizes:
         raise ValueError("inputs: must have a first axis, the batch, got none that has.")
     batch = sizes[0]
-    first = jax.tree.map(lambda x: x[:1] if jnp.ndim(x) and len(x) == batch else x, inputs)
+    first = jax.tree.map(
+        lambda x: jax.lax.slice_in_dim(x, 0, 1) if jnp.ndim(x) and len(x) == batch else x, inputs
+    )
     jitted = {name: (jax.jit(apply_fn), params) for name, (apply_fn, params) in functions.items()}
     rows = []
     for size, args in {1: first, batch: inputs}.items():

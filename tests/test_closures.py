@@ -15,6 +15,7 @@ import jaxprune as jp
 
 PARAMS = normal({"a": (4, 6), "c": (6, 2)})
 X, Y = normal((3, 4), seed=1), normal((3, 2), seed=2)
+MASKS = jp.select(jp.scores.magnitude(PARAMS), 0.5)
 KEY = jax.random.key(0)
 
 
@@ -31,7 +32,7 @@ LOSSES = {  # all that take a loss: (loss) -> result
     },
     "woodfisher": lambda loss: jp.scores.woodfisher(loss, 4, 1e-3)(PARAMS, X, Y),
     "woodfisher_update": lambda loss: jp.scores.woodfisher_update(loss, 4, 1e-3)(
-        PARAMS, jp.select(jp.scores.magnitude(PARAMS), 0.5), X, Y
+        PARAMS, MASKS, X, Y
     ),
     "obd_hutchinson": lambda loss: jp.scores.obd_hutchinson(loss, 3)(PARAMS, KEY, X, Y),
     "units.taylor": lambda loss: jp.units.taylor(GROUPS, loss)(PARAMS, X, Y),

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune import _loss, _tree
 from jaxprune._tree import Params, Score, Scores, Tree
@@ -48,9 +49,8 @@ def fisher(loss: Callable[..., jax.Array]) -> Score:
 def _fisher(loss: _loss.Loss, params: Params, *batch: Any) -> tuple[Scores, Tree]:
     params, batch = jax.tree.map(jnp.asarray, (params, batch))
     count = len(jax.tree.leaves(batch)[0])
-    zeros = _tree.map_floating(lambda w: jnp.zeros_like(w, jnp.float32), params)
-    squares = _loss.fold(functools.partial(_add, loss), zeros, count, params, batch)
-    return _scores(params, squares, count)
+    squares = _loss.fold(functools.partial(_add, loss), _loss.zeros(params), count, params, batch)
+    return _scores(params, squares, jax.device_put(np.float32(count)))
 
 
 def _add(loss: _loss.Loss, squares: Tree, i: jax.Array, params: Params, batch: Tree) -> Tree:

@@ -115,7 +115,7 @@ def _obd(loss: _loss.Loss, params: Params, *batch: Any) -> _Checked:
 
         def second(i: jax.Array) -> jax.Array:
             basis = jax.tree.map(jnp.zeros_like, leaves)
-            basis[k] += index == i
+            basis[k] += (index == i).astype(basis[k].dtype)
             return jnp.sum(basis[k] * jax.tree.leaves(product(rebuild(basis)))[k])
 
         # One at a time: several in parallel are not faster on a CPU.
@@ -130,7 +130,7 @@ def _obd_hutchinson(
 ) -> _Checked:
     keys = jax.random.split(key, samples)
     params, batch = jax.tree.map(jnp.asarray, (params, batch))
-    zeros = [jnp.zeros_like(w, jnp.float32) for w in jax.tree.leaves(_tree.floating(params))]
+    zeros = jax.tree.leaves(_loss.zeros(params))
     total = _loss.fold(functools.partial(_add, loss), zeros, samples, params, keys, batch)
     estimate = functools.partial(_estimate, loss)
     args = params, total, samples, *batch

@@ -79,18 +79,22 @@ def _scores(
         [x if s is None else jnp.ones(s, jnp.float64) for s, x in zip(shapes, others, strict=True)]
     )
 
+    def wide(*args: Any) -> Any:  # params are float64, what the network closes over is not
+        with jax.numpy_dtype_promotion("standard"):
+            return apply_fn(*args)
+
     def positive(w: Any, is_mean: bool) -> Any:
         if not _tree.is_floating(w):
             return None
         w = jnp.abs(jnp.asarray(w, jnp.float64))
         return jnp.zeros_like(w) if is_mean else w
 
-    means = _running_means(apply_fn, params, inputs)
+    means = _running_means(wide, params, inputs)
     pairs = zip(jax.tree.leaves(params), means, strict=True)
     floats = _tree.rebuild(params, [positive(w, is_mean) for w, is_mean in pairs])
 
     def flow(floats: Tree) -> jax.Array:
-        outputs = jax.tree.leaves(apply_fn(_tree.merge(floats, params), *inputs))
+        outputs = jax.tree.leaves(wide(_tree.merge(floats, params), *inputs))
         sums = (jnp.sum(y.astype(jnp.float64)) for y in outputs if _tree.is_floating(y))
         return sum(sums, jnp.float64(0))
 

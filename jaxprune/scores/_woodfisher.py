@@ -122,7 +122,7 @@ def _inverses(
     outer = bool(jax.enable_x64.value)  # the loss runs as the caller has it
     with jax.enable_x64(True):
         grow = functools.partial(_grow, loss, block, outer)
-        start = _start(block, params, damping)
+        start = _start(block, params, jax.device_put(damping))
         inverses, largest = _loss.fold(grow, start, count, params, batch)
     return (params, inverses), largest
 

@@ -97,15 +97,19 @@ def particle_filter(
     sparsity = _select.check_sparsity(sparsity)
     _ranks.check_params(groups, params)
     first, *keys = jax.random.split(key, rounds + 1)
-    kept = _repair(groups, jax.random.uniform(first, (particles, len(groups))), sparsity)
-    state = _State(kept, kept[0], jnp.float32(jnp.inf))
+
+    def start(key: jax.Array, sparsity: Any) -> _State:
+        kept = _repair(groups, jax.random.uniform(key, (particles, len(groups))), sparsity)
+        return _State(kept, kept[0], jnp.float32(jnp.inf))
+
+    state = _program.freeze(start, first, sparsity)(first, sparsity)
     args, errors = ((sparsity, temperature, mutation), params, *batch), []
     fn = functools.partial(_round, loss, groups, batch_size)
     play = _program.freeze(fn, state, first, *args, donate=True)
     for key in keys:
         state, scores, error = play(state, key, *args)
         errors.append(error)
-    if not jnp.isfinite(state.least):
+    if not np.isfinite(jax.device_get(state.least)):
         raise ValueError(
             f"loss must be finite, got NaN or infinity for all {particles} particles in all "
             f"{rounds} rounds. Check it on the dense params, or remove fewer units."

@@ -126,7 +126,8 @@ def evaluate(
       The evaluated program; the numbers of its results; for each value and axis, the unit of each
       index, 0 for none; for each unit, whether the function keeps it separate, as the groups do.
     """
-    structure = _program.analyse(apply_fn, params, inputs, **options)
+    with jax.transfer_guard_host_to_device("allow"):  # of numbers that the walk computes with
+        structure = _program.analyse(apply_fn, params, inputs, **options)
     leaves = [groups.unit[path] for path, _ in _tree.named_leaves(params)]
     unit = structure.spread(leaves)
     separate = np.ones(len(groups) + 1, bool)

@@ -1,7 +1,6 @@
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _program
@@ -36,4 +35,4 @@ def flops(groups: "Groups") -> jax.Array:
     dense = _program.total(groups.terms, _program.Contraction.macs)
     left = _program.total(groups.terms, lambda c: c.macs(without))
     saved = 2 * (dense - np.broadcast_to(left, len(groups) + 1))
-    return jnp.asarray(saved[1:], jnp.float32)
+    return jax.device_put(saved[1:].astype(np.float32))

@@ -127,28 +127,32 @@ def _reduce(groups: "Groups", scores: Scores, how: str, where: Where | None) -> 
         _mesh.replicated(_sums.exact_sum(s, _tree.other_axes(jnp.ndim(s), axis)))
         for s, axis in ((leaves[path], axis) for path, axis, _ in members)
     ]
-    result, finite = _reduced(sums, slices, owner, how=how, count=len(groups))
+    placed = jax.device_put((slices, owner))
+    result, finite = _reduced(sums, *placed, how=how, count=len(groups))
     if not _tree.is_traced(finite) and not np.asarray(finite).all():
         path, *_ = members[int(np.argmin(finite))]
         raise ValueError(
             f"{_tree.show(path)}: scores must be finite, got NaN or infinity. Check the loss and "
             "the params, or leave it out with `jp.units.reduce(groups, scores, where=...)`."
         )
-    scored = np.bincount(owner, minlength=len(groups) + 1)[1:] > 0
-    return jnp.where(scored, result, jnp.inf)
+    return result
 
 
 def normalized(groups: "Groups", scores: jax.Array, how: str | None) -> jax.Array:
     """Divides the scores of each group by one number, if that is not 0; +inf remains."""
     if how is None:
         return scores
-    group, count = _ranks.group_of(groups), len(groups.groups)
+    return _normalized(scores, jax.device_put(_ranks.group_of(groups)), len(groups.groups), how)
+
+
+@functools.partial(jax.jit, static_argnames=("count", "how"))
+def _normalized(scores: jax.Array, group: jax.Array, count: int, how: str) -> jax.Array:
     total = jax.ops.segment_max if how == "max" else jax.ops.segment_sum
     scale = total(scores**2 if how == "l2" else scores, group, count)
     if how == "l2":
         scale = jnp.sqrt(scale)
     elif how == "mean":
-        scale = scale / np.bincount(group, minlength=count)
+        scale = scale / jnp.bincount(group, length=count).astype(jnp.float32)
     return scores / jnp.where((scale == 0) | (scale == jnp.inf), 1, scale)[group]
 
 
@@ -160,7 +164,8 @@ def _reduced(
     how: str,
     count: int,  # of units
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns one score per unit, and whether the scores of each array are finite."""
+    """Returns one score per unit, +inf without any, and whether those of each array are finite."""
+    members = jnp.bincount(owner, length=count + 1)[1:]
     totals = jax.ops.segment_sum(jnp.concatenate(sums), slices, len(owner))
     if how == "first":
         first = jnp.searchsorted(owner, jnp.arange(1, count + 1))
@@ -170,5 +175,7 @@ def _reduced(
     else:
         score = jax.ops.segment_sum(totals, owner, count + 1)[1:]
     if how == "mean":
-        score /= jnp.maximum(jnp.bincount(owner, length=count + 1)[1:], 1)
-    return score, jnp.stack([jnp.all(jnp.isfinite(s)) for s in sums])
+        score /= jnp.maximum(members, 1).astype(score.dtype)
+    return jnp.where(members > 0, score, jnp.inf), jnp.stack(
+        [jnp.all(jnp.isfinite(s)) for s in sums]
+    )

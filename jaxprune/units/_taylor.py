@@ -79,8 +79,9 @@ def taylor(
         count = len(jax.tree.leaves(batch)[0])
         made = gates(groups, chosen, loss, params, batch)
         add = functools.partial(_add, loss, groups, made)
-        zeros = jnp.zeros(len(groups), jnp.float32)
-        scores = _loss.fold(add, zeros, count, params, batch) / count
+        zeros = jax.device_put(np.zeros(len(groups), np.float32))
+        total = _loss.fold(add, zeros, count, params, batch)
+        scores = total / jax.device_put(np.float32(count))
         return normalized(groups, scores, normalize)
 
     return score
