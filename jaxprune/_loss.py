@@ -59,6 +59,15 @@ def check_callable(name: str, argument: str, fn: Any) -> None:
         )
 
 
+def check_groups(name: str, groups: Any) -> None:
+    """Raises a `TypeError` for anything else in place of groups."""
+    if not hasattr(groups, "groups") or not hasattr(groups, "unit"):
+        raise TypeError(
+            f"{name}: groups must come from `jp.find_groups`, got {type(groups).__name__}. Pass "
+            "them as the first argument."
+        )
+
+
 def of_floats(name: str, loss: Loss, params: Params, *batch: Any) -> tuple[Loss, Tree]:
     """Returns the loss as a function of the floating leaves, and these leaves."""
 

@@ -66,33 +66,6 @@ def test_counting_compiles_nothing():
     assert not compiled
 
 
-FUNCTION = lambda params, x: x
-WRONG = {  # an argument of a wrong kind, and the one line that is raised
-    "a function": (
-        lambda: jp.metrics.latency(FUNCTION, jnp.ones(3)),
-        "functions: must map names to pairs .*, got function",
-    ),
-    "functions without params": (
-        lambda: jp.metrics.latency({"a": FUNCTION, "b": 3}, jnp.ones(3)),
-        "got {'a': function, 'b': int}",
-    ),
-    "masks of numbers": (lambda: jp.metrics.sparsity({"w": jnp.ones(9)}), "w: masks must be bool"),
-    "a mask of text": (lambda: jp.metrics.sparsity({"w": "all"}), "w: masks must be .* got str"),
-    "params as masks": (
-        lambda: jp.metrics.summary({"w": jnp.ones(9)}, {"w": jnp.ones(9)}),
-        "w: masks must be bool",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_arguments_of_a_wrong_kind(name):
-    call, message = WRONG[name]
-    with pytest.raises(TypeError, match=message) as caught:
-        call()
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
-
-
 class Attention(nn.Module):
     @nn.compact
     def __call__(self, x):

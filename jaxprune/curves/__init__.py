@@ -66,6 +66,7 @@ def method(
       [[False  True]
        [ True False]]
     """
+    _loss.check_callable("method", "score", score)
 
     def prune(params, sparsity, key, train):
         params = train(params) if trained else params

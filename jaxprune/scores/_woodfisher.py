@@ -90,9 +90,11 @@ def woodfisher_update(
 
 def _check(block: int, damping: float) -> None:
     if not isinstance(block, int) or block < 1:
-        raise ValueError(f"woodfisher: block must be an integer of at least 1, got {block!r}.")
-    if not damping > 0:
-        raise ValueError(f"woodfisher: damping must be above 0, got {damping}: F may be singular.")
+        got = _tree.brief(block)
+        raise ValueError(f"woodfisher: block must be an integer of at least 1, got {got}.")
+    if not isinstance(damping, int | float) or not damping > 0:
+        got = _tree.brief(damping)
+        raise ValueError(f"woodfisher: damping must be a number above 0, got {got}.")
 
 
 def _score(loss: _loss.Loss, block: int, damping: float, params: Params, *batch: Any) -> Scores:
@@ -108,8 +110,7 @@ def _update(
     aligned = _tree.rebuild(params, _tree.align_masks(params, masks))
     params, inverses = _inverses(loss, params, *batch, block=block, damping=damping)
     with jax.enable_x64(True):
-        moved = _moved(block, params, aligned, inverses)
-    return apply_masks(moved, masks)
+        return _moved(block, params, aligned, inverses)
 
 
 @_loss.checked("woodfisher", compiled=False, examples=True, curvature=True)
@@ -187,7 +188,7 @@ def _moved(block: int, params: Params, masks: Masks, inverses: Tree) -> Params:
         weights, _ = jax.lax.fori_loop(0, weights.shape[1], remove, (weights, inverse))
         return _unblocked(weights, w).astype(w.dtype)
 
-    return jax.tree.map(move, params, inverses, masks)
+    return apply_masks(jax.tree.map(move, params, inverses, masks), masks)
 
 
 def _blocked(leaf: jax.Array, block: int, fill: Any = 0) -> jax.Array:

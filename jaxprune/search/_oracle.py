@@ -60,9 +60,11 @@ def oracle(
       Molchanov et al, `Pruning Convolutional Neural Networks for Resource Efficient Inference
       <https://arxiv.org/abs/1611.06440>`_, 2016
     """
+    _loss.check_groups("search.oracle", groups)
     _loss.check_callable("search.oracle", "loss", loss)
-    if not memory >= 0:
-        raise ValueError(f"memory must be a number of bytes, 0 or more, got {memory!r}.")
+    if not isinstance(memory, int | float) or not memory >= 0:
+        got = _tree.brief(memory)
+        raise ValueError(f"memory must be a number of bytes, 0 or more, got {got}.")
     compute = functools.partial(_scores, loss, groups, absolute, float(memory))
 
     def score(params: Params, *batch: Any) -> jax.Array:

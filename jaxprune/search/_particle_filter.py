@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _loss, _program, _ranks, _select
+from jaxprune import _loss, _program, _ranks, _select, _tree
 from jaxprune._tree import Masks, Params
 from jaxprune.groups import Groups
 from jaxprune.masks import apply_masks
@@ -82,14 +82,15 @@ def particle_filter(
       Anwar et al, `Structured Pruning of Deep Convolutional Neural Networks
       <https://arxiv.org/abs/1512.08571>`_, 2015
     """
+    _loss.check_groups("particle_filter", groups)
     _loss.check_callable("particle_filter", "loss", loss)
     for name, value in (("particles", particles), ("rounds", rounds), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature!r}.")
-    if not 0 <= mutation <= 1:
-        raise ValueError(f"mutation must be in [0, 1], got {mutation!r}.")
+            raise ValueError(f"{name} must be a positive integer, got {_tree.brief(value)}.")
+    if not isinstance(temperature, int | float) or not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {_tree.brief(temperature)}.")
+    if not isinstance(mutation, int | float) or not 0 <= mutation <= 1:
+        raise ValueError(f"mutation must be in [0, 1], got {_tree.brief(mutation)}.")
     if not len(groups):
         raise ValueError(
             f"groups must have at least one unit, got none; the table says why.\n{groups}"

@@ -56,6 +56,7 @@ def activation(
       Muralidharan et al, `Compact Language Models via Pruning and Knowledge Distillation
       <https://arxiv.org/abs/2407.14679>`_, 2024 (``mean_l2``; there with norms of head outputs)
     """
+    _loss.check_groups("units.activation", groups)
     _loss.check_callable("units.activation", "apply_fn", apply_fn)
     _tree.check_word("statistic", statistic, ("mean", "std", "mean_l2"))
 

@@ -3,7 +3,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from jaxprune import _program
+from jaxprune import _loss, _program
 
 if TYPE_CHECKING:
     from jaxprune.groups import Groups
@@ -27,6 +27,7 @@ def flops(groups: "Groups") -> jax.Array:
       >>> print(flops(groups))
       [10. 10. 10. 10.]
     """
+    _loss.check_groups("units.flops", groups)
     _program.warn_of_loops(groups.terms, stacklevel=2)
 
     def without(unit: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _mesh, _ranks, _sums, _tree
+from jaxprune import _loss, _mesh, _ranks, _sums, _tree
 from jaxprune._tree import Scores, Where
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def reduce(
     References:
       Li et al, `Pruning Filters for Efficient ConvNets <https://arxiv.org/abs/1608.08710>`_, 2016
     """
+    _loss.check_groups("units.reduce", groups)
     _tree.check_word("how", how, HOW)
     _tree.check_word("normalize", normalize, NORMS)
     if not is_per_unit(groups, scores):

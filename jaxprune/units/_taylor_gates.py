@@ -48,6 +48,7 @@ def taylor_gates(
       Molchanov et al, `Importance Estimation for Neural Network Pruning
       <https://arxiv.org/abs/1906.10771>`_, 2019
     """
+    _loss.check_groups("units.taylor_gates", groups)
     _loss.check_callable("units.taylor_gates", "loss", loss)
     chosen = choose(groups, where)
 
