@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _tree
+from jaxprune import _program, _tree
 from jaxprune._tree import Masks, Params
 from jaxprune.masks import apply_masks
 
@@ -57,7 +57,8 @@ def remove_dead(apply_fn: Callable[..., Any], params: Params, masks: Masks, *inp
     while changed:
         present = [n if m is None else m for n, m in zip(nonzero, aligned, strict=True)]
         with jax.enable_x64(True):  # in deep networks signals vanish in float32
-            alive = _alive(apply_fn, params, _tree.rebuild(params, present), inputs)
+            args = params, _tree.rebuild(params, present), inputs
+            alive = _program.freeze(functools.partial(_alive, apply_fn), *args)(*args)
         changed = False
         for i, a in enumerate(_tree.align(params, alive)):
             mask = True if aligned[i] is None else aligned[i]
@@ -74,7 +75,6 @@ def remove_dead(apply_fn: Callable[..., Any], params: Params, masks: Masks, *inp
     return result
 
 
-@functools.partial(jax.jit, static_argnames="apply_fn")
 def _alive(
     apply_fn: Callable[..., Any], params: Params, present: Masks, inputs: Sequence[Any]
 ) -> Masks:

@@ -34,7 +34,7 @@ RULES = {
     "regularizers": "_select masks scores groups optimizer",
     "movement": "_select masks scores groups",
     "gates": "_select masks scores groups",
-    "_dead": "_select masks",
+    "_dead": "_program _select masks",
     "recipes": "_select masks scores groups _dead",
     "_files": "_select _threshold",
     "_files.command_line": "_select metrics",

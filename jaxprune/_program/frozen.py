@@ -97,7 +97,7 @@ class Frozen:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Frozen) and self.key == other.key
+        return self is other or isinstance(other, Frozen) and self.key == other.key
 
     def _add(self, eqn: Any, ins: list[Any], count: int) -> range:
         """Adds an equation; returns the numbers of its results."""
