@@ -99,11 +99,13 @@ def _alive(
             # others in a sum. Biases are at most as large as the inputs.
             fan = jnp.maximum(jnp.sum(mask) / mask.shape[-1], 1) if mask.ndim > 1 else 1
             size = jnp.minimum(scale, 1) if mask.ndim < 2 else 1
-            return jnp.where(mask, jnp.where(given, w, size * random / fan), 0)
+            return jnp.where(mask, jnp.where(given, jnp.float64(w), size * random / fan), 0)
 
         def examples(x, key):
             random = jax.random.normal(key, jnp.shape(x), jnp.float64)
-            return jnp.where(given, x, scale * jnp.where(signed, random, jnp.abs(random)))
+            return jnp.where(
+                given, jnp.float64(x), scale * jnp.where(signed, random, jnp.abs(random))
+            )
 
         drawn = _tree.merge(_tree.map_floating(examples, inputs, input_keys), inputs)
 

@@ -17,6 +17,7 @@ import numpy as np
 from jaxprune import _mesh, _program, _tree
 from jaxprune._tree import Params, Tree
 
+CURRIED = "Pass the function itself; its arguments follow in a second call."
 Loss = Callable[..., jax.Array]  # (params, *batch) -> scalar
 
 
@@ -33,7 +34,7 @@ def checked(
     def decorate(criterion: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(criterion)
         def run(loss: Loss, params: Params, *batch: Any, **options: Any) -> Any:
-            check_callable(name, "loss", loss)
+            _tree.check_function(f"{name}: loss", loss, CURRIED)
             _tree.check_params(params)
             if examples:
                 check_examples(name, batch)
@@ -48,15 +49,6 @@ def checked(
         return run
 
     return decorate
-
-
-def check_callable(name: str, argument: str, fn: Any) -> None:
-    """Raises a `TypeError` for anything else in place of a function of the params."""
-    if not callable(fn):
-        raise TypeError(
-            f"{name}: {argument} must be a function of (params, ...), got {type(fn).__name__}. "
-            "Pass the function itself; its arguments follow in a second call."
-        )
 
 
 def check_groups(name: str, groups: Any) -> None:

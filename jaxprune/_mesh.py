@@ -32,6 +32,28 @@ def check_together(leaves: Iterable[tuple[str, Any]]) -> None:
             )
 
 
+def on_host(*trees: Any) -> bool:
+    """Returns whether NumPy can read all arrays where they are: each on one CPU device."""
+    return all(
+        not isinstance(x, jax.Array)
+        or (_is_on_one(x) and next(iter(x.devices())).platform == "cpu")
+        for x in jax.tree.leaves(trees)
+    )
+
+
+def on_one_device(arrays: Sequence[Any]) -> bool:
+    """Returns whether it is known that no array is sharded; all lie on the same devices."""
+    return all(
+        jax.device_count() == 1 if isinstance(x, jax.core.Tracer) else _is_on_one(x)
+        for x in arrays
+        if isinstance(x, jax.Array)
+    )
+
+
+def _is_on_one(x: jax.Array) -> bool:
+    return not isinstance(x, jax.core.Tracer) and len(x.sharding.device_set) == 1
+
+
 def check_held(path: str, like: Any) -> None:
     """Raises a `ValueError` that names an abstract leaf whose axes its mesh does not divide."""
     if isinstance(like, jax.ShapeDtypeStruct) and like.sharding is not None:
@@ -102,6 +124,13 @@ def read(x: Any) -> np.ndarray:
     return np.asarray(x)
 
 
+def place_all(arrays: Sequence[Any], likes: Sequence[Any]) -> list[Any]:
+    """Puts arrays where other ones lie, in one transfer where none is committed."""
+    if any(getattr(x, "committed", False) for x in likes):
+        return list(map(place, arrays, likes))
+    return jax.device_put(list(arrays))
+
+
 def place(array: Any, like: Any) -> Any:
     """Puts an array of the same shape on the devices of another one, which may be abstract."""
     if isinstance(like, jax.Array) and any(isinstance(x, jax.core.Tracer) for x in (like, array)):
@@ -110,4 +139,4 @@ def place(array: Any, like: Any) -> Any:
     # Where `like` is not committed to a device the array must not be: a jitted step that gets one
     # more committed array compiles a second time.
     sharding = getattr(like, "sharding", None) if getattr(like, "committed", True) else None
-    return array if sharding is None else jax.device_put(array, sharding)
+    return jax.device_put(array, sharding)

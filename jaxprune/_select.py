@@ -3,13 +3,13 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _mesh, _threshold, _tree, patterns
+from jaxprune import _mesh, _partition, _threshold, _tree, patterns
 from jaxprune import masks as _masks
 from jaxprune._tree import Masks, Params, Score, Scores, Select, Where
 
@@ -96,14 +96,15 @@ def select(
         sizes = [_cell_count(pattern, path, s.shape, s.dtype) for _, path, s, _ in chosen]
         shapes = [leaf.shape[stacked(path) :] for _, path, leaf, _ in chosen]
         keep = budget(scope, sparsity, paths, sizes, shapes, pattern.share or 1.0)
-        kept, bad = _largest(arrays, before, keep, pattern, pools)
-    if not _tree.is_traced(bad):
-        for count, path in zip(np.asarray(bad), paths, strict=True):
-            if count:
-                raise ValueError(
-                    f"{_tree.show(path)}: {count} scores are NaN or infinite. Check the loss and "
-                    "the params, or exclude this leaf with `where=lambda path, score: ...`."
-                )
+        if pattern is patterns.unstructured and _mesh.on_host(arrays, before, keep):
+            kept, finite = _partition.largest(*jax.device_get((arrays, before)), keep, pools)
+            kept = _mesh.place_all(kept, arrays)
+        else:
+            together = _mesh.on_one_device(arrays)
+            keep = keep if _tree.is_traced(keep, arrays) else jax.device_put(keep)
+            kept, finite = _largest(arrays, before, keep, pattern, pools, together)
+    if not _tree.is_traced(finite) and not jax.device_get(finite):
+        _raise_not_finite(paths, arrays, before)
     by_number = dict(zip(numbers, kept, strict=True))
     return _tree.rebuild(scores, [by_number.get(i) for i in range(len(leaves))])
 
@@ -118,35 +119,45 @@ def _cell_count(pattern: patterns.Pattern, path: str, shape: tuple[int, ...], dt
         ) from error
 
 
-@functools.partial(jax.jit, static_argnames=("pattern", "pools"))
+def _raise_not_finite(
+    paths: Sequence[str], scores: Sequence[jax.Array], within: Sequence[jax.Array | None]
+) -> NoReturn:
+    for path, s, m in zip(paths, scores, within, strict=True):  # noqa: B007
+        count = int(jnp.sum(~jnp.isfinite(s) if m is None else ~jnp.isfinite(s) & m))
+        if count:
+            break
+    raise ValueError(
+        f"{_tree.show(path)}: {count} scores are NaN or infinite. Check the loss and the params, "
+        "or exclude this leaf with `where=lambda path, score: ...`."
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("pattern", "pools", "one_device"))
 def _largest(
     scores: Sequence[jax.Array],
     within: Sequence[jax.Array | None],
     keep: jax.Array,
     pattern: patterns.Pattern,
     pools: tuple[int, ...],
+    one_device: bool,
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Returns the mask of every leaf, and how many of its competing cells are not finite.
+    """Returns the mask of every leaf, and whether all cells that compete are finite.
 
     ``pools`` holds the pool in which each leaf competes; ``keep`` how many cells each pool keeps.
     """
     pool = functools.partial(_mesh.automatic, pattern.pool)
-    cells = [pool(s).astype(jnp.float32) for s in scores]
+    dtype = _threshold.comparable(s.dtype for s in scores)
+    cells = [pool(s).astype(dtype) for s in scores]
     # A cell competes while any of its weights is left.
     competing = [None if m is None else pool(m).astype(bool) for m in within]
-    if pattern.limit is None:
-        kept, bad = _threshold.largest(cells, competing, keep, pools)
-    else:
+    allowed = competing
+    if pattern.limit is not None:
         share = keep / np.bincount(pools, [c.size for c in cells])
-        shares = [share[i] for i in pools]
         limit = functools.partial(_mesh.automatic, pattern.limit)
-        allowed = list(map(limit, cells, competing, shares))
-        kept, bad = _threshold.largest(cells, allowed, keep, pools)
-        # A limit drops NaN first: count also those that it did not let compete.
-        barred = [~a if m is None else m & ~a for a, m in zip(allowed, competing, strict=True)]
-        pairs = zip(cells, barred, strict=True)
-        bad += jnp.stack([jnp.sum(m & ~jnp.isfinite(c)) for c, m in pairs])
-    return [_spread(pattern, *x) for x in zip(scores, kept, within, strict=True)], bad
+        allowed = [limit(c, m, share[i]) for c, m, i in zip(cells, competing, pools, strict=True)]
+    kept = _threshold.largest(cells, allowed, keep, pools, one_device)
+    finite = _threshold.all_finite(cells, competing)  # a limit does not let NaN compete
+    return [_spread(pattern, *x) for x in zip(scores, kept, within, strict=True)], finite
 
 
 def _spread(
@@ -214,7 +225,9 @@ def budget(
     total = np.array(sizes, np.int64)
 
     def keep(sparsity: Any, n: np.ndarray) -> Any:
-        return n - xp.round(xp.asarray(sparsity, np.float64) * n).astype(np.int64)
+        return n - xp.round(xp.asarray(sparsity, np.float64) * n.astype(np.float64)).astype(
+            np.int64
+        )
 
     if isinstance(scope, Mapping):
         sparsity = xp.stack([xp.asarray(scope.get(p, sparsity), np.float64) for p in paths])

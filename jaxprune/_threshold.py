@@ -1,4 +1,4 @@
-r"""Finds the largest scores of a pytree exactly, without sorting, concatenating or gathering.
+r"""Finds the largest scores of a pytree exactly, without sorting or gathering.
 
 The bits of floats order like integers once the negative ones are reflected. The threshold that
 keeps the right number is found two bits at a time, from the top: each round counts the scores above
@@ -6,22 +6,29 @@ three candidates in one pass over the leaves, and needs one scalar sum across a 
 tie at the threshold are ranked by a hash of their index, found in the same way. The search ends as
 soon as the count is right.
 
+A program of many leaves must compile fast. XLA compiles equal kernels once, so what differs between
+leaves of one shape, their first index, is an operand and not a constant. On one device, the
+smallest leaves are copied to one array and count as one leaf.
+
 Shapes: ``g`` pools that compete separately, ``c`` candidates. Everything here is traced under
 ``jax.enable_x64(True)``, because counts exceed :math:`2^{31}`.
 """
 
+import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 _BITS = 2  # settled per round; more candidates a round cost more than the rounds they save
-_INFINITY = 0xFF800000  # the key of +inf
+_COPIED = 1 << 22  # at most so many scores are copied, or if that is more, every 16th
+_FEW = 4  # leaves are not worth a copy
 _INT32_END, UINT32_END = 2**31, 2**32  # from here on, counts and indices take 64 bits
 
 Marks = list[jax.Array]  # (c,) bool arrays of the shape of a leaf
@@ -32,25 +39,35 @@ def largest(
     scores: Sequence[jax.Array],
     within: Sequence[jax.Array | None],
     keep: jax.Array,
-    pool: tuple[int, ...],
-) -> tuple[list[jax.Array], jax.Array]:
+    pools: tuple[int, ...],
+    one_device: bool,
+) -> list[jax.Array]:
     """Marks the ``keep[g]`` largest scores of every pool; NaN counts as lowest.
 
     Args:
-      scores: float32 leaves, of any shapes.
+      scores: leaves of any shapes, all of the :func:`comparable` dtype.
       within: for each leaf, which scores compete; `None` for all of them.
       keep: shape (g,), int64; a number above that of the competing scores keeps them all.
-      pool: for each leaf, the pool in which it competes.
+      pools: for each leaf, the pool in which it competes.
+      one_device: whether all leaves lie on one device, so that it costs no gather to join them.
 
     Returns:
-      One bool array per leaf; the number of competing scores per leaf that are not finite.
+      One bool array per leaf.
     """
-    offsets = [0, *itertools.accumulate(s.size for s in scores)]
-    index_dtype = jnp.uint32 if offsets[-1] < UINT32_END else jnp.uint64
+    sizes = [s.size for s in scores]
+    offsets = [0, *itertools.accumulate(sizes)]
+    index = jnp.uint32 if offsets[-1] < UINT32_END else jnp.uint64
+    key_dtype = jnp.uint32 if scores[0].dtype == jnp.float32 else jnp.uint64
+    small = _small(sizes) if one_device and keep.size == 1 else []
+    large = [i for i in range(len(sizes)) if i not in small]
+    pool_of = np.array([pools[i] for i in large] + [0] * bool(small))
+    values, valid = [scores[i] for i in large], [within[i] for i in large]
+    if small:
+        values.append(jnp.concatenate([scores[i].ravel() for i in small]))
+        valid.append(_join_masks([within[i] for i in small], [sizes[i] for i in small]))
 
-    def total(counts: Sequence[jax.Array]) -> jax.Array:  # one (c,) per leaf -> (g, c)
-        zeros = jnp.zeros((*keep.shape, *counts[0].shape), jnp.int64)
-        return zeros.at[jnp.array(pool)].add(jnp.stack(counts))
+    def total(counts: jax.Array) -> jax.Array:  # (piece, c) -> (g, c)
+        return jnp.zeros((*keep.shape, *counts.shape[1:]), jnp.int64).at[pool_of].add(counts)
 
     def search(marks: Callable[..., Marks], dtype: Any, count: jax.Array) -> Sequence[jax.Array]:
         """Finds the largest threshold of each pool that still marks at least ``keep`` scores."""
@@ -61,8 +78,10 @@ def largest(
             candidates = low[:, None] + (steps[None] << shift.astype(dtype))
             # False, but XLA cannot see it: it would compute the keys and hashes of all leaves
             # before the loop and keep them, since they do not change.
-            never = count[0] < 0
-            counts = total([_count(marks(i, candidates[g], never)) for i, g in enumerate(pool)])
+            # The copy of the small leaves may be one of keys.
+            never = [count[0] < 0] * len(large) + [False] * bool(small)
+            marked = [marks(i, candidates[g], never[i]) for i, g in enumerate(pool_of)]
+            counts = total(jnp.stack([_count(m) for m in marked]))
             passed = jnp.sum(counts >= keep[:, None], axis=1)  # counts fall along c
             counts = jnp.concatenate([count[:, None], counts], axis=1)
             count = jnp.take_along_axis(counts, passed[:, None], axis=1)[:, 0]
@@ -76,35 +95,114 @@ def largest(
         return lax.while_loop(unsettled, narrow, start)[1:]
 
     def above(i: int, thresholds: jax.Array, never: Any) -> Marks:
-        key = ordered(jnp.where(never, 0, scores[i]), within[i])
-        return [key >= t for t in thresholds]
+        return _above(values[i], valid[i], thresholds, never)
 
     def kept(i: int, ranks: jax.Array, never: Any) -> Marks:
-        key = ordered(jnp.where(never, 0, scores[i]), within[i])
-        order = hashed(scores[i].shape, index_dtype(offsets[i]) + never)
-        tie, more = key == thresholds[pool[i]], key > thresholds[pool[i]]
-        return [more | (tie & (order >= rank)) for rank in ranks]
+        return _kept(values[i], valid[i], places[i], thresholds[pool_of[i]], ranks, never)
 
-    def competing(i: int) -> Marks:  # and those of them that are not finite
-        (valid,) = above(i, jnp.ones(1, jnp.uint32), False)
-        return [valid, valid & ~jnp.isfinite(scores[i])]
-
-    first = [_count(competing(i)) for i in range(len(scores))]
-    count = total(first)[:, 0]
+    competing = [v.size if w is None else jnp.sum(w) for v, w in zip(values, valid, strict=True)]
+    count = total(jnp.stack([jnp.asarray(n, jnp.int64) for n in competing]))
     keep = jnp.minimum(keep, count)
-    thresholds, count = search(above, jnp.uint32, count)
+    thresholds, count = search(above, key_dtype, count)
     thresholds = jnp.maximum(thresholds, 1)  # 0 is the key of scores that do not compete
-    ranks, count = search(kept, index_dtype, count)
-    masks = [kept(i, ranks[g][None], count[0] < 0)[0] for i, g in enumerate(pool)]
-    return masks, jnp.stack(first)[:, 1]
+    # Constants become part of a kernel, but the results of a branch do not.
+    firsts = lax.cond(
+        count[0] < 0,
+        lambda: [index(0) for _ in sizes],
+        lambda: [index(offset) for offset in offsets[:-1]],
+    )
+    places = [firsts[i] for i in large]
+    if small:
+        places.append(jnp.concatenate([firsts[i] + lax.iota(index, sizes[i]) for i in small]))
+    ranks, _ = search(kept, index, count)
+    masks = [
+        _kept(s, w, first, thresholds[g], ranks[g][None], False)[0]
+        for s, w, first, g in zip(scores, within, firsts, pools, strict=True)
+    ]
+    return masks
+
+
+def _small(sizes: Sequence[int]) -> list[int]:
+    """Lists the smallest of many leaves, as many as may be copied."""
+    room, small = max(sum(sizes) // 16, _COPIED), []
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__):
+        room -= sizes[i]
+        if room >= 0:
+            small.append(i)
+    return sorted(small) if len(small) > _FEW else []
+
+
+def _join_masks(masks: Sequence[jax.Array | None], sizes: Sequence[int]) -> jax.Array | None:
+    if all(m is None for m in masks):
+        return None
+    whole = zip(masks, sizes, strict=True)
+    return jnp.concatenate([jnp.ones(n, bool) if m is None else m.ravel() for m, n in whole])
+
+
+# Each is traced once for all leaves of one shape.
+@jax.jit
+def _above(s: jax.Array, within: jax.Array | None, keys: jax.Array, never: Any) -> Marks:
+    """Marks the scores that reach each key."""
+    key = ordered(jnp.where(never, 0, s), within)
+    return [key >= t for t in keys]
+
+
+@jax.jit
+def _kept(
+    s: jax.Array,
+    within: jax.Array | None,
+    first: jax.Array,
+    threshold: jax.Array,
+    ranks: jax.Array,
+    never: Any,
+) -> Marks:
+    """Marks the scores above a key, and of those with this key the ones that reach each rank.
+
+    ``first`` is the index of the first score, or the indices of all of them.
+    """
+    key, first = ordered(jnp.where(never, 0, s), within), first + jnp.asarray(never, first.dtype)
+    order = mix(first) if first.ndim else hashed(s.shape, first)
+    tie, more = key == threshold, key > threshold
+    return [more | (tie & (order >= rank)) for rank in ranks]
+
+
+def all_finite(scores: Sequence[jax.Array], within: Sequence[jax.Array | None]) -> jax.Array:
+    """Returns whether all scores that compete are finite."""
+    return functools.reduce(operator.and_, map(_all_finite, scores, within))
+
+
+@jax.jit
+def _all_finite(s: jax.Array, within: jax.Array | None) -> jax.Array:
+    finite = jnp.isfinite(s)
+    return jnp.all(finite if within is None else finite | ~within)
+
+
+def comparable(dtypes: Iterable[Any]) -> Any:
+    """Returns the dtype, float32 or float64, in which all scores keep their order.
+
+    Raises a `TypeError` for scores that neither of them holds.
+    """
+    wide = np.float32
+    for dtype in map(np.dtype, dtypes):
+        if dtype in (np.float64, np.int32, np.uint32):
+            wide = np.float64
+        elif dtype != np.float32 and dtype.itemsize > 2:
+            raise TypeError(
+                f"scores must be real numbers of at most 32 bits, or float64, got {dtype}. "
+                "Convert them with `scores.astype(jnp.float32)`."
+            )
+    return wide
 
 
 def ordered(scores: jax.Array, within: jax.Array | None) -> jax.Array:
-    """Maps float32 to uint32 in order: 0 for scores that do not compete, then NaN, -inf, …, inf."""
-    bits = lax.bitcast_convert_type(scores, jnp.uint32)
-    key = jnp.where(bits >> 31 == 1, -bits, bits | 0x80000000)  # -0.0 and 0.0 both give 0x80000000
-    key = jnp.where(key > _INFINITY, jnp.uint32(1), key)
-    return key if within is None else jnp.where(within, key, jnp.uint32(0))
+    """Maps floats to unsigned integers in order: 0 if they do not compete, NaN, -inf, …, inf."""
+    bits = jnp.finfo(scores.dtype).bits
+    unsigned = jnp.uint32 if bits == 32 else jnp.uint64
+    sign, infinity = unsigned(1 << (bits - 1)), jnp.array(jnp.inf, scores.dtype)
+    raw = lax.bitcast_convert_type(scores, unsigned)
+    key = jnp.where(raw >= sign, -raw, raw | sign)  # -0.0 and 0.0 have the same key
+    key = jnp.where(key > (lax.bitcast_convert_type(infinity, unsigned) | sign), unsigned(1), key)
+    return key if within is None else jnp.where(within, key, unsigned(0))
 
 
 def hashed(shape: tuple[int, ...], offset: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ that an ``nnx.State``, a dict and the containers of an optimizer fit each other.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -77,6 +78,18 @@ def check_word(name: str, word: Any, words: Sequence[Any]) -> None:
         raise ValueError(f"{name} must be one of {tuple(words)}, got {brief(word)}.")
 
 
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises a `ValueError` for a value that is not an integer of at least ``least``."""
+    if not hasattr(value, "__index__") or np.ndim(value) or operator.index(value) < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {brief(value)}.")
+
+
+def check_function(name: str, value: Any, fix: str) -> None:
+    """Raises a `TypeError` for a value that cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {type(value).__name__}. {fix}")
+
+
 def dtype(leaf: Any) -> Any:
     """Returns the dtype of an array, an abstract array or a Python scalar."""
     return leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
@@ -85,6 +98,11 @@ def dtype(leaf: Any) -> Any:
 def is_floating(leaf: Any) -> bool:
     """Returns whether a leaf is a floating-point array or scalar."""
     return jnp.issubdtype(dtype(leaf), jnp.floating)
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """Converts an array to float32, unless it is float64."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 def is_traced(*trees: Tree) -> bool:

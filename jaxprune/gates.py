@@ -79,8 +79,8 @@ def penalty(log_alpha: Params) -> jax.Array:
       2.0
     """
     shift = TEMPERATURE * math.log(-LOW / HIGH)
-    probabilities = [jax.nn.sigmoid(a - shift) for a in jax.tree.leaves(log_alpha)]
-    return sum((jnp.sum(p, dtype=jnp.float32) for p in probabilities), start=jnp.float32(0))
+    sums = [jnp.sum(jax.nn.sigmoid(_tree.wide(a) - shift)) for a in jax.tree.leaves(log_alpha)]
+    return sum(sums, start=jnp.float32(0))
 
 
 def masks(log_alpha: Params) -> Masks:

@@ -27,7 +27,7 @@ def apply(params: Params, scores: Scores, masks: Masks) -> Params:
 
     Gradient descent with learning rate :math:`\alpha` thus accumulates the score
     :math:`-\alpha \sum_t w \, \partial L / \partial \tilde w`, for kept and for masked weights. A
-    masked weight itself does not change.
+    masked weight itself does not change. Derivatives of such a training step are the true ones.
 
     Args:
       params: any pytree of arrays.
@@ -74,7 +74,9 @@ def _gate_jvp(primals, tangents):
     weights, _, mask = primals
     kept = jnp.where(mask, tangents[0], jnp.zeros_like(weights))
     moved = weights.astype(tangents[1].dtype) * tangents[1]
-    return _gate(*primals), kept + moved.astype(weights.dtype)
+    # Not by `_gate`: the derivative of this rule itself, as in meta-learning, is the true one.
+    masked = jnp.where(mask, weights, jnp.zeros_like(weights))
+    return masked, kept + moved.astype(weights.dtype)
 
 
 def masks(scores: Scores, threshold: float) -> Masks:
@@ -110,5 +112,5 @@ def penalty(scores: Scores) -> jax.Array:
       >>> print(penalty({"w": jnp.zeros(4), "b": None}))
       2.0
     """
-    sums = [jnp.sum(jax.nn.sigmoid(s), dtype=jnp.float32) for s in jax.tree.leaves(scores)]
+    sums = [jnp.sum(jax.nn.sigmoid(_tree.wide(s))) for s in jax.tree.leaves(scores)]
     return sum(sums, start=jnp.float32(0))

@@ -87,8 +87,7 @@ def rounds(fraction: float, count: int) -> list[float]:
       [0.2, 0.36, 0.488]
     """
     _select.check_sparsity(fraction, "fraction")
-    if count < 1:
-        raise ValueError(f"rounds: count must be at least 1, got {count}.")
+    _tree.check_count("rounds: count", count)
     return [1 - (1 - fraction) ** k for k in range(1, count + 1)]
 
 
@@ -130,6 +129,7 @@ def iterative(
       ValueError: for sparsities outside [0, 1) or not in ascending order. A round raises it if
         ``train`` or ``restart`` returns params of another structure or shape, or if masked weights
         are not zero after ``train``.
+      TypeError: if ``train`` or ``score`` is not a function.
 
     Examples:
       >>> def train(params, masks):  # your code: some steps under `jp.enforce(optimizer, masks)`
@@ -153,6 +153,8 @@ def iterative(
     for low, high in itertools.pairwise(steps):
         if not low < high:
             raise ValueError(f"iterative: sparsities must be ascending, got {high} after {low}.")
+    _tree.check_function("iterative: train", train, "Pass a function of params and masks.")
+    _tree.check_function("iterative: score", score, "Pass `jp.scores.magnitude`, not its result.")
     _tree.check_params(last.params)
 
     def iterate(last: Round) -> Iterator[Round]:  # a generator: it checks nothing when called

@@ -81,6 +81,7 @@ def group_lasso(groups: Groups, strength: float) -> optax.GradientTransformation
     Raises:
       ValueError: for groups without units; in ``init`` for params of other paths or shapes; in
         ``update`` without params.
+      TypeError: for groups of another kind.
 
     Examples:
       >>> params = {"in": jnp.array([[3.0, 0.0]]), "out": jnp.array([[4.0], [0.0]])}
@@ -98,6 +99,11 @@ def group_lasso(groups: Groups, strength: float) -> optax.GradientTransformation
       Wen et al, `Learning Structured Sparsity in Deep Neural Networks
       <https://arxiv.org/abs/1608.03665>`_, 2016
     """
+    if not isinstance(groups, Groups):
+        raise TypeError(
+            f"group_lasso: groups must be Groups, got {type(groups).__name__}. Pass what "
+            "`jp.find_groups(apply_fn, params, *inputs)` returns."
+        )
     if not len(groups):
         raise ValueError(
             f"group_lasso: groups must have at least one unit, got none. All are pinned:\n{groups}"
@@ -114,6 +120,7 @@ def group_lasso(groups: Groups, strength: float) -> optax.GradientTransformation
 
         def term(path, w):
             factors = [jnp.expand_dims(inverse[unit], axes) for unit, axes in _slices(groups, path)]
+            factors = [factor.astype(w.dtype) for factor in factors]
             return w * sum(factors) if factors else None
 
         return _add(updates, params, term), state
@@ -166,8 +173,7 @@ def growing(
       Wang et al, `Neural Pruning via Growing Regularization
       <https://arxiv.org/abs/2012.09243>`_, 2021
     """
-    if every < 1:
-        raise ValueError(f"growing: every must be at least 1, got {every}.")
+    _tree.check_count("growing: every", every)
 
     def init(params):
         return GrowingState(jnp.zeros((), jnp.int32), copy_masks(params, masks))
@@ -175,10 +181,14 @@ def growing(
     def update(updates, state, params=None, **extra_args):
         check_given(params, "growing")
         entries = {path: mask for path, _, mask in _tree.match(params, state.masks)}
-        factor = jnp.minimum(growth * (1 + state.count // every), limit)
+        factor = jnp.minimum(growth * (1 + state.count // every).astype(jnp.float32), limit)
 
         def term(path, w):
-            return None if entries[path] is None else jnp.where(entries[path], 0.0, factor * w)
+            return (
+                None
+                if entries[path] is None
+                else jnp.where(entries[path], 0.0, factor.astype(w.dtype) * w)
+            )
 
         state = GrowingState(optax.safe_increment(state.count), state.masks)
         return _add(updates, params, term), state
@@ -198,10 +208,11 @@ def _inverse_norms(groups: Groups, params: Params) -> jax.Array:
     squares = jnp.zeros(len(groups) + 1)
     for path, w in _tree.named_leaves(params):
         for unit, others in _slices(groups, path):
-            square = jnp.sum(jnp.square(w.astype(jnp.float32)), others)
+            square = jnp.sum(jnp.square(_tree.wide(w)), others)
             squares = squares.at[unit].add(_mesh.replicated(square))
-    squares = squares.at[0].set(0.0)
-    return jnp.where(squares > 0, jax.lax.rsqrt(squares), 0.0)
+    positive = (squares > 0).at[0].set(False)
+    # At zero `rsqrt` has no derivative, which `where` would multiply by 0, to NaN.
+    return jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, squares, 1.0)), 0.0)
 
 
 def _add(
@@ -211,6 +222,6 @@ def _add(
     entries = zip(_tree.named_leaves(updates), _tree.align(updates, params, "params"), strict=True)
     leaves = []
     for (path, g), w in entries:
-        gradient = term(path, w) if _tree.is_floating(w) else None
+        gradient = term(path, _tree.wide(w)) if _tree.is_floating(w) else None
         leaves.append(g if gradient is None else g + gradient.astype(g.dtype))
     return _tree.rebuild(updates, leaves)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune import _tree
 from jaxprune._select import check_sparsity
 
 
@@ -71,8 +72,7 @@ def stepwise(final: float, begin: int, end: int, steps: int) -> optax.Schedule:
       >>> [float(schedule(i)) for i in (1, 2, 9, 10)]
       [0.0, 0.25, 0.25, 0.5]
     """
-    if steps < 2:
-        raise ValueError(f"stepwise: steps must be at least 2, got {steps}. Use `one_shot` for 1.")
+    _tree.check_count("stepwise: steps", steps, least=2)
     t = _progress("stepwise", final, begin, end)
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:

@@ -95,3 +95,22 @@ def test_notices_a_change():
 
     with pytest.raises(ValueError, match="apply_fn must return the same output"):
         remove_dead(apply_fn, params, masks, jnp.ones((1, 2)))
+
+
+def test_follows_what_the_network_closes_over():
+    params = {"in": jnp.ones((2, 2)), "out": jnp.ones((2, 1))}
+    masks = {"in": jnp.ones((2, 2), bool), "out": jnp.ones((2, 1), bool)}
+    gate = {"open": jnp.array([1.0, 1.0])}
+    apply_fn = lambda p, x: (jax.nn.relu(x @ p["in"]) * gate["open"][None]) @ p["out"]
+    assert remove_dead(apply_fn, params, masks, jnp.ones((1, 2)))["in"].all()
+    gate["open"] = jnp.array([1.0, 0.0])
+    assert remove_dead(apply_fn, params, masks, jnp.ones((1, 2)))["in"][0].tolist() == [True, False]
+
+
+def test_strict_settings():
+    params = {"in": jnp.ones((2, 3)), "out": jnp.ones((3, 1))}
+    masks = {"in": jnp.ones((2, 3), bool), "out": jnp.ones((3, 1), bool).at[1].set(False)}
+    apply_fn = lambda p, x: jax.nn.relu(x @ p["in"]) @ p["out"]
+    with jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+        alive = remove_dead(apply_fn, params, masks, jnp.ones((1, 2)))
+    assert alive["in"].any(0).tolist() == [True, False, True]

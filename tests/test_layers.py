@@ -16,10 +16,11 @@ GROUND = set("_tree _mesh _sums _table _progress _atomic".split())
 # function counts: it only hides a cycle. One under TYPE_CHECKING does not: it never runs.
 RULES = {
     "_threshold": "",
+    "_partition": "_threshold",
     "_ranks": "",
     "patterns": "_threshold",
     "masks": "_files",
-    "_select": "_threshold _ranks patterns masks",
+    "_select": "_partition _threshold _ranks patterns masks",
     "schedules": "_select",
     "_loss": "_program",
     "scores": "_loss _program masks",

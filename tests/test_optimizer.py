@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 from helpers import equal, explicit_and_slowly_auto, mesh, normal, python, slow_unless
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
@@ -99,6 +99,7 @@ WRAPPERS = {
         {"x": tx, "y": optax.sgd(0.1)}, {"w": "x", "b": "y", "v": "x", "none": None}
     ),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "schedule_free": lambda tx: optax.contrib.schedule_free(tx, 1e-2),
 }
 
 
@@ -197,6 +198,57 @@ def test_gradual_leaves_all_to_its_score():
     for _ in range(2):
         _, state = tx.update(params, state, params)
     assert (jp.get_masks(state) == pattern(score(params), 0.5)).all()
+
+
+EVERY = functools.partial(jp.select, where=lambda path, score: True)
+SCORES = {  # of params alone
+    "magnitude": jp.scores.magnitude,
+    "slimming": jp.scores.slimming,
+    "fpgm": jp.scores.fpgm,
+    "lamp": jp.scores.lamp,
+    "all but one": lambda params: jp.scores.magnitude(params | {"w": None}),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_gradual_asks_its_score_which_leaves_have_masks(name):
+    params = normal({"w": (4, 4), "scale": (4,), "v": (4, 4)}) | {"none": None, "step": 1}
+    tx = jp.gradual(optax.sgd(0.0), SCORES[name], jp.schedules.one_shot(0.5), select=EVERY)
+    start = tx.init(params)
+    _, state = tx.update(params, start, params)
+    assert jax.tree.structure(state) == jax.tree.structure(start)
+    assert equal(state.masks, EVERY(SCORES[name](params), 0.5))
+
+
+def test_gradual_keeps_leaves_that_a_score_of_a_batch_leaves_out():
+    params = normal({"w": (4, 4), "scale": (4,)})
+    score = lambda params, x: {"w": None, "scale": x * params["scale"]}
+    tx = jp.gradual(optax.sgd(0.0), score, jp.schedules.one_shot(0.5), select=EVERY)
+    _, state = tx.update(params, tx.init(params), params, batch=(2.0,))
+    assert state.masks["w"].all() and state.masks["scale"].sum() == 2
+
+
+@pytest.mark.parametrize("begin", [0, 2])
+def test_gradual_prunes_from_the_begin_of_its_grid(begin):
+    schedule, params = jp.schedules.linear(0.5, begin=2, end=12), jnp.arange(40.0).reshape(2, 20)
+    tx = jp.gradual(optax.sgd(0.0), jp.scores.magnitude, schedule, every=4, begin=begin)
+    state, steps = tx.init(params), []
+    for i in range(15):
+        before, (_, state) = state, tx.update(params, state, params)
+        steps += [i] if (state.masks != before.masks).any() else []
+    assert steps == {0: [4, 8, 12], 2: [6, 10, 12]}[begin]
+
+
+def test_gradual_prunes_again_after_set_masks():
+    params = jnp.arange(8.0).reshape(2, 4)
+    tx = jp.gradual(optax.sgd(0.0), jp.scores.magnitude, jp.schedules.linear(0.5, 0, 2))
+    state = tx.init(params)
+    for _ in range(4):
+        _, state = tx.update(params, state, params)
+    pruned = state.masks
+    state = jp.set_masks(state, jnp.ones((2, 4), bool).at[1, 3].set(False))
+    _, state = tx.update(params, state, params)
+    assert state.masks.sum() == 4 and not state.masks[1, 3] and pruned[1, 3]
 
 
 def test_gradual_hands_the_batch_to_a_data_driven_score():
@@ -333,36 +385,62 @@ def test_bad_input_is_named():
         jp.get_masks(optax.sgd(0.1).init(params))
     with pytest.raises(ValueError, match="v: masks must keep `None`"):
         jp.set_masks(tx.init(params), {**masks, "v": None})
-    with pytest.raises(ValueError, match="gradual: every must be at least 1, got 0"):
-        jp.gradual(optax.sgd(0.1), jp.scores.magnitude, jp.schedules.one_shot(0.5), every=0)
+    sgd, score, schedule = optax.sgd(0.1), jp.scores.magnitude, jp.schedules.one_shot(0.5)
+    for every in (0, 1.5):
+        with pytest.raises(
+            ValueError, match=f"every must be an integer of at least 1, got {every}"
+        ):
+            jp.gradual(sgd, score, schedule, every=every)
+    for message, kinds in {
+        "inner must be a gradient transformation, got <function sgd": (optax.sgd, score, schedule),
+        "score must be a function, got dict": (sgd, masks, schedule),
+        "schedule must be a function, got float": (sgd, score, 0.5),
+        "select must be a function, got str": (sgd, score, schedule, 1, "layer"),
+    }.items():
+        with pytest.raises(TypeError, match=f"gradual: {message}"):
+            jp.gradual(*kinds)
+    with pytest.raises(ValueError, match="begin must be an integer of at least 0, got -1"):
+        jp.gradual(sgd, score, schedule, begin=-1)
+    with pytest.raises(TypeError, match="enforce: inner must be a gradient transformation"):
+        jp.enforce(optax.sgd, masks)
 
 
-LINKS = {  # (2, 8, 4) params; a new link adds one row here
-    "enforce": jp.enforce(optax.adam(1.0), lambda p: jp.select(jp.scores.magnitude(p), 0.5)),
-    "enforce a tree": jp.enforce(optax.adam(1.0), np.arange(64).reshape(2, 8, 4) < 32),
-    "gradual": jp.gradual(optax.adam(1.0), jp.scores.magnitude, jp.schedules.linear(0.5, 0, 9)),
+def train(tx, steps=20):
+    params, x = normal({"w": (8, 8), "b": (8,)}), normal((8,), seed=1)
+    loss = lambda p: jnp.sum((jnp.tanh(p["w"]) @ x + p["b"] - 1) ** 2)
+    state, average = tx.init(params), params
+    for _ in range(steps):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+        average = optax.incremental_update(params, average, 0.1)
+    return params, average, state
+
+
+PRUNING = {
+    "gradual": lambda tx: jp.gradual(tx, jp.scores.magnitude, jp.schedules.linear(0.5, 2, 6)),
+    "enforce": lambda tx: jp.enforce(tx, lambda p: jp.select(jp.scores.magnitude(p), 0.5)),
 }
 
 
-@pytest.mark.parametrize("name", LINKS)
-def test_link_inits_on_shapes(name):
-    state = LINKS[name].init(jax.ShapeDtypeStruct((2, 8, 4), jnp.float32))
-    assert jp.get_masks(state).shape == (2, 8, 4)
+@pytest.mark.parametrize("name", PRUNING)
+def test_evaluated_params_of_schedule_free_are_pruned(name):
+    evaluate = optax.contrib.schedule_free_eval_params
+    schedule_free = optax.contrib.schedule_free_adamw(1e-2, weight_decay=0.1)
+    params, _, state = train(PRUNING[name](schedule_free))
+    masks = jp.get_masks(state)
+    assert pruned_are_zero(params, masks) and pruned_are_zero(evaluate(state.inner, params), masks)
 
 
-@pytest.mark.parametrize("name", LINKS)
-def test_link_keeps_types_and_explicit_shardings(name):
-    tx = LINKS[name]
-    devices = mesh(AxisType.Explicit, x=8)
-    with jax.set_mesh(devices):
-        sharding = NamedSharding(devices, P(None, "x"))
-        params = jnp.zeros((2, 8, 4), jnp.float16, out_sharding=sharding)
-        state = tx.init(params)
-        types = jax.tree.map(jax.typeof, state)
-        assert jp.get_masks(state).sharding.is_equivalent_to(sharding, 3)
-        assert jax.tree.map(jax.typeof, jax.jit(tx.init)(params)) == types
-        assert jax.tree.map(jax.typeof, tx.update(params, state, params)[1]) == types
-        assert jax.tree.map(jax.typeof, jax.jit(tx.update)(params, state, params)[1]) == types
+def test_averages_keep_what_gradual_prunes_until_they_are_masked():
+    """What the docstring says of weights that the link does not see."""
+    adam, schedule_free = optax.adam(1e-2), optax.contrib.schedule_free
+    params, average, state = train(schedule_free(PRUNING["gradual"](adam), 1e-2))
+    evaluated = optax.contrib.schedule_free_eval_params(state, params)
+    _, average, state = train(PRUNING["gradual"](adam))
+    masks = jp.get_masks(state)
+    for copy in (params, evaluated, average):
+        assert not pruned_are_zero(copy, masks)
+        assert pruned_are_zero(jp.apply_masks(copy, masks), masks)
 
 
 def test_lookahead_keeps_its_fast_params_pruned():
@@ -375,6 +453,44 @@ def test_lookahead_keeps_its_fast_params_pruned():
         updates, state = tx.update(grads, state, both)
         both = optax.apply_updates(both, updates)
         assert pruned_are_zero(both.fast, masks) and pruned_are_zero(both.slow, masks)
+
+
+def test_lookahead_mixes_in_what_gradual_prunes():
+    params, grads = problem()
+    schedule = jp.schedules.one_shot(0.5, begin=1)
+    tx = optax.lookahead(jp.gradual(optax.sgd(1e-2), jp.scores.magnitude, schedule), 3, 0.5)
+    both = optax.LookaheadParams.init_synced(params)
+    state, pruned = tx.init(both), []
+    for _ in range(3):
+        updates, state = tx.update(grads, state, both)
+        both = optax.apply_updates(both, updates)
+        pruned.append(pruned_are_zero(both.fast, jp.get_masks(state)))
+    assert pruned == [True, True, False]
+
+
+def test_value_from_state_is_that_before_pruning():
+    loss = lambda p: jnp.sum((p - jnp.arange(8.0).reshape(2, 4)) ** 2)
+    schedule = jp.schedules.one_shot(0.5, begin=2)
+    tx = jp.gradual(optax.lbfgs(), jp.scores.magnitude, schedule)
+    params, same = jnp.ones((2, 4)), []
+    state, from_state = tx.init(params), optax.value_and_grad_from_state(loss)
+    for _ in range(4):
+        value, grad = from_state(params, state=state)
+        same.append(bool(jnp.allclose(value, loss(params), atol=1e-5)))
+        value, grad = jax.value_and_grad(loss)(params)
+        extra = {"value": value, "grad": grad, "value_fn": loss}
+        updates, state = tx.update(grad, state, params, **extra)
+        params = optax.apply_updates(params, updates)
+    assert same == [True, True, True, False]
+
+
+def test_functions_and_trees_of_masks_are_told_apart():
+    params = equinox()
+    select = lambda p: jp.select(jp.scores.magnitude(p), 0.5)
+    masks = select(params)
+    given = [masks, select, jax.jit(select), eqx.filter_jit(select), jax.tree_util.Partial(select)]
+    for argument in given:
+        assert equal(jp.enforce(optax.sgd(0.1), argument).init(params).masks, masks)
 
 
 def test_importing_and_building_links_starts_no_backend():

@@ -129,8 +129,10 @@ def test_iterative_before_training_and_with_groups():
 def test_rounds_remove_a_fraction_of_what_is_left():
     np.testing.assert_allclose(recipes.rounds(0.2, 3), [0.2, 0.36, 0.488])
     np.testing.assert_allclose(recipes.rounds(1 - (1 - 0.9) ** (1 / 4), 4)[-1], 0.9)
-    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="count must be an integer of at least 1, got 0"):
         recipes.rounds(0.2, 0)
+    with pytest.raises(TypeError, match="iterative: score must be a function, got dict"):
+        recipes.iterative({"w": jnp.ones(3)}, lambda p, m: p, {"w": jnp.ones(3)}, [0.5])
 
 
 @pytest.mark.parametrize(

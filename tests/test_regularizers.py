@@ -195,7 +195,9 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="groups must have at least one unit, got none"):
         none = jp.find_groups(lambda w, x: x @ w, jnp.ones((3, 2)), jnp.ones((1, 3)))
         jp.regularizers.group_lasso(none, 0.1)
-    with pytest.raises(ValueError, match="growing: every must be at least 1, got 0"):
+    with pytest.raises(TypeError, match="groups must be Groups, got dict"):
+        jp.regularizers.group_lasso(masks(), 0.1)
+    with pytest.raises(ValueError, match="growing: every must be an integer of at least 1, got 0"):
         jp.regularizers.growing(masks(), 0.1, every=0)
     with pytest.raises(TypeError, match="w: masks must be bool"):
         floats = {**masks(), "w": jnp.ones((4, 6))}

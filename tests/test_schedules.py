@@ -27,3 +27,15 @@ def test_schedule_needs_begin_before_end(name):
         getattr(jp.schedules, name)(0.5, begin=3, end=3)
     with pytest.raises(ValueError, match="final must be in"):
         getattr(jp.schedules, name)(1.0, begin=3, end=4)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_under_strict_settings(name):
+    with jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+        for step in (5, jnp.int32(5), jnp.float32(5)):
+            assert SCHEDULES[name](step) == pytest.approx(float(SCHEDULES[name](5)))
+
+
+def test_stepwise_needs_two_steps():
+    with pytest.raises(ValueError, match="stepwise: steps must be an integer of at least 2, got 1"):
+        jp.schedules.stepwise(0.5, begin=0, end=4, steps=1)

@@ -500,7 +500,7 @@ def test_examples_lie_along_the_first_axis(name):
         with pytest.raises(ValueError, match=f"^{name}: every batch array must have .*first axis"):
             CURVED[name](loss, params, bad)
     prime = tuple(jnp.concatenate([a] * 4)[:19] for a in (x, y))
-    with pytest.raises(ValueError, match="at least one sample, got 0"):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
         jp.scores.obd_hutchinson(loss, 0)
     assert CURVED[name](loss, params, prime)["w"].shape == (4, 5)
 

@@ -66,7 +66,7 @@ def method(
       [[False  True]
        [ True False]]
     """
-    _loss.check_callable("method", "score", score)
+    _tree.check_function("method: score", score, _loss.CURRIED)
 
     def prune(params, sparsity, key, train):
         params = train(params) if trained else params

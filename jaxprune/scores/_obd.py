@@ -84,8 +84,7 @@ def obd_hutchinson(loss: Callable[..., jax.Array], samples: int = 100) -> Score:
       Bekas et al, `An estimator for the diagonal of a matrix
       <https://doi.org/10.1016/j.apnum.2007.01.003>`_, 2007
     """
-    if samples < 1:
-        raise ValueError(f"obd_hutchinson: samples must be at least one sample, got {samples}.")
+    _tree.check_count("obd_hutchinson: samples", samples)
     score = functools.partial(_obd_hutchinson, loss, samples=samples)
     return functools.partial(_scores_at_minimum, "obd_hutchinson", score)
 

@@ -89,9 +89,7 @@ def woodfisher_update(
 
 
 def _check(block: int, damping: float) -> None:
-    if not isinstance(block, int) or block < 1:
-        got = _tree.brief(block)
-        raise ValueError(f"woodfisher: block must be an integer of at least 1, got {got}.")
+    _tree.check_count("woodfisher: block", block)
     if not isinstance(damping, int | float) or not damping > 0:
         got = _tree.brief(damping)
         raise ValueError(f"woodfisher: damping must be a number above 0, got {got}.")

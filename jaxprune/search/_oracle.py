@@ -61,7 +61,7 @@ def oracle(
       <https://arxiv.org/abs/1611.06440>`_, 2016
     """
     _loss.check_groups("search.oracle", groups)
-    _loss.check_callable("search.oracle", "loss", loss)
+    _tree.check_function("search.oracle: loss", loss, _loss.CURRIED)
     if not isinstance(memory, int | float) or not memory >= 0:
         got = _tree.brief(memory)
         raise ValueError(f"memory must be a number of bytes, 0 or more, got {got}.")

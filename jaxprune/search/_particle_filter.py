@@ -83,10 +83,9 @@ def particle_filter(
       <https://arxiv.org/abs/1512.08571>`_, 2015
     """
     _loss.check_groups("particle_filter", groups)
-    _loss.check_callable("particle_filter", "loss", loss)
+    _tree.check_function("particle_filter: loss", loss, "Pass it before the params.")
     for name, value in (("particles", particles), ("rounds", rounds), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {_tree.brief(value)}.")
+        _tree.check_count(name, value)
     if not isinstance(temperature, int | float) or not temperature > 0:
         raise ValueError(f"temperature must be positive, got {_tree.brief(temperature)}.")
     if not isinstance(mutation, int | float) or not 0 <= mutation <= 1:

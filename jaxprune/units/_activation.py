@@ -57,7 +57,7 @@ def activation(
       <https://arxiv.org/abs/2407.14679>`_, 2024 (``mean_l2``; there with norms of head outputs)
     """
     _loss.check_groups("units.activation", groups)
-    _loss.check_callable("units.activation", "apply_fn", apply_fn)
+    _tree.check_function("units.activation: apply_fn", apply_fn, _loss.CURRIED)
     _tree.check_word("statistic", statistic, ("mean", "std", "mean_l2"))
 
     def score(params: Params, *inputs: Any) -> jax.Array:

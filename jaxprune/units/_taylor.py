@@ -69,7 +69,7 @@ def taylor(
       <https://arxiv.org/abs/1611.06440>`_, 2016
     """
     _loss.check_groups("units.taylor", groups)
-    _loss.check_callable("units.taylor", "loss", loss)
+    _tree.check_function("units.taylor: loss", loss, _loss.CURRIED)
     _tree.check_word("normalize", normalize, NORMS)
     chosen = choose(groups, where)
 

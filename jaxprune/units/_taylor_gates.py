@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jaxprune import _loss, _program, _ranks
+from jaxprune import _loss, _program, _ranks, _tree
 from jaxprune._tree import Params, Where
 from jaxprune.units._taylor import choose, derivatives, gates
 
@@ -49,7 +49,7 @@ def taylor_gates(
       <https://arxiv.org/abs/1906.10771>`_, 2019
     """
     _loss.check_groups("units.taylor_gates", groups)
-    _loss.check_callable("units.taylor_gates", "loss", loss)
+    _tree.check_function("units.taylor_gates: loss", loss, _loss.CURRIED)
     chosen = choose(groups, where)
 
     def score(params: Params, *batch: Any) -> jax.Array:
