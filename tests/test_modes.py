@@ -62,9 +62,8 @@ MODES = {
 }
 
 
-ELSEWHERE = {  # `select` and ranks promote types; a sweep makes keys from seeds, as a script does
+ELSEWHERE = {  # ranks of units promote types; a sweep makes keys from seeds, as a script does
     ("strict promotion", "particle_filter"),
-    ("strict promotion", "curves.sweep"),
     ("transfer guard", "curves.sweep"),
 }
 PAIRS = [pair for pair in itertools.product(MODES, CALLS) if pair not in ELSEWHERE]
