@@ -2,11 +2,12 @@
 
 A function is known by all that it reads: its code, defaults, closure and globals, and functions in
 these in turn, down to the learning rate in the closure of an optimizer and the arrays of the data.
-Code of libraries counts, but not their globals. Objects of other types than containers, dataclasses
-and arrays cannot be read, and count by their type alone. A list that grows is another one, since it
-might hold data.
+Code of libraries counts, but not their globals. Objects of other types than containers, namespaces,
+dataclasses and arrays cannot be read, and count by their type alone. A list that grows is another
+one, since it might hold data.
 """
 
+import argparse
 import dataclasses
 import functools
 import hashlib
@@ -85,6 +86,8 @@ def _parts(x: Any) -> Iterator[Any]:
         yield sorted(map(fingerprint, x))
     elif isinstance(x, Mapping):
         yield from x.items()
+    elif isinstance(x, argparse.Namespace | types.SimpleNamespace):
+        yield vars(x)
     elif dataclasses.is_dataclass(x):
         yield from ((f.name, getattr(x, f.name, None)) for f in dataclasses.fields(x))
 
