@@ -8,7 +8,8 @@ equations that are left are the static argument of one `jit`, compared by their 
     fn, args ──trace──▶ jaxpr ──┬─▶ arrays ─────────────────────────┐
                                 └─▶ Frozen (equations, key) ─▶ _run ◀┴── leaves of args
 
-Arrays in the program of a `jit` inside a loop or a branch stay there: other ones compile anew.
+Python numbers that it closes over, callbacks, and the arrays of a `jit` inside a loop or a branch
+are part of the equations: other ones compile anew, and JAX keeps them until its cache is full.
 """
 
 import functools
