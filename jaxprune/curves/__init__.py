@@ -166,7 +166,8 @@ def sweep(
       apply_fn: the network, ``apply_fn(params, *inputs)``, whose FLOPs and time are measured.
       inputs: the list of its inputs; time is measured at this batch size.
       store: a ``.csv`` or ``.json`` file that keeps finished points; they are not computed again.
-        On Linux and macOS several processes may write to it at a time. Its points must have the settings of this sweep.
+        On Linux and macOS several processes may write to it at a time. Its points must have the
+        settings of this sweep.
 
     Returns:
       A dict of arrays with one entry for each point:
