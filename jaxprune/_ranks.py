@@ -5,6 +5,7 @@ is the number of units, g that of groups and p that of pools.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -122,27 +123,48 @@ def kept(order: Order, fractions: Any) -> jax.Array:
 
 def masks_like(groups: "Groups", kept: Any, tree: Any) -> Masks:
     """Returns the masks that keep some units, sharded as the leaves of a tree if there is one."""
-    leaves = [None] * len(groups.unit) if tree is None else _tree.align(groups.like, tree)
-    return _tree.rebuild(groups.like, _masks(groups, jnp.asarray(kept), leaves))
+    follow = [None] * len(groups.unit) if tree is None else _tree.align(groups.like, tree)
+    if _mesh.on_host(kept, follow):
+        masks = _masks(np, groups, jax.device_get(kept))
+        placed = [m if m is None else _mesh.place(m, x) for m, x in zip(masks, follow, strict=True)]
+    else:
+        placed = _masks_in_jax(groups, kept, follow)
+    return _tree.rebuild(groups.like, placed)
 
 
-@functools.partial(jax.jit, static_argnames="groups")
-def _masks(groups: "Groups", kept: jax.Array, follow: list[Any]) -> list[Any]:
-    kept = jnp.concatenate([jnp.ones(1, bool), kept])
+def _masks(xp: Any, groups: "Groups", kept: Any) -> list[Any]:
+    kept = xp.concatenate([np.ones(1, bool), kept])
     masks: list[Any] = []
-    for (path, leaf), sharded in zip(_tree.named_leaves(groups.like), follow, strict=True):
+    for path, leaf in _tree.named_leaves(groups.like):
         mask = None
         for axis, unit in enumerate(groups.unit[path]):
             if unit.any():
-                stay = jnp.expand_dims(kept[unit], _tree.other_axes(leaf.ndim, axis))
-                mask = jnp.broadcast_to(stay if mask is None else mask & stay, leaf.shape)
-        if mask is not None and sharded is not None:
-            mask = _mesh.follow(mask, sharded)
+                stay = xp.expand_dims(kept[unit], _tree.other_axes(leaf.ndim, axis))
+                mask = xp.broadcast_to(stay if mask is None else mask & stay, leaf.shape)
         masks.append(mask)
     return masks
 
 
-@jax.jit  # one mask at a time, so that those of identical layers share a program
-def kept_slices(mask: jax.Array) -> list[jax.Array]:
-    """Returns for each axis which slices have any entry that a mask keeps."""
-    return [jnp.any(mask, _tree.other_axes(mask.ndim, axis)) for axis in range(mask.ndim)]
+@functools.partial(jax.jit, static_argnames="groups")
+def _masks_in_jax(groups: "Groups", kept: jax.Array, follow: list[Any]) -> list[Any]:
+    return [
+        m if m is None or leaf is None else _mesh.follow(m, leaf)
+        for m, leaf in zip(_masks(jnp, groups, kept), follow, strict=True)
+    ]
+
+
+def kept_slices(masks: Sequence[Any]) -> list[Any]:
+    """Returns for each axis of each mask which slices have any entry that is kept."""
+    if _mesh.on_host(masks):
+        return _slices(np, jax.device_get(masks))
+    return _slices_in_jax(masks)
+
+
+def _slices(xp: Any, masks: Sequence[Any]) -> list[Any]:
+    return [
+        m if m is None else [xp.any(m, _tree.other_axes(m.ndim, axis)) for axis in range(m.ndim)]
+        for m in masks
+    ]
+
+
+_slices_in_jax = jax.jit(functools.partial(_slices, jnp))

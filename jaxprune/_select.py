@@ -97,7 +97,8 @@ def select(
         shapes = [leaf.shape[stacked(path) :] for _, path, leaf, _ in chosen]
         keep = budget(scope, sparsity, paths, sizes, shapes, pattern.share or 1.0)
         if pattern is patterns.unstructured and _mesh.on_host(arrays, before, keep):
-            kept, finite = _partition.largest(*jax.device_get((arrays, before)), keep, pools)
+            on_host = jax.device_get(arrays), jax.device_get(before)
+            kept, finite = _partition.largest(*on_host, keep, pools)
             kept = _mesh.place_all(kept, arrays)
         else:
             together = _mesh.on_one_device(arrays)
@@ -350,4 +351,9 @@ def whole_masks(params: Params, select: Select, scores: Scores | None = None) ->
         scores = _tree.map_floating(lambda w: like(jnp.shape(w)), params)
     masks = jax.eval_shape(lambda scores: select(scores, 0.0), scores)
     pairs = zip(jax.tree.leaves(params), _tree.align(params, masks, "scores"), strict=True)
-    return _tree.rebuild(masks, [jnp.ones_like(w, bool) for w, m in pairs if m is not None])
+    whole = [
+        _mesh.place(np.ones(jnp.shape(w), bool), w) if _mesh.on_host(w) else jnp.ones_like(w, bool)
+        for w, m in pairs
+        if m is not None
+    ]
+    return _tree.rebuild(masks, whole)

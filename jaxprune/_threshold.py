@@ -182,7 +182,7 @@ def comparable(dtypes: Iterable[Any]) -> Any:
 
     Raises a `TypeError` for scores that neither of them holds.
     """
-    wide = np.float32
+    wide: Any = np.float32
     for dtype in map(np.dtype, dtypes):
         if dtype in (np.float64, np.int32, np.uint32):
             wide = np.float64

@@ -209,7 +209,8 @@ def map_masks(f: Callable[[Any, Any], Any], params: Tree, masks: Tree) -> Tree:
     pairs = list(zip(named_leaves(params), align_masks(params, masks), strict=True))
     for (path, w), m in pairs:
         _mesh.check_together([(f"the params at {show(path)}", w), (f"the mask of {show(path)}", m)])
-    return rebuild(params, [w if m is None else f(w, m) for (_, w), m in pairs])
+    changed = iter(_mesh.map_arrays(f, [(w, m) for (_, w), m in pairs if m is not None]))
+    return rebuild(params, [w if m is None else next(changed) for (_, w), m in pairs])
 
 
 def rebuild(params: Tree, leaves: Sequence[Any]) -> Tree:

@@ -67,12 +67,9 @@ def _counted(masks: Sequence[jax.Array]) -> jax.Array:
 
 
 def _is_near(masks: Sequence[Any]) -> bool:
-    """Returns whether masks are in the memory of this host, or small enough to copy."""
-    arrays = [m for m in masks if isinstance(m, jax.Array)]
-    if not all(m.is_fully_addressable for m in arrays):
-        return False
-    away = sum(m.size for m in arrays if {d.platform for d in m.devices()} != {"cpu"})
-    return away < 2**28
+    """Returns whether masks are on this host, or on devices of it and small enough to copy."""
+    away = [m for m in masks if not _mesh.on_host(m)]
+    return all(m.is_fully_addressable for m in away) and sum(m.size for m in away) < 2**28
 
 
 def compression(params: Params, masks: Masks) -> float:

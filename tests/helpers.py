@@ -24,6 +24,22 @@ explicit_and_slowly_auto = pytest.mark.parametrize(
 )
 
 
+@contextlib.contextmanager
+def compilations():
+    """Lists the programs that are compiled, or read from the compile cache, inside the block."""
+    names = []
+
+    def listen(event, seconds, fun_name="?", **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def slow_unless(fast, names):
     """Lists parameters of a test, or tuples of them; all but the fast ones are marked slow."""
     assert set(fast) <= set(names), sorted(set(fast) - set(names))

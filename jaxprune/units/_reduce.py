@@ -125,13 +125,14 @@ def _reduce(groups: "Groups", scores: Scores, how: str, where: Where | None) -> 
     # Array by array: those of identical layers share a program, which in one program for all would
     # be compiled for each.
     sums = [
-        _mesh.replicated(_sums.exact_sum(s, _tree.other_axes(jnp.ndim(s), axis)))
+        _sums.exact_sum(s, _tree.other_axes(jnp.ndim(s), axis))
         for s, axis in ((leaves[path], axis) for path, axis, _ in members)
     ]
-    placed = jax.device_put((slices, owner))
-    result, finite = _reduced(sums, *placed, how=how, count=len(groups))
-    if not _tree.is_traced(finite) and not np.asarray(finite).all():
-        path, *_ = members[int(np.argmin(finite))]
+    sums = list(map(_mesh.replicated, sums if _tree.is_traced(sums) else jax.device_put(sums)))
+    result, finite = _reduced(sums, *jax.device_put((slices, owner)), how=how, count=len(groups))
+    if not _tree.is_traced(finite) and not (finite := jax.device_get(finite)).all():
+        member = np.repeat(np.arange(count), [len(unit) for *_, unit in members])
+        path, *_ = members[member[np.argmin(finite)]]
         raise ValueError(
             f"{_tree.show(path)}: scores must be finite, got NaN or infinity. Check the loss and "
             "the params, or leave it out with `jp.units.reduce(groups, scores, where=...)`."
@@ -165,9 +166,10 @@ def _reduced(
     how: str,
     count: int,  # of units
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns one score per unit, +inf without any, and whether those of each array are finite."""
+    """Returns one score per unit, +inf without any, and which sums of slices are finite."""
     members = jnp.bincount(owner, length=count + 1)[1:]
-    totals = jax.ops.segment_sum(jnp.concatenate(sums), slices, len(owner))
+    joined = jnp.concatenate(sums)
+    totals = jax.ops.segment_sum(joined, slices, len(owner))
     if how == "first":
         first = jnp.searchsorted(owner, jnp.arange(1, count + 1))
         score = totals[jnp.minimum(first, len(owner) - 1)]
@@ -177,6 +179,4 @@ def _reduced(
         score = jax.ops.segment_sum(totals, owner, count + 1)[1:]
     if how == "mean":
         score /= jnp.maximum(members, 1).astype(score.dtype)
-    return jnp.where(members > 0, score, jnp.inf), jnp.stack(
-        [jnp.all(jnp.isfinite(s)) for s in sums]
-    )
+    return jnp.where(members > 0, score, jnp.inf), jnp.isfinite(joined)
