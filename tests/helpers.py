@@ -139,22 +139,6 @@ def python(*arguments, cwd=None, **environment):
     return done.stdout
 
 
-@contextlib.contextmanager
-def compilations():
-    """Yields a list that counts the programs compiled inside."""
-    compiled = []
-
-    def listen(event, seconds, **_):
-        if event.endswith("backend_compile_duration"):
-            compiled.append(seconds)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def removed(masks):
     """Counts the pruned weights of every leaf, by path."""
     paths = jax.tree_util.tree_leaves_with_path(masks)
