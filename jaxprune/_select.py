@@ -74,6 +74,7 @@ def select(
         for i, ((path, leaf), mask) in enumerate(zip(leaves, masks, strict=True))
         if where(path, leaf) and (within is None or mask is not None)
     ]
+    chosen.sort(key=lambda entry: _tree.order(entry[1]))
     if not chosen:
         raise ValueError(
             f"select found no leaf to prune among {[path for path, _ in leaves][:10]}. By default "
