@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _mesh, _partition, _threshold, _tree, patterns
+from jaxprune import _mesh, _partition, _program, _threshold, _tree, patterns
 from jaxprune import masks as _masks
 from jaxprune._tree import Masks, Params, Score, Scores, Select, Where
 
@@ -81,6 +81,7 @@ def select(
         for i, ((path, leaf), mask) in enumerate(zip(leaves, masks, strict=True))
         if where(path, leaf) and (within is None or mask is not None)
     ]
+    chosen.sort(key=lambda entry: _tree.order(entry[1]))
     if not chosen:
         raise ValueError(
             f"select found no leaf to prune among {[path for path, _ in leaves][:10]}. By default "
@@ -326,7 +327,9 @@ def select_iteratively(
     sparsities[-1] = sparsity  # exactly, without rounding errors
     outer = bool(jax.enable_x64.value)
     with jax.enable_x64(True):
-        masks, bad = _iterate(score, select, outer, params, sparsities, batch)
+        args = params, sparsities, batch
+        run = functools.partial(_iterate, score, select, outer)
+        masks, bad = _program.freeze(run, *args)(*args)
     if not _tree.is_traced(bad):
         for is_bad, (path, _) in zip(np.asarray(bad), _tree.named_leaves(masks), strict=True):
             if is_bad:
@@ -337,13 +340,13 @@ def select_iteratively(
     return masks
 
 
-@functools.partial(jax.jit, static_argnames=("score", "select", "outer"))
 def _iterate(
     score: Score, select: Select, outer: bool, params: Params, sparsities: jax.Array, batch: Any
 ) -> tuple[Masks, jax.Array]:
     def scored(masks: Masks | None) -> Scores:
         with jax.enable_x64(outer):  # the score runs as the caller has it
-            return score(params if masks is None else _masks.apply_masks(params, masks), *batch)
+            masked = params if masks is None else _masks.apply_masks(params, masks)
+            return _program.inlined(score)(masked, *batch)
 
     def round_(masks: Masks, sparsity: jax.Array) -> tuple[Masks, jax.Array]:
         scores = scored(masks)

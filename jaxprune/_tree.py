@@ -67,6 +67,19 @@ def named_entries(tree: Tree) -> dict[str, Any]:
     return {_name(path): leaf for path, leaf in entries}
 
 
+def order(path: str) -> list[tuple[bool, int, str]]:
+    """Orders paths as a tree of dicts and lists does: level by level, numbers by their value.
+
+    So leaves have one order, in which ties are broken, in a tree, a flat dict and a file.
+    """
+    parts = path.split("/")
+    digits = [part.lstrip("0") if part.isascii() and part.isdigit() else None for part in parts]
+    return [
+        (number is None, len(number or ""), number or part)
+        for number, part in zip(digits, parts, strict=True)
+    ]
+
+
 def other_axes(ndim: int, axis: int) -> tuple[int, ...]:
     """Returns all axes but one."""
     return tuple(i for i in range(ndim) if i != axis)

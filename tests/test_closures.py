@@ -44,6 +44,9 @@ LOSSES = {  # all that take a loss: (loss) -> result
 }
 FUNCTIONS = {  # all that take a network
     "synflow": lambda f: jp.scores.synflow(f)(PARAMS, X),
+    "select_iteratively": lambda f: jp.select_iteratively(
+        jp.scores.synflow(f), PARAMS, 0.5, X, rounds=3
+    ),
     "activation": lambda f: jp.units.activation(GROUPS, f)(PARAMS, X),
 }
 SCORES = LOSSES | FUNCTIONS

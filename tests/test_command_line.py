@@ -173,6 +173,8 @@ TREES = {  # params whose weights are equal, so that their order decides; and as
     "lists": {"layers": [{"kernel": W} for _ in range(11)], "layers-b": {"kernel": W}},
     "nested lists": [[W, {"a": W, "a-b": W}] for _ in range(12)],
     "names": {f"layer_{i}": {"kernel": W} for i in range(11)},
+    "numbers": {str(i): {"kernel": W} for i in range(11)},
+    "a file that is read": {f"layers/{i}/kernel": W for i in range(11)},
     "flat": {name: W for name in ("a", "a-b", "layer_10", "layer_2", "b")},
 }
 

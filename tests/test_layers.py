@@ -20,7 +20,7 @@ RULES = {
     "_ranks": "",
     "patterns": "_threshold",
     "masks": "_files",
-    "_select": "_partition _threshold _ranks patterns masks",
+    "_select": "_partition _program _threshold _ranks patterns masks",
     "schedules": "_select",
     "_loss": "_program",
     "scores": "_loss _program masks",

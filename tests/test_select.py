@@ -13,7 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import collectives, equal, explicit_and_slowly_auto, mesh, place, python, removed
+from helpers import (
+    collectives,
+    compilations,
+    equal,
+    explicit_and_slowly_auto,
+    mesh,
+    place,
+    python,
+    removed,
+)
 from jax.experimental import checkify
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -273,17 +282,15 @@ def test_traced_sizes_beyond_two_to_the_31():
 
 
 def test_select_iteratively_is_exact_and_compiles_once():
-    traces = []
-
-    def score(params):
-        traces.append(0)
-        return jp.scores.magnitude(params)
-
-    masks = jp.select_iteratively(score, tree(), 0.9, rounds=7)
+    prune = lambda sparsity: jp.select_iteratively(
+        lambda params: jp.scores.magnitude(params), tree(), sparsity, rounds=7
+    )
+    masks = prune(0.9)
     assert sum(removed(masks).values()) == round(0.9 * (96 + 576 + 112))
-    count = len(traces)
-    jp.select_iteratively(score, tree(), 0.5, rounds=7)
-    assert len(traces) == count
+    tree()
+    with compilations() as compiled:
+        prune(0.5)
+    assert not compiled
 
 
 def test_masks_that_keep_everything_are_as_a_selection_makes_them():

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxprune import _progress, _select
+from jaxprune import _progress, _select, _tree
 from jaxprune._files import compact, orbax, safetensors, stream
 from jaxprune._files.checkpoint import Checkpoint, FileError, Tensor, Tick, check_output
 from jaxprune._table import Table, spell
@@ -200,8 +200,7 @@ def _prunable(
             )
         excluded |= paths
     tensors = [t for t in source.tensors if t.prunable and t.path not in excluded]
-    if source.format == "safetensors":  # a file has no tree: numbers count as indices of a list
-        tensors.sort(key=lambda t: list(map(_order, t.path.split("/"))))
+    tensors.sort(key=lambda t: _tree.order(t.path))
     if not tensors:
         raise FileError(
             f"{file}: no floating-point tensor with two or more axes to prune. List the tensors "
@@ -215,13 +214,6 @@ def _prunable(
                 f"{t.shape}. Leave it out with --exclude {_glob(t.path)}, or choose another --axis."
             )
     return tensors
-
-
-def _order(part: str) -> tuple[bool, int, str]:
-    """Orders a part of a name: numbers first, by their value, as they are in a list."""
-    is_index = part.isascii() and part.isdigit()
-    digits = part.lstrip("0") if is_index else ""
-    return not is_index, len(digits), digits or part
 
 
 def _glob(path: str) -> str:
