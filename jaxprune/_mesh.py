@@ -134,6 +134,17 @@ def follow(mask: jax.Array, leaf: Any) -> jax.Array:
     return mask & (jnp.greater(leaf, 0) | jax.lax.optimization_barrier(jnp.array(True)))
 
 
+def beside(x: Any, arrays: Sequence[Any]) -> Any:
+    """Puts a small NumPy array where other arrays lie, on all of their devices, by a transfer."""
+    for leaf in arrays:
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            sharding = leaf.sharding
+            if isinstance(sharding, NamedSharding):
+                return jax.device_put(x, NamedSharding(sharding.mesh, P()))
+            return jax.device_put(x, sharding if leaf.committed else None)
+    return jax.device_put(x)
+
+
 def replicated(x: jax.Array) -> jax.Array:
     """Replicates a small array on an explicit mesh, for operations that need one sharding."""
     sharding = jax.typeof(x).sharding

@@ -75,7 +75,7 @@ def _mark(leaves: Sequence[_Leaf], keep: int, dtype: Any) -> bool:
     threshold, rank = dtype(np.finfo(dtype).min), None
     if 0 < keep < count:
         threshold, above, ties = _kth(all_values, count, keep, _sample(leaves, count, dtype))
-        if keep - above < ties:
+        if finite == count and keep - above < ties:
             index = leaves[0].first.dtype
             spread = np.arange(_SAMPLE if ties > _MANY else 0, dtype=index)  # as hashes are
             spread *= index.type(np.iinfo(index).max // _SAMPLE)

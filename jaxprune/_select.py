@@ -117,7 +117,7 @@ def select(
             kept = _mesh.place_all(kept, arrays)
         else:
             together = _mesh.on_one_device(arrays)
-            keep = keep if _tree.is_traced(keep, arrays) else jax.device_put(keep)
+            keep = keep if _tree.is_traced(keep) else _mesh.beside(keep, arrays)
             kept, finite = _largest(arrays, before, keep, pattern, pools, together)
     if not _tree.is_traced(finite) and not jax.device_get(finite):
         _raise_not_finite(paths, arrays, before)
@@ -168,7 +168,7 @@ def _largest(
     competing = [None if m is None else pool(m).astype(bool) for m in within]
     allowed = competing
     if pattern.limit is not None:
-        share = keep / np.bincount(pools, [c.size for c in cells])
+        share = keep.astype(np.float64) / np.bincount(pools, [c.size for c in cells])
         limit = functools.partial(_mesh.automatic, pattern.limit)
         allowed = [limit(c, m, share[i]) for c, m, i in zip(cells, competing, pools, strict=True)]
     kept = _threshold.largest(cells, allowed, keep, pools, one_device)

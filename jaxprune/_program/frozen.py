@@ -13,13 +13,14 @@ are part of the equations: other ones compile anew, and JAX keeps them until its
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxprune import _tree
+from jaxprune import _mesh, _tree
 from jaxprune._program import jaxpr as _jaxpr
 
 
@@ -34,12 +35,12 @@ def freeze(fn: Callable[..., Any], *args: Any, donate: bool = False) -> Callable
     frozen, consts, tree = _traced(fn, args)
     if _tree.is_traced(consts):
         return fn
-    consts = [_placed(x) for x in consts]
 
     def run(*args: Any) -> Any:
-        first, *rest = ([_placed(x) for x in jax.tree.leaves(arg)] for arg in args)
+        arrays = jax.tree.leaves(args)
+        first, *rest = ([_placed(x, arrays) for x in jax.tree.leaves(arg)] for arg in args)
         leaves = (first, [], rest) if donate else ([], first, rest)
-        return tree.unflatten(_run(frozen, consts, *leaves))
+        return tree.unflatten(_run(frozen, [_placed(x, arrays) for x in consts], *leaves))
 
     return run
 
@@ -68,9 +69,9 @@ def _traced(fn: Callable[..., Any], args: Any) -> tuple["Frozen", list[Any], Any
     return frozen, consts, tree[0]
 
 
-def _placed(x: Any) -> Any:
-    """Moves an array of the host to the device, which `jit` would do where no guard forbids it."""
-    return x if isinstance(x, jax.Array) else jax.device_put(x)
+def _placed(x: Any, arrays: list[Any]) -> Any:
+    """Moves an array of the host to the others, which `jit` would do where no guard forbids it."""
+    return x if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else _mesh.beside(x, arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -89,10 +90,27 @@ class Frozen:
         self.outs = self._inline(jaxpr, consts, range(self._count))
         steps = [
             (eqn and (eqn.primitive, eqn.ctx, _same(eqn.params)), *map(_same, ins))
-            for eqn, ins in self.steps
+            for (eqn, ins), used in zip(self.steps, self._used(len(jaxpr.invars)), strict=True)
+            if used
         ]
         self.key = tuple(steps), tuple(map(_same, self.outs))
         self._hash = hash(self.key)
+
+    def _used(self, first: int) -> list[bool]:
+        """Returns which steps count: not those that only a check of `checkify` reads."""
+        needed = {x for x in self.outs if isinstance(x, int)}
+        ends = itertools.accumulate(
+            (len(e.outvars) if e else 1 for e, _ in self.steps), initial=first
+        )
+        used = []
+        for (eqn, ins), (start, end) in reversed(
+            list(zip(self.steps, itertools.pairwise(ends), strict=True))
+        ):
+            used.append(
+                eqn is None or bool(eqn.effects) or not needed.isdisjoint(range(start, end))
+            )
+            needed |= {x for x in ins if used[-1] and isinstance(x, int)}
+        return used[::-1]
 
     def __hash__(self) -> int:
         return self._hash
@@ -121,6 +139,8 @@ class Frozen:
             return self._const(atom.val) if np.ndim(atom.val) else atom
 
         for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "check" and eqn.params["debug"]:
+                continue  # of `checkify`; it has no effect here, and names its own line
             operands = [read(atom) for atom in eqn.invars]
             if _is_call(eqn):
                 inner = _jaxpr.inner(eqn)[0]

@@ -160,9 +160,11 @@ def _round(
     genes = jnp.where(jax.random.bernoulli(crossing, 0.5, kept.shape), a, b)
     genes ^= jax.random.bernoulli(flipping, mutation, kept.shape)
     # A gene is 0 or 1, and the draw less than 1: of the units with one gene, chance decides.
-    children = _repair(groups, genes + jax.random.uniform(choosing, kept.shape), sparsity)
+    children = _repair(
+        groups, genes.astype(jnp.float32) + jax.random.uniform(choosing, kept.shape), sparsity
+    )
     state = _State(children.at[0].set(best), best, jnp.minimum(cost[winner], state.least))
-    return state, weights @ kept, losses
+    return state, weights @ kept.astype(weights.dtype), losses
 
 
 @functools.partial(jax.jit, static_argnames="groups")
