@@ -135,10 +135,15 @@ def follow(mask: jax.Array, leaf: Any) -> jax.Array:
 
 
 def beside(x: Any, arrays: Sequence[Any]) -> Any:
-    """Puts a small NumPy array where other arrays lie, on all of their devices, by a transfer."""
+    """Puts a small NumPy array where other arrays lie, by a transfer that no guard forbids.
+
+    On a mesh with explicit axes its type would change, so `jit` has to move it there.
+    """
     for leaf in arrays:
         if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
             sharding = leaf.sharding
+            if is_explicit(leaf):
+                break
             if isinstance(sharding, NamedSharding):
                 return jax.device_put(x, NamedSharding(sharding.mesh, P()))
             return jax.device_put(x, sharding if leaf.committed else None)
