@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -95,7 +96,11 @@ class Plan(Shown):
             axes[path].append((axis, np.asarray(kept), dense[path][axis]))
 
         def resize(path: str, x: Any) -> Any:
-            return _mesh.resized(_mesh.automatic(lambda x: change(x, axes[path]), x), x)
+            if _mesh.on_host(x):
+                return _mesh.place(change(np.asarray(jax.device_get(x)), axes[path]), x)
+            changed = _mesh.automatic(lambda x: change(x, axes[path]), x)
+            sharding = _mesh.resized(x, changed.shape)
+            return changed if sharding is None else jax.device_put(changed, sharding)
 
         def visit(part: Any, path: str) -> Any:
             leaves = _tree.named_leaves(part)
@@ -152,5 +157,10 @@ def _cut(x: Any, axes: _Axes) -> Any:
 def _fill(x: Any, axes: _Axes) -> Any:
     for axis, kept, size in axes:
         shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
-        x = jnp.zeros(shape, x.dtype).at[(slice(None),) * axis + (kept,)].set(x)
+        at = (slice(None),) * axis + (kept,)
+        if isinstance(x, np.ndarray):
+            full = np.zeros(shape, x.dtype)
+            full[at], x = x, full
+        else:
+            x = jnp.zeros(shape, x.dtype).at[at].set(x)
     return x

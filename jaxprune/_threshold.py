@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 
 _BITS = 2  # settled per round; more candidates a round cost more than the rounds they save
-_COPIED = 1 << 22  # at most so many scores are copied, or if that is more, every 16th
+_COPIED = 1 << 22  # scores of small leaves are copied at most, or if that is more, every 16th
 _FEW = 4  # leaves are not worth a copy
 _INT32_END, UINT32_END = 2**31, 2**32  # from here on, counts and indices take 64 bits
 
@@ -76,9 +76,8 @@ def largest(
         def narrow(state: State) -> State:
             shift, low, count = state
             candidates = low[:, None] + (steps[None] << shift.astype(dtype))
-            # False, but XLA cannot see it: it would compute the keys and hashes of all leaves
+            # False, but XLA cannot see it: it would compute the keys and hashes of large leaves
             # before the loop and keep them, since they do not change.
-            # The copy of the small leaves may be one of keys.
             never = [count[0] < 0] * len(large) + [False] * bool(small)
             marked = [marks(i, candidates[g], never[i]) for i, g in enumerate(pool_of)]
             counts = total(jnp.stack([_count(m) for m in marked]))
@@ -115,11 +114,10 @@ def largest(
     if small:
         places.append(jnp.concatenate([firsts[i] + lax.iota(index, sizes[i]) for i in small]))
     ranks, _ = search(kept, index, count)
-    masks = [
+    return [
         _kept(s, w, first, thresholds[g], ranks[g][None], False)[0]
         for s, w, first, g in zip(scores, within, firsts, pools, strict=True)
     ]
-    return masks
 
 
 def _small(sizes: Sequence[int]) -> list[int]:
@@ -178,20 +176,18 @@ def _all_finite(s: jax.Array, within: jax.Array | None) -> jax.Array:
 
 
 def comparable(dtypes: Iterable[Any]) -> Any:
-    """Returns the dtype, float32 or float64, in which all scores keep their order.
-
-    Raises a `TypeError` for scores that neither of them holds.
-    """
-    wide = np.float32
-    for dtype in map(np.dtype, dtypes):
+    """Returns the dtype, float32 or float64, in which all scores keep their order; else `None`."""
+    wide: Any = np.float32
+    for dtype in dtypes:
         if dtype in (np.float64, np.int32, np.uint32):
             wide = np.float64
-        elif dtype != np.float32 and dtype.itemsize > 2:
-            raise TypeError(
-                f"scores must be real numbers of at most 32 bits, or float64, got {dtype}. "
-                "Convert them with `scores.astype(jnp.float32)`."
-            )
+        elif dtype != np.float32 and not (_is_real(dtype) and dtype.itemsize <= 2):
+            return None
     return wide
+
+
+def _is_real(dtype: Any) -> bool:
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
 
 
 def ordered(scores: jax.Array, within: jax.Array | None) -> jax.Array:
