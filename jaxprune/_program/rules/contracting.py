@@ -17,6 +17,7 @@ from jaxprune._program.values import (
     product,
     same,
     where_zero,
+    zeros,
 )
 from jaxprune._program.walk import Walk
 
@@ -109,7 +110,7 @@ def _conv(walk: Walk, eqn: Any, left: Value, right: Value) -> Ruling:
             becomes[0][inputs] = [result[1]]
             kinds = product(x_kinds, kinds)
         else:
-            kinds = where_zero(np.asarray(kinds) == 0, DIFFERENT)
+            kinds = where_zero(zeros([kinds]), DIFFERENT)
             zero = np.broadcast_to(np.asarray(x_kinds) == 0, len(x)).reshape(groups, -1).all(0)
             zero = zero | (np.asarray(row_kinds) == 0)
             walk.change(rows[~zero], f"not zero in the groups of {_jaxpr.where(eqn)}")
