@@ -114,13 +114,9 @@ def shrink(
     def cut_params(params: Params, masks: Masks) -> Params:
         return plan.take(apply_masks(params, masks))
 
-    def dense(params: Params, masks: Masks, *inputs: Any) -> list[Any]:
-        return jax.tree.leaves(apply_fn(apply_masks(params, masks), *inputs))
-
     if _abstract(params):
         return small_fn, jax.eval_shape(cut_params, like, masks), plan
-    on_host = _mesh.on_host(params, masks)
-    if on_host:
+    if on_host := _mesh.on_host(params, masks):
         small_masks = plan.take(masks)
         remaining = jax.tree.map(lambda m: None if _mesh.read(m).all() else m, small_masks)
         small_params = apply_masks(plan.take(params), remaining)
@@ -132,7 +128,8 @@ def shrink(
     if verify and not _abstract(inputs):
         # It runs once, so on a CPU LLVM need not optimize it.
         options = {"xla_backend_optimization_level": 0} if on_host else None
-        full = jax.jit(dense, compiler_options=options)(params, masks, *inputs)
+        masked = plan.put(small_params) if on_host else apply_masks(params, masks)
+        full = jax.tree.leaves(jax.jit(apply_fn, compiler_options=options)(masked, *inputs))
         outs = zip(full, example.structure.program.outs, strict=True)
         expected = [
             example.cut.take(_mesh.read(x), v) if _tree.is_floating(x) and not v.full else x

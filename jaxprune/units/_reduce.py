@@ -122,8 +122,7 @@ def _reduce(groups: "Groups", scores: Scores, how: str, where: Where | None) -> 
     keys = [unit.astype(np.int64) * count + i for i, (*_, unit) in enumerate(members)]
     distinct, slices = np.unique(np.concatenate(keys), return_inverse=True)
     owner = distinct // count
-    # Array by array: those of identical layers share a program, which in one program for all would
-    # be compiled for each.
+    # Array by array: those of identical layers share a program, if any is compiled.
     sums = [
         _sums.exact_sum(s, _tree.other_axes(jnp.ndim(s), axis))
         for s, axis in ((leaves[path], axis) for path, axis, _ in members)
