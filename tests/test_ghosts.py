@@ -258,6 +258,22 @@ def check_kinds(fn, params, masks, inputs):
     return counts
 
 
+@pytest.mark.parametrize(
+    "name, units", [("norms", 1), ("equinox_vit_layer_norm", 1), ("linen_vit", 0)]
+)
+def test_there_is_no_more_than_one_ghost_for_all_that_are_equal(name, units):
+    fn, params, inputs = (
+        (READS[name], draw(SHAPES), (X,)) if name in READS else zoo.NETWORKS[name]()[:3]
+    )
+    with jax.numpy_rank_promotion("allow"):
+        masks = pruned(fn, params, inputs)[1]
+        masked = _shrink._masked_slices(params, masks)
+        structure = _program.analyse(fn, params, inputs, exact=False, removed=masked)
+    roots = structure.walk.atoms.all_roots()
+    cut = _program.Cut(roots > 0, roots, structure.program)  # what is left free is removed
+    assert len(np.unique(roots[cut.ghosts])) == units
+
+
 @pytest.mark.parametrize("name", ["norms", "groups_of_channels", "standardised", "moves", "writes"])
 def test_slices_of_a_kind_are_equal(name):
     fn, params = READS[name], draw(SHAPES)

@@ -8,7 +8,7 @@
          [Contraction] ◀──cost.contractions─────┴───────────────────────── Structure: all atoms
                                                                                 │
                           Flat: runs it, keeps every value ◀────────────────────┴──▶ Cut: runs it
-                                                                                     smaller
+                                                                            smaller, with ghosts
 
 ``freeze`` compiles a function as it is now, ``uses`` says how the program uses its params.
 

@@ -194,7 +194,8 @@ def _written(walk: Walk, eqn: Any, x: Value, at: Value, new: Value) -> Ruling | 
     """
     d, name, sizes = eqn.params["dimension_numbers"], eqn.primitive.name, x.shape
     along = d.scatter_dims_to_operand_dims
-    if d.operand_batching_dims or len(at.axes) > 2 or (len(at.axes) == 2 and len(along) > 1):
+    one_axis = len(at.axes) == 2 and len(along) == 1 and along[0] in d.inserted_window_dims
+    if d.operand_batching_dims or not (len(at.axes) == 1 or one_axis):
         return None
     if (picks := _constant(at)) is None:
         return None
@@ -202,7 +203,7 @@ def _written(walk: Walk, eqn: Any, x: Value, at: Value, new: Value) -> Ruling | 
     new_axis = dict(zip(window, d.update_window_dims, strict=True))
     places = {i: np.arange(len(new.axes[j])) for i, j in new_axis.items()}
     for n, i in enumerate(along):
-        if len(at.axes) == 2:
+        if one_axis:
             (new_axis[i],) = set(range(len(new.axes))) - set(d.update_window_dims)
             places[i] = picks[:, n]
         else:
