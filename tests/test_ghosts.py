@@ -274,9 +274,21 @@ def test_there_is_no_more_than_one_ghost_for_all_that_are_equal(name, units):
     assert len(np.unique(roots[cut.ghosts])) == units
 
 
-@pytest.mark.parametrize("name", ["norms", "groups_of_channels", "standardised", "moves", "writes"])
+def over_a_table(p, x):
+    h = hidden(p, x) + jnp.arange(12.0)  # different for every index, but where it is written over
+    h = h.at[..., 2:6].set(jnp.exp(p["in"]["b"][2:6])).at[..., 8].multiply(0.0)
+    return h @ p["out"]["w"], jnp.pad(h, ((0, 0), (0, 0), (1, 1)))[..., 1:-1] @ p["out"]["w"]
+
+
+CLAIMS = {
+    name: READS[name] for name in "norms groups_of_channels standardised moves writes".split()
+}
+CLAIMS["over_a_table"] = over_a_table
+
+
+@pytest.mark.parametrize("name", CLAIMS)
 def test_slices_of_a_kind_are_equal(name):
-    fn, params = READS[name], draw(SHAPES)
+    fn, params = CLAIMS[name], draw(SHAPES)
     with jax.numpy_rank_promotion("allow"):
         counts = check_kinds(fn, params, pruned(fn, params, (X,))[1], (X,))
     assert counts["zero"] and counts["same"] > 10

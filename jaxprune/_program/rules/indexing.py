@@ -232,7 +232,7 @@ def _written(walk: Walk, eqn: Any, x: Value, at: Value, new: Value) -> Ruling | 
         elif name != "scatter" or any(other != i for other in partly):
             written = either(kinds[indices], written)
         kinds = kinds.copy()
-        kinds[indices] = np.where(np.asarray(written) > 0, written + kinds.max(), written)
+        kinds[indices] = np.where(np.asarray(written) > 0, written + max(kinds.max(), 0), written)
         pairs[i] = axis, simple(kinds)
 
     def run(cut: Cut, view: View, eqn: Any, array: Any, at: Any, new: Any) -> list[Any]:
