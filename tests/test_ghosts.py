@@ -1,5 +1,8 @@
 """Removed slices that are equal, but not zero: one of them, a ghost, stands for all."""
 
+import collections
+
+import fuzz_programs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -352,3 +355,9 @@ def test_units_are_scored_as_they_are_removed():
             actual = abs(loss(jp.apply_masks(params, masks), X) - loss(params, X))
             np.testing.assert_allclose(actual, abs(expected), 1e-3, 1e-5)
         assert (jp.units.activation(groups, fn)(params, X) > 0).all()
+
+
+@pytest.mark.parametrize("cases", [3, pytest.param(100, marks=pytest.mark.slow)])
+def test_fuzzing(cases):
+    counts = fuzz_programs.fuzz(cases, collections.Counter())
+    assert counts["shrunk"] > cases / 2
