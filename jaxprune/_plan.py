@@ -155,12 +155,14 @@ def _cut(x: Any, axes: _Axes) -> Any:
 
 
 def _fill(x: Any, axes: _Axes) -> Any:
+    shape, at = list(x.shape), [np.arange(size) for size in x.shape]
     for axis, kept, size in axes:
-        shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
-        at = (slice(None),) * axis + (kept,)
-        if isinstance(x, np.ndarray):
-            full = np.zeros(shape, x.dtype)
-            full[at], x = x, full
-        else:
-            x = jnp.zeros(shape, x.dtype).at[at].set(x)
+        shape[axis], at[axis] = size, kept
+    if isinstance(x, np.ndarray):
+        full = np.zeros(shape, x.dtype)
+        full[np.ix_(*at)] = x
+        return full
+    for axis, kept, size in axes:
+        larger = (*x.shape[:axis], size, *x.shape[axis + 1 :])
+        x = jnp.zeros(larger, x.dtype).at[(slice(None),) * axis + (kept,)].set(x)
     return x
