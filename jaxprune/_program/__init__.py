@@ -10,10 +10,13 @@
                           Flat: runs it, keeps every value ◀────────────────────┴──▶ Cut: runs it
                                                                                      smaller
 
+    jaxpr ──Line (roots, uses)──▶ Walk: runs it on all batches, and stops at each weight
+
 ``jaxpr.py`` alone touches JAX's internals. A new primitive needs a rule, in ``rules/``.
 """
 
 from jaxprune._program.atoms import Merge
+from jaxprune._program.calibrate import Walk, Weight, add
 from jaxprune._program.cost import (
     Contraction,
     Cost,
@@ -31,7 +34,8 @@ from jaxprune._program.structure import Structure, analyse, check_inputs, trace
 from jaxprune._program.values import ProgramMismatch
 
 __all__ = (
-    ["Contraction", "Cost", "Cut", "Flat", "Merge", "ProgramMismatch", "Structure", "analyse"]
+    ["Contraction", "Cost", "Cut", "Flat", "Merge", "ProgramMismatch", "Structure", "Walk"]
+    + ["Weight", "add", "analyse"]
     + ["bind", "check_inputs", "contractions", "contractions_of_units", "inner", "loops"]
     + ["most_expensive", "take", "total", "trace", "warn_of_loops"]
 )

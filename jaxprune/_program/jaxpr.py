@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 Body = Callable[..., list[Any]]  # a program as a function of arrays
@@ -66,6 +67,43 @@ def where(eqn: Any) -> str:
     """Names an equation for a report: its primitive, and its module if known."""
     stack = str(eqn.source_info.name_stack)
     return f"`{eqn.primitive.name}`" + (f" in {stack}" if stack else "")
+
+
+def line(eqn: Any) -> str:
+    """Names the line of the user's code that an equation comes from; empty if it is unknown."""
+    from jax._src import source_info_util
+
+    return str(source_info_util.summarize(eqn.source_info))
+
+
+def key(x: Any) -> Any:
+    """Returns what is equal for two equations, or parameters of equations, that do the same.
+
+    Programs inside are compared by structure; what cannot be compared is equal only to itself.
+    """
+    if hasattr(x, "primitive"):
+        return x.primitive, key(x.params)
+    if isinstance(x, dict):
+        return tuple((name, key(x[name])) for name in sorted(x))
+    if isinstance(x, (list, tuple)):
+        return tuple(map(key, x))
+    if hasattr(getattr(x, "jaxpr", x), "eqns"):
+        jaxpr, consts = _open(x)
+        names: dict[Any, int] = {}
+
+        def name(atom: Any) -> Any:
+            if is_var(atom):
+                return names.setdefault(atom, len(names)), str(atom.aval)
+            return str(atom.aval), np.asarray(atom.val).tobytes()
+
+        eqns = [(key(e), *(tuple(map(name, a)) for a in (e.invars, e.outvars))) for e in jaxpr.eqns]
+        ends = [tuple(map(name, a)) for a in (jaxpr.constvars, jaxpr.invars, jaxpr.outvars)]
+        return tuple(eqns), *ends, tuple(map(id, consts))
+    try:
+        hash(x)
+    except TypeError:
+        return id(x)
+    return x
 
 
 def inner(eqn: Any) -> list[Inner]:
@@ -192,6 +230,38 @@ def rebuild(eqn: Any, bodies: Sequence[Body], args: Sequence[Any]) -> list[Any]:
     if name == "custom_vjp_call" and len(bodies) == 3:
         return _custom_vjp(*bodies)(*args)
     return bodies[0](*args)
+
+
+def accumulate(eqn: Any, bodies: Sequence[Any], args: Sequence[Any], zero: Any) -> Any:
+    """Runs a loop or a branch with other programs, and sums a second result over all their runs.
+
+    The programs return ``(outputs, part)``, and this ``(outputs, zero + the sum of all parts)``.
+    The test of a `while` loop adds nothing.
+    """
+    name, params, add = eqn.primitive.name, eqn.params, jax.numpy.add
+    if name == "scan":
+        carried = inner(eqn)[0].carried
+        consts, carry = list(args[: carried.start]), list(args[carried.start : carried.stop])
+
+        def step(state: Any, x: Any) -> Any:
+            out, part = bodies[0](*consts, *state[0], *x)
+            return (out[: len(carry)], jax.tree.map(add, state[1], part)), out[len(carry) :]
+
+        (carry, total), stacks = jax.lax.scan(
+            step, (carry, zero), list(args[carried.stop :]), params["length"], params["reverse"]
+        )
+        return [*carry, *stacks], total
+    if name == "while":
+        test, body = params["cond_nconsts"], params["body_nconsts"]
+        tested, fixed, carry = args[:test], args[test : test + body], list(args[test + body :])
+
+        def turn(state: Any) -> Any:
+            out, part = bodies[1](*fixed, *state[0])
+            return out, jax.tree.map(add, state[1], part)
+
+        return jax.lax.while_loop(lambda s: bodies[0](*tested, *s[0])[0][0], turn, (carry, zero))
+    outputs, part = jax.lax.switch(args[0], bodies, *args[1:])
+    return outputs, jax.tree.map(add, zero, part)
 
 
 def _custom_jvp(body: Body, rule: Body) -> Any:

@@ -1,0 +1,401 @@
+"""The walk along a program with concrete values, which stops where a weight meets an activation.
+
+::
+
+    Line ──weights──▶ [Weight], in the order in which they are reached
+      │ advance                      │ sums: what flows in     │ matrix     ▲ write
+      ▼                              ▼                         ▼            │
+    the values of all batches   count, total, squares, Gram ──▶ a method ───┘
+
+Values that depend on inputs are lists over batches, all others are computed once. The stretch of
+nodes between two stops is compiled, once for stretches that do the same, such as those of two
+layers. A value is dropped after the last stretch that needs it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import _tree
+from jaxprune._program import jaxpr as _jaxpr
+from jaxprune._program import views
+from jaxprune._program.straight import Line, Node, Use
+from jaxprune._program.views import Sums
+
+
+@dataclasses.dataclass(eq=False)
+class Weight:
+    """A value made from params, as the matrices that contractions multiply with."""
+
+    value: int
+    uses: list[Use]  # which read it in the same way
+    roots: list[int]
+    leaves: list[tuple[str, tuple[int, ...]]]  # for each root its path, and its place in a stack
+
+    @property
+    def at(self) -> int:
+        """Where the first activation flows in."""
+        return self.uses[0].at
+
+    @property
+    def name(self) -> str:
+        """Names it in a message."""
+        return " and ".join(
+            _tree.show(path) + (f"[{', '.join(map(str, i))}]" if i else "")
+            for path, i in self.leaves
+        )
+
+
+class Walk:
+    """A walk over one program and some batches, all of one shape."""
+
+    def __init__(self, apply_fn: Callable[..., Any], params: Any, batch: Sequence[Any]) -> None:
+        names = _tree.named_leaves(params)
+        floating = [_tree.is_floating(leaf) for _, leaf in names]
+        self.line = Line(_jaxpr.trace(apply_fn, params, *batch), len(names), floating)
+        self.paths = [path for path, _ in names]
+        self.weights = list(self._weights())
+        self._compiled: dict[Any, Any] = {}
+        self._last = self._last_uses()
+        self._params = {part for root in self.line.roots for part in self.line.layers(root)}
+
+    # What is known before anything runs.
+
+    def _weights(self) -> Iterator[Weight]:
+        line = self.line
+        places: dict[int, tuple[str, tuple[int, ...]]] = {}
+
+        def name(root: int, path: str, place: tuple[int, ...]) -> None:
+            places[root] = path, place
+            for i, part in enumerate(line.parts.get(root, ())):
+                name(part, path, (*place, i))
+
+        for root, path in zip(line.roots, self.paths, strict=True):
+            name(root, path, ())
+        alike: dict[Any, list[Use]] = {}
+        for use in line.uses:
+            alike.setdefault((line.signature(use.value), use.view), []).append(use)
+        weights = []
+        for uses in alike.values():
+            roots = line.roots_of(uses[0].value)
+            weights.append(Weight(uses[0].value, uses, roots, [places[r] for r in roots]))
+        yield from sorted(weights, key=lambda w: w.at)
+
+    def reasons(self) -> dict[str, str]:
+        """Returns why no contraction consumes a leaf, for every such leaf."""
+        used = {path for w in self.weights for path, _ in w.leaves}
+        reasons = {}
+        for root, path in zip(self.line.roots, self.paths, strict=True):
+            reads = [how for part in self.line.layers(root) for _, how in self.reads(part)]
+            if path not in used:
+                reasons[path] = ", ".join(dict.fromkeys(reads)) or "not used, or not floating"
+        return reasons
+
+    def reads(self, root: int) -> list[tuple[int, str]]:
+        """Lists where and how a root is read other than by a contraction with an activation."""
+        return self.line.reads.get(root, [])
+
+    def _last_uses(self) -> dict[int, int]:
+        """Returns the last node that needs each value."""
+        last: dict[int, int] = {}
+        for at, node in enumerate(self.line.nodes):
+            _, needed = self.line.expand([node], set())
+            last.update(dict.fromkeys(needed, at))
+        _, needed = self._outputs()
+        return last | dict.fromkeys(needed, len(self.line.nodes))
+
+    def _outputs(self) -> tuple[list[Node], list[int]]:
+        collect = Node(lambda *xs: list(xs), "outputs", list(self.line.outs), [-1])
+        return self.line.expand([collect], set())
+
+    # The walk.
+
+    def start(self, params: Any, batches: Sequence[Sequence[Any]], host: bool = False) -> None:
+        """Begins at the inputs, with these params."""
+        line = self.line
+        self.env: dict[int, Any] = dict(line.constants)
+        self._batches, self._host, self._at = batches, host, 0
+        self._known: tuple[Any, Sums] | None = None
+        for root, leaf in zip(line.roots, jax.tree.leaves(params), strict=True):
+            self._place(root, leaf)
+        columns = zip(*(jax.tree.leaves(tuple(batch)) for batch in batches), strict=True)
+        for v, column in zip(line.inputs, columns, strict=True):
+            self.env[v] = list(column)
+
+    def _place(self, root: int, leaf: Any) -> None:
+        if root not in self.line.parts:
+            self.env[root] = leaf
+        for i, part in enumerate(self.line.parts.get(root, ())):
+            self._place(part, leaf[i])
+
+    def advance(self, end: int | None = None) -> None:
+        """Runs up to a node, or to the end."""
+        end = len(self.line.nodes) if end is None else end
+        nodes, start = self.line.nodes[self._at : end], self._at
+        self._at = end
+        for per_batch in (False, True):
+            some = [n for n in nodes if any(v in self.line.data for v in n.outs) == per_batch]
+            # What is not of a batch may be needed by what is, in the same stretch.
+            first = end if per_batch else start
+            made = [v for n in some for v in n.outs if self._last.get(v, -1) >= first]
+            if made:
+                self._run(some, made, per_batch)
+        for v in [v for v, last in self._last.items() if v in self.env and start <= last < end]:
+            if v not in self.line.constants and v not in self._params:
+                del self.env[v]
+
+    def _run(self, nodes: list[Node], made: list[int], per_batch: bool) -> None:
+        nodes, ins = self.line.expand(nodes, set())
+        run = self._compile(nodes, ins, made)
+        if not per_batch:
+            self.env.update(zip(made, run(*(self.env[v] for v in ins)), strict=True))
+            return
+        varying = {v for v in ins if v in self.line.data}
+        results: list[list[Any]] = [[] for _ in made]
+        for b in range(len(self._batches)):
+            outs = run(*(self.env[v][b] if v in varying else self.env[v] for v in ins))
+            for result, out in zip(results, outs, strict=True):
+                result.append(_to_host(out) if self._host else out)
+            for v in varying:  # so that only one batch is held twice
+                if self._last[v] < self._at and v not in self.line.inputs:
+                    self.env[v][b] = None
+        self.env.update(zip(made, results, strict=True))
+
+    def _compile(self, nodes: list[Node], ins: list[int], made: list[int]) -> Any:
+        """Returns the compiled stretch; those that do the same share a program."""
+        literals = self.line.literals
+        place: dict[int, int] = {v: i for i, v in enumerate(ins)}
+
+        def spell(v: int) -> Any:
+            return self.line.literal(v) if v in literals else place.setdefault(v, len(place))
+
+        key = tuple(
+            (node.key, tuple(map(spell, node.ins)), tuple(map(spell, node.outs))) for node in nodes
+        )
+        key = key, len(ins), tuple(map(spell, made))
+        if key not in self._compiled:
+            constants = {v: self.env[v] for n in nodes for v in n.ins if v in literals}
+
+            def run(*arrays: Any) -> list[Any]:
+                env = constants | dict(zip(ins, arrays, strict=True))
+                for node in nodes:
+                    outs = node.run(*(env[v] for v in node.ins))
+                    env.update(zip(node.outs, outs, strict=True))
+                return [env[v] for v in made]
+
+            self._compiled[key] = jax.jit(run)
+        return self._compiled[key]
+
+    def outputs(self) -> list[list[Any]]:
+        """Runs to the end; returns the leaves of what the function returns, for each batch."""
+        self.advance()
+        envs = [self._of_batch(b) for b in range(len(self._batches))]
+        return [[self._pull(v, env) for v in self.line.outs] for env in envs]
+
+    def _of_batch(self, b: int) -> dict[int, Any]:
+        return {v: x[b] if v in self.line.data else x for v, x in self.env.items()}
+
+    # What happens at a weight.
+
+    def sums(self, weight: Weight, gram: bool) -> Sums:
+        """Sums over all rows of all batches that flow into a weight."""
+        use = weight.uses[0]
+        key = None
+        if len(weight.uses) == 1 and self.line.nodes[use.at] is use.node:
+            key = use.others, views.of_rows(use.view), gram
+            if self._known is not None and self._known[0] == key:
+                return self._known[1]  # of the same activation, as for queries, keys and values
+            ins: Sequence[int] = use.others
+            measure = functools.partial(_measure, key[1], gram)
+        else:
+            measure, ins = self._tapped(weight, gram)
+        varying = [v in self.line.data for v in ins]
+        total = None
+        for b in range(len(self._batches) if any(varying) else 1):
+            pairs = zip(ins, varying, strict=True)
+            part = measure(*(self.env[v][b] if of_batch else self.env[v] for v, of_batch in pairs))
+            total = part if total is None else add(total, part)
+        self._known = None if key is None else (key, total)
+        return total
+
+    def _tapped(self, weight: Weight, gram: bool) -> tuple[Any, list[int]]:
+        """Returns a function that runs all nodes that use a weight, and sums what flows in.
+
+        This serves a weight of a loop or a branch, and one that is used more than once.
+        """
+        line, uses = self.line, {use.node: use for use in weight.uses}
+        nodes = line.nodes[weight.at : weight.uses[-1].at + 1]
+        inside = [n for node in nodes for n in _inside(node)]
+        known: set[int] = set()
+        _, ins = line.expand(nodes, known)
+        bodies = [body for node in (*nodes, *inside) for body in node.bodies]
+        known.update(v for values in (*inside, *bodies) for v in values.ins if v in line.inner)
+        known.update(v for n in inside for v in n.outs)
+        ins += line.expand(inside, known)[1]
+        shape = jax.eval_shape(lambda: self.matrix(weight)).shape
+        zero = functools.partial(_zeros, shape, gram)
+
+        def run(nodes: Sequence[Node], env: dict[int, Any]) -> Sums:
+            total = zero()
+            for node in nodes:
+                args = [self._pull(v, env) for v in node.ins]
+                if any(n in uses for n in _inside(node)):
+                    parts = [functools.partial(run_body, body, env) for body in node.bodies]
+                    outs, total = _jaxpr.accumulate(node.eqn, parts, args, total)
+                else:
+                    outs = node.run(*args)
+                if node in uses:
+                    rows = [self._pull(v, env) for v in uses[node].others]
+                    total = add(total, views.sums(uses[node].view, gram, *rows))
+                env.update(zip(node.outs, outs, strict=True))
+            return total
+
+        def run_body(body: Any, env: dict[int, Any], *args: Any) -> tuple[list[Any], Sums]:
+            env = env | dict(zip(body.ins, args, strict=True))
+            part = run(body.nodes, env)
+            return [self._pull(v, env) for v in body.outs], part
+
+        key = "tapped", weight.value, gram
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(
+                lambda *arrays: run(nodes, dict(zip(ins, arrays, strict=True)))
+            )
+        return self._compiled[key], ins
+
+    def _pull(self, v: int, env: dict[int, Any]) -> Any:
+        """Returns a value, which is made if it is linear."""
+        if v not in env:
+            if v not in self.line.maker:
+                return self.line.constants[v]
+            node = self.line.maker[v]
+            outs = node.run(*(self._pull(i, env) for i in node.ins))
+            return outs[node.outs.index(v)]
+        return env[v]
+
+    def _operand(self, weight: Weight) -> tuple[Callable[..., Any], list[Any]]:
+        """Returns how a weight is made of its roots, and these."""
+        env = {v: x for v, x in self.env.items() if not isinstance(x, list)}
+
+        def make(roots: Sequence[Any]) -> Any:
+            return self._pull(weight.value, env | dict(zip(weight.roots, roots, strict=True)))
+
+        return make, [jnp.asarray(self.env[r]) for r in weight.roots]
+
+    def matrix(self, weight: Weight) -> jax.Array:
+        """Returns a weight in float32, of shape (groups, inputs, outputs)."""
+        make, roots = self._operand(weight)
+        return views.matrix(weight.uses[0].view, make(roots)).astype(jnp.float32)
+
+    def covers(self, weight: Weight) -> list[np.ndarray | None]:
+        """Returns which entries of each root are in a weight; `None` for all of them."""
+        if weight.value in weight.roots:
+            return [None]
+        make, roots = self._operand(weight)
+        ones = [jnp.ones(r.shape, r.dtype) for r in roots]
+        scales, pull = jax.vjp(make, roots)
+        (counts,) = pull(jax.jvp(make, (roots,), (ones,))[1])
+        return [np.asarray(c != 0) for c in counts]
+
+    def write(self, weight: Weight, matrix: jax.Array, mask: jax.Array) -> list[jax.Array] | None:
+        """Writes matrices back into the roots; returns the masks of these.
+
+        An entry of a root that appears several times becomes the mean; `None` is returned, and
+        nothing changed, if the weight would not be what is written.
+        """
+        make, roots = self._operand(weight)
+        view, shape = weight.uses[0].view, jax.eval_shape(make, roots)
+        new = views.unmatrix(view, matrix, shape).astype(shape.dtype)
+        kept = views.unmatrix(view, mask, shape)
+        if weight.value in weight.roots:
+            self.env[weight.value] = new
+            return [kept]
+        return self._write(weight, make, roots, new, kept)
+
+    def _write(
+        self, weight: Weight, make: Any, roots: list[Any], new: jax.Array, kept: jax.Array
+    ) -> list[jax.Array] | None:
+        # Each entry of the weight is c·r for one entry r of a root, plus what is in no root. Least
+        # squares for r over all its entries: sum(c · new) / sum(c²).
+        ones = [jnp.ones(r.shape, r.dtype) for r in roots]
+        zeros = [jnp.zeros(r.shape, r.dtype) for r in roots]
+        fixed, scale = jax.jvp(make, (zeros,), (ones,))
+        _, pull = jax.vjp(make, roots)
+        (dots,), (norms,) = pull(new - fixed), pull(scale)
+        values = [
+            jnp.where(n != 0, d / jnp.where(n == 0, 1, n), r).astype(r.dtype)
+            for d, n, r in zip(dots, norms, roots, strict=True)
+        ]
+        (stay,) = pull(jnp.where(kept, scale, 0))
+        masks = [(s != 0) | (n == 0) for s, n in zip(stay, norms, strict=True)]
+        values = [jnp.where(m, v, 0) for m, v in zip(masks, values, strict=True)]
+        error = jnp.max(jnp.abs((make(values) - new).astype(jnp.float32)))
+        limit = 4 * jnp.finfo(new.dtype).eps * jnp.max(jnp.abs(new)).astype(jnp.float32)
+        if not error <= limit:
+            return None
+        self.env.update(zip(weight.roots, values, strict=True))
+        return masks
+
+    def first_not_finite(self, weight: Weight) -> str:
+        """Names the first equation on the way to a weight that makes NaN, or else infinity."""
+        for bad in (jnp.isnan, jnp.isinf):
+            for b, batch in enumerate(self._batches):
+                env = {v: self.env[v] for v in self._params}
+                env |= dict(zip(self.line.inputs, jax.tree.leaves(tuple(batch)), strict=True))
+                found = self._first(bad, env, weight.uses[-1].at + 1)
+                if found:
+                    return f"{found}, in batch {b}"
+        return "an unknown equation"
+
+    def _first(self, bad: Any, env: dict[int, Any], end: int) -> str:
+        def is_bad(x: Any) -> bool:
+            return _jaxpr.is_inexact(x) and bool(jnp.any(bad(x)))
+
+        for v, x in env.items():
+            if is_bad(x):
+                return "an input" if v in self.line.inputs else "the params"
+        for node in self.line.nodes[:end]:
+            outs = node.run(*(self._pull(v, env) for v in node.ins))
+            env.update(zip(node.outs, outs, strict=True))
+            if any(map(is_bad, outs)) and node.eqn is not None:
+                return f"{_jaxpr.where(node.eqn)} at {_jaxpr.line(node.eqn)}"
+        return ""
+
+    def leaf(self, root: int, of: dict[int, Any]) -> Any:
+        """Returns a param from its layers."""
+        if root in self.line.parts:
+            return jnp.stack([self.leaf(part, of) for part in self.line.parts[root]])
+        return of[root]
+
+
+def _inside(node: Node) -> Iterator[Node]:
+    for body in node.bodies:
+        for inner in body.nodes:
+            yield inner
+            yield from _inside(inner)
+
+
+def _zeros(shape: tuple[int, ...], gram: bool) -> Sums:
+    groups, inputs, _ = shape
+    square = jnp.zeros((groups, inputs, inputs), jnp.float32) if gram else None
+    rows = jnp.zeros((groups, inputs), jnp.float32)
+    return Sums(jnp.zeros(groups, jnp.float32), rows, rows, square)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _measure(view: Any, gram: bool, *arrays: Any) -> Sums:
+    return views.sums(view, gram, *arrays)
+
+
+@jax.jit
+def add(a: Sums, b: Sums) -> Sums:
+    """Adds what is summed over some rows and over others."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _to_host(x: Any) -> Any:
+    return np.asarray(x) if jnp.issubdtype(x.dtype, jnp.number) else x

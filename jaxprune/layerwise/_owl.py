@@ -1,0 +1,99 @@
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import _select
+from jaxprune._calibrate import Calibration
+from jaxprune._tree import Params
+
+
+def owl(
+    stats: Calibration,
+    params: Params,
+    sparsity: float,
+    *,
+    spread: float = 0.08,
+    outlier: float = 5.0,
+    block: Callable[[str], Any] | None = None,
+) -> dict[str, Any]:
+    r"""Gives layers with more outliers a lower sparsity.
+
+    The outliers of a layer are the weights whose score :math:`|w_{ij}| \lVert x_i \rVert_2`
+    exceeds M times the mean of the layer, and :math:`D_l` is their fraction. Then
+
+    .. math:: s_l = s + \lambda - 2 \lambda \frac{D_l - \min D}{\max D - \min D} + c
+
+    where c makes the total of all weights exact.
+
+    Args:
+      stats: from :func:`jaxprune.calibrate`.
+      params: those of the calibration.
+      sparsity: the fraction to remove of all weights that have statistics.
+      spread: :math:`\lambda`, by which sparsities differ at most from the middle.
+      outlier: M.
+      block: maps a path to the block whose weights share a sparsity; by default each leaf, and each
+        layer of a stacked leaf, is one.
+
+    Returns:
+      A dict from paths to sparsities, for ``scope=`` of :func:`jaxprune.reconstruct`; for a stacked
+      leaf an array with one for each layer.
+
+    Raises:
+      ValueError: for a sparsity outside [0, 1).
+
+    Examples:
+      >>> apply_fn = lambda p, x: (x @ p["a"]) @ p["b"]
+      >>> params = {"a": jnp.eye(8), "b": jnp.ones((8, 8))}
+      >>> stats = jp.calibrate(apply_fn, params, [jnp.ones((1, 8))])
+      >>> {path: round(s, 2) for path, s in owl(stats, params, 0.5).items()}
+      {'a': 0.42, 'b': 0.58}
+
+    References:
+      Yin et al, `Outlier Weighed Layerwise Sparsity
+      <https://arxiv.org/abs/2310.05175>`_, 2023
+    """
+    sparsity = _select.check_sparsity(sparsity)
+    depths = {path: depth for path, depth in _depths(stats).items()}
+    parts: dict[Any, list[tuple[str, int]]] = {}
+    found: dict[str, list[np.ndarray]] = {}
+    for path, w in stats.matrices(params).items():
+        if path not in depths:
+            continue
+        scores = np.asarray(jnp.abs(w) * stats[path].norms[..., None])
+        layers = scores.reshape(-1, *scores.shape[depths[path] :]) if depths[path] else scores[None]
+        found[path] = list(layers)
+        for i in range(len(layers)):
+            key = (block(path), i) if block else (path, i)
+            parts.setdefault(key, []).append((path, i))
+    blocks = [np.concatenate([found[p][i].ravel() for p, i in part]) for part in parts.values()]
+    outliers = np.array([np.mean(scores > outlier * scores.mean()) for scores in blocks])
+    sizes = np.array([len(scores) for scores in blocks], np.float64)
+    width = np.ptp(outliers)
+    scaled = (outliers - outliers.min()) / (width or 1) * 2 * spread
+    keep = scaled - np.average(scaled, weights=sizes) + (1 - sparsity)
+    keep = _within(keep, sizes, 1 - sparsity)
+    result: dict[str, Any] = {path: np.zeros(len(layers)) for path, layers in found.items()}
+    for part, share in zip(parts.values(), keep, strict=True):
+        for path, i in part:
+            result[path][i] = 1 - share
+    return {p: s if depths[p] else float(s[0]) for p, s in result.items()}
+
+
+def _depths(stats: Mapping[str, Any]) -> dict[str, int]:
+    """Returns how many leading axes of the statistics of a path are layers."""
+    names = getattr(stats, "_names", [])
+    return {path: len(place) for places in names for path, place in places}
+
+
+def _within(keep: np.ndarray, sizes: np.ndarray, mean: float) -> np.ndarray:
+    """Clips to (0, 1], and moves what does not fit to the others."""
+    for _ in range(len(keep)):
+        keep = np.clip(keep, 1e-6, 1)
+        missing = (mean - np.average(keep, weights=sizes)) * sizes.sum()
+        free = (keep < 1) if missing > 0 else (keep > 1e-6)
+        if abs(missing) < 1e-9 or not free.any():
+            break
+        keep = keep + free * missing / sizes[free].sum()
+    return np.clip(keep, 1e-6, 1)
