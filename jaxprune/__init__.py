@@ -48,29 +48,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["CannotShrink", "Plan", "apply_masks", "calibrate", "enforce", "find_groups"]
-__all__ += [
-    "get_masks",
-    "gradual",
-    "reconstruct",
-    "report",
-    "select",
-    "select_iteratively",
-    "set_masks",
-    "shrink",
-    "summary",
-]
-__all__ += ["curves", "gates", "groups", "layerwise", "masks", "metrics", "movement", "nnx"]
-__all__ += [
-    "optimizer",
-    "patterns",
-    "plot",
-    "recipes",
-    "regularizers",
-    "schedules",
-    "scores",
-    "search",
-    "units",
-]
+__all__ += ["get_masks", "gradual", "reconstruct", "report", "select", "select_iteratively"]
+__all__ += ["set_masks", "shrink", "summary", "curves", "gates", "groups", "layerwise", "masks"]
+__all__ += ["metrics", "movement", "nnx", "optimizer", "patterns", "plot", "recipes"]
+__all__ += ["regularizers", "schedules", "scores", "search", "units"]
 
 # Modules that read programs, draw or train are imported on first use: they take two thirds of the
 # time to import the package, and flax.nnx takes as long again.

@@ -1,5 +1,6 @@
 """What flows into each param, read from the traced program."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ class Statistics(NamedTuple):
     such as that of experts, then one of groups.
     """
 
-    count: jax.Array  # shape=(), the number of rows
+    count: jax.Array  # type: ignore[assignment]  # shape=(), the number of rows
     mean: jax.Array  # shape=(d,)
     norms: jax.Array  # shape=(d,), the Euclidean norm of each input over all rows
     gram: jax.Array | None = None  # shape=(d, d), XᵀX, if it was asked for
@@ -50,10 +51,9 @@ class Calibration(dict[str, Statistics]):
         return _by_path(self._names, entries)
 
     def __repr__(self) -> str:
-        rows = [
-            f"{path or '(the array itself)'}: {s.norms.shape} inputs" for path, s in self.items()
-        ]
-        return "\n".join(rows + [f"{path}: {why}" for path, why in self.skipped.items()])
+        rows = [f"{_tree.show(path)}: shape {s.norms.shape}" for path, s in self.items()]
+        rows += [f"{_tree.show(path)}: {why}" for path, why in self.skipped.items()]
+        return "\n".join(rows)
 
 
 def calibrate(
@@ -172,7 +172,8 @@ def _sums(walk: _program.Walk, params: Params, batch: tuple[Any, ...], gram: boo
 
 
 def _finish(walk: _program.Walk, totals: list[Any]) -> Calibration:
-    names, counts = [], {}
+    names = []
+    counts: dict[Any, int] = {}
     for weight in walk.weights:
         number = {leaf: counts.get(leaf, 0) + 1 for leaf in weight.leaves}
         counts |= number
@@ -188,6 +189,10 @@ def _ungrouped(x: jax.Array) -> jax.Array:
     return x[0] if len(x) == 1 else x
 
 
+def _stack(lengths: tuple[int, ...], *layers: jax.Array) -> jax.Array:
+    return jnp.stack(layers).reshape(*lengths, *layers[0].shape)
+
+
 def _by_path(names: list[list[tuple[str, tuple[int, ...]]]], entries: list[Any]) -> dict[str, Any]:
     """Collects by path, and stacks the entries of the layers of a stacked param."""
     layers: dict[str, dict[tuple[int, ...], Any]] = {}
@@ -200,8 +205,6 @@ def _by_path(names: list[list[tuple[str, tuple[int, ...]]]], entries: list[Any])
             result[path] = by_place[()]
         else:
             lengths = tuple(np.max(list(by_place), 0) + 1)
-            stacked = jax.tree.map(
-                lambda *xs: jnp.stack(xs), *(by_place[i] for i in sorted(by_place))
-            )
-            result[path] = jax.tree.map(lambda x: x.reshape(*lengths, *x.shape[1:]), stacked)  # noqa: B023
+            in_order = [by_place[place] for place in sorted(by_place)]
+            result[path] = jax.tree.map(functools.partial(_stack, lengths), *in_order)
     return result

@@ -1,6 +1,7 @@
 """Prunes a network layer by layer, in one walk along its traced program."""
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -160,51 +161,40 @@ def _prune(
     """Walks; returns the masks of roots, and why leaves were not pruned, by path."""
     kept: dict[int, jax.Array] = {}
     skipped: dict[str, str] = {}
-    shared = [r for weight in walk.weights for r in weight.roots]
-    covered: dict[int, list[Any]] = {}
+    frozen: dict[int, str] = {}  # roots that stay as they are, because a contraction read them
     gram = getattr(getattr(method, "func", method), "gram", True)
     walk.start(params, batches, host)
     for weight in _progress.bar(walk.weights, desc="reconstruct", unit="weight"):
         walk.advance(weight.at)
-        share = shares[weight]
-        if share == 0:
+        if shares[weight] == 0 or walk.is_covered(weight, kept):
             continue
-        why = _frozen(walk, weight)
-        if not why and any(shared.count(r) > 1 for r in weight.roots):
-            for root, entries in zip(weight.roots, walk.covers(weight), strict=True):
-                if any(_overlap(entries, before) for before in covered.get(root, [])):
-                    why = "pruned before, by another contraction that reads it in another way"
-                covered.setdefault(root, []).append(entries)
+        why, masks = next((frozen[r] for r in weight.roots if r in frozen), ""), None
+        why = why or _read_before(walk, weight)
         if not why:
             sums = walk.sums(weight, gram)
             check_finite(walk, weight, sums)
             why = "" if bool(jnp.any(sums.count > 0)) else "no row of the batches reaches it"
         if not why:
-            new, mask = _matrices(walk, weight, sums, share, method, pattern)
-            masks = walk.write(weight, new, mask)
+            pruned = _matrices(walk, weight, sums, shares[weight], method, pattern)
+            masks = walk.write(weight, *pruned)
             why = "" if masks else "its entries appear several times in the contraction"
-        for (path, _), root, mask in zip(
-            weight.leaves, weight.roots, [] if why else masks, strict=not why
-        ):
-            kept[root] = kept[root] & mask if root in kept else mask
-        if why:
+        if masks is None:
+            frozen |= dict.fromkeys(weight.roots, why)
             skipped |= {path: why for path, _ in weight.leaves}
+            continue
+        for root, mask in zip(weight.roots, masks, strict=True):
+            kept[root] = kept[root] & mask if root in kept else mask
     walk.advance()
     return kept, skipped
 
 
-def _overlap(a: Any, b: Any) -> bool:
-    return a is None or b is None or bool(np.any(a & b))
-
-
-def _frozen(walk: _program.Walk, weight: _program.Weight) -> str:
+def _read_before(walk: _program.Walk, weight: _program.Weight) -> str:
     """Returns how a root was read before the walk reached the weight, or nothing."""
     for root in weight.roots:
         for at, how in walk.reads(root):
             if at < weight.at:
                 return f"{how} before a contraction consumes it"
-    leaf = next(iter(weight.roots))
-    return "it has one axis" if jnp.ndim(walk.env[leaf]) < 2 else ""
+    return "it has one axis" if jnp.ndim(walk.env[weight.roots[0]]) < 2 else ""
 
 
 def _matrices(
@@ -217,28 +207,22 @@ def _matrices(
 ) -> tuple[jax.Array, jax.Array]:
     """Applies the method to every group of a weight, to an exact total."""
     w = walk.matrix(weight)
-    try:
-        cells = _cells(pattern, w[0])
-    except ValueError as error:
-        raise ValueError(f"{weight.name}: {error}") from error
-    ends = np.arange(len(w) + 1) * round((share or 0.0) * cells * len(w)) // len(w)
+    groups, cells = len(w), w[0].size
+    if pattern is not None:
+        try:
+            cells = math.prod(jax.eval_shape(pattern.pool, w[0]).shape)
+        except ValueError as error:
+            raise ValueError(f"{weight.name}: {error}") from error
+    ends = np.arange(groups + 1) * round((share or 0.0) * cells * groups) // groups
+    shares = [None if share is None else float(n / cells) for n in np.diff(ends)]
     results = []
-    for g in range(len(w)):
-        part = 0.0 if share is None else float((ends[g + 1] - ends[g]) / cells)
-        of_group = statistics(jax.tree.map(lambda x, g=g: x[g], sums))
+    for g, of_cells in enumerate(shares):
+        of_group = statistics(jax.tree.map(operator.itemgetter(g), sums))
         # A group without a row, such as an expert that no token chose, has nothing to fit.
         chosen = method if float(of_group.count) > 0 else layerwise.magnitude
-        results.append(
-            _apply(weight.name, chosen, w[g], of_group, None if share is None else part, pattern)
-        )
+        results.append(_apply(weight.name, chosen, w[g], of_group, of_cells, pattern))
     new, masks = zip(*results, strict=True)
     return jnp.stack(new), jnp.stack(masks)
-
-
-def _cells(pattern: Pattern | None, w: jax.Array) -> int:
-    if pattern is None:
-        return w.size
-    return math.prod(jax.eval_shape(pattern.pool, jax.ShapeDtypeStruct(w.shape, w.dtype)).shape)
 
 
 def _apply(

@@ -14,7 +14,8 @@ layers. A value is dropped after the last stretch that needs it.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -123,9 +124,9 @@ class Walk:
         self._known: tuple[Any, Sums] | None = None
         for root, leaf in zip(line.roots, jax.tree.leaves(params), strict=True):
             self._place(root, leaf)
-        columns = zip(*(jax.tree.leaves(tuple(batch)) for batch in batches), strict=True)
-        for v, column in zip(line.inputs, columns, strict=True):
-            self.env[v] = list(column)
+        columns = [jax.tree.leaves(tuple(batch)) for batch in batches]
+        for i, v in enumerate(line.inputs):
+            self.env[v] = [column[i] for column in columns]
 
     def _place(self, root: int, leaf: Any) -> None:
         if root not in self.line.parts:
@@ -174,10 +175,11 @@ class Walk:
         def spell(v: int) -> Any:
             return self.line.literal(v) if v in literals else place.setdefault(v, len(place))
 
-        key = tuple(
-            (node.key, tuple(map(spell, node.ins)), tuple(map(spell, node.outs))) for node in nodes
-        )
-        key = key, len(ins), tuple(map(spell, made))
+        def steps() -> Iterator[Any]:
+            for node in nodes:
+                yield node.key, tuple(map(spell, node.ins)), tuple(map(spell, node.outs))
+
+        key = len(ins), tuple(steps()), tuple(map(spell, made))
         if key not in self._compiled:
             constants = {v: self.env[v] for n in nodes for v in n.ins if v in literals}
 
@@ -205,7 +207,7 @@ class Walk:
     def sums(self, weight: Weight, gram: bool) -> Sums:
         """Sums over all rows of all batches that flow into a weight."""
         use = weight.uses[0]
-        key = None
+        key: Any = None
         if len(weight.uses) == 1 and self.line.nodes[use.at] is use.node:
             key = use.others, views.of_rows(use.view), gram
             if self._known is not None and self._known[0] == key:
@@ -215,7 +217,7 @@ class Walk:
         else:
             measure, ins = self._tapped(weight, gram)
         varying = [v in self.line.data for v in ins]
-        total = None
+        total: Any = None
         for b in range(len(self._batches) if any(varying) else 1):
             pairs = zip(ins, varying, strict=True)
             part = measure(*(self.env[v][b] if of_batch else self.env[v] for v, of_batch in pairs))
@@ -234,7 +236,8 @@ class Walk:
         known: set[int] = set()
         _, ins = line.expand(nodes, known)
         bodies = [body for node in (*nodes, *inside) for body in node.bodies]
-        known.update(v for values in (*inside, *bodies) for v in values.ins if v in line.inner)
+        fed = [v for body in bodies for v in body.ins] + [v for n in inside for v in n.ins]
+        known.update(v for v in fed if v in line.inner and v not in line.maker)
         known.update(v for n in inside for v in n.outs)
         ins += line.expand(inside, known)[1]
         shape = jax.eval_shape(lambda: self.matrix(weight)).shape
@@ -291,15 +294,27 @@ class Walk:
         make, roots = self._operand(weight)
         return views.matrix(weight.uses[0].view, make(roots)).astype(jnp.float32)
 
-    def covers(self, weight: Weight) -> list[np.ndarray | None]:
-        """Returns which entries of each root are in a weight; `None` for all of them."""
-        if weight.value in weight.roots:
-            return [None]
+    def is_covered(self, weight: Weight, roots: Mapping[int, Any]) -> bool:
+        """Returns whether an earlier contraction reads entries of a weight in another way.
+
+        Only weights of some ``roots`` count.
+        """
+        earlier = itertools.takewhile(lambda w: w is not weight, self.weights)
+        others = [w for w in earlier if {*w.roots} & {*weight.roots} & roots.keys()]
+        entries = self._entries(weight) if others else {}
+        return any(
+            bool(jnp.any(entries[root] & there))
+            for other in others
+            for root, there in self._entries(other).items()
+            if root in entries
+        )
+
+    def _entries(self, weight: Weight) -> dict[int, jax.Array]:
+        """Returns which entries of its roots are in a weight."""
         make, roots = self._operand(weight)
-        ones = [jnp.ones(r.shape, r.dtype) for r in roots]
-        scales, pull = jax.vjp(make, roots)
-        (counts,) = pull(jax.jvp(make, (roots,), (ones,))[1])
-        return [np.asarray(c != 0) for c in counts]
+        scale, pull = jax.vjp(make, roots)
+        (counts,) = pull(jnp.ones_like(scale))
+        return {root: c != 0 for root, c in zip(weight.roots, counts, strict=True)}
 
     def write(self, weight: Weight, matrix: jax.Array, mask: jax.Array) -> list[jax.Array] | None:
         """Writes matrices back into the roots; returns the masks of these.

@@ -163,7 +163,7 @@ class Line:
         return number
 
     def _add(self, jaxpr: Any, consts: Any, ins: Sequence[int], nodes: list[Node]) -> list[int]:
-        """Adds the equations of a program to a list of nodes; returns the numbers of its results."""
+        """Adds the equations of a program to a list of nodes, and returns its results."""
         env = dict(zip(jaxpr.invars, ins, strict=True))
         env |= {v: self._constant(x) for v, x in zip(jaxpr.constvars, consts, strict=True)}
 
@@ -196,7 +196,7 @@ class Line:
         return list(map(number, jaxpr.outvars))
 
     def _body(self, program: Any, operands: Sequence[int]) -> Body:
-        """Makes the line of an inner program; what it only reads keeps the number it has outside."""
+        """Makes the line of an inner program; what does not change keeps its number."""
         self._depth += 1
         fed = [operands[i] for i in program.operands]
         changes = {*program.carried, *list(program.operands)[len(fed) - program.stacked :]}
@@ -301,25 +301,27 @@ class Line:
         return frozenset().union(*(self._from.get(v, ()) for v in values))
 
     def _moved(self, name: str, node: Node, linear: list[int]) -> tuple[int, ...]:
-        """Lists the operands in which the results are linear, entry by entry; none if they aren't."""
+        """Lists the operands in which the results are linear, entry by entry."""
         if name in _MOVES:
             first = linear == [0] and name in _INDEXED
             moved = linear if first or linear == list(range(len(node.ins))) else []
-            if node.eqn is not None and not all(
-                _jaxpr.is_inexact(v.aval) for v in node.eqn.outvars
-            ):
+            outvars = [] if node.eqn is None else node.eqn.outvars
+            if not all(_jaxpr.is_inexact(v.aval) for v in outvars):
                 return ()
         elif name in _SCALES:
             # Of two params, the one with more entries is the weight, and the other its scale.
-            size = lambda i: sum(self._sizes[r] for r in self.roots_of(node.ins[i]))
             able = [i for i in linear if (name, i) not in (("div", 1), ("select_n", 0))]
-            moved = [max(able, key=size)] if able else []
+            moved = sorted(able, key=lambda i: -self._entries(node.ins[i]))[:1]
         else:
             return ()
         others = [v for i, v in enumerate(node.ins) if i not in moved]
         unknown = any(v in self.data or v in self.inner for v in others)
         same = self._params_of(node.ins[i] for i in moved) & self._params_of(others)
         return () if unknown or same else tuple(moved)
+
+    def _entries(self, v: int) -> int:
+        """Counts the entries of the roots of a value."""
+        return sum(self._sizes[root] for root in self.roots_of(v))
 
     def _read(self, v: int, how: str, at: int | None = None) -> None:
         for root in self.roots_of(v):

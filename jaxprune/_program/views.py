@@ -16,7 +16,7 @@ from jax import lax
 class Sums(NamedTuple):
     """What is summed over the rows that flow into a weight; ``g`` groups, ``d`` inputs."""
 
-    count: jax.Array  # shape=(g,)
+    count: jax.Array  # type: ignore[assignment]  # shape=(g,)
     total: jax.Array  # shape=(g, d)
     squares: jax.Array  # shape=(g, d)
     gram: jax.Array | None  # shape=(g, d, d), if it is asked for

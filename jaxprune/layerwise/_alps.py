@@ -96,7 +96,10 @@ def _fit(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Fits the kept weights of every output by conjugate gradients; also returns the error."""
     aim = _product(gram, dense)
-    dot = lambda a, b: jnp.sum(a * b, 0, keepdims=True)
+
+    def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.sum(a * b, 0, keepdims=True)
+
     w = jnp.where(mask, dense, 0)
     rest = jnp.where(mask, aim - _product(gram, w), 0)
     goal = 1e-12 * dot(aim, aim)
