@@ -46,9 +46,11 @@ class Calibration(dict[str, Statistics]):
           For every path of the statistics an array of shape ``(..., inputs, outputs)``, in float32.
         """
         self._walk.start(params, [])
-        matrices = map(self._walk.matrix, self._walk.weights)
-        entries = [w[0] if len(w) == 1 else w for w in matrices]
-        return _by_path(self._names, entries)
+        matrices = []
+        for weight in self._walk.weights:
+            self._walk.advance(weight.at)
+            matrices.append(_ungrouped(self._walk.matrix(weight)))
+        return _by_path(self._names, matrices)
 
     def __repr__(self) -> str:
         rows = [f"{_tree.show(path)}: shape {s.norms.shape}" for path, s in self.items()]
@@ -166,19 +168,21 @@ def _sums(walk: _program.Walk, params: Params, batch: tuple[Any, ...], gram: boo
     parts = []
     for weight in walk.weights:
         walk.advance(weight.at)
-        parts.append(walk.sums(weight, gram))
-        check_finite(walk, weight, parts[-1])
+        parts.append(None if walk.is_covered(weight) else walk.sums(weight, gram))
+        if parts[-1] is not None:
+            check_finite(walk, weight, parts[-1])
     return parts
 
 
 def _finish(walk: _program.Walk, totals: list[Any]) -> Calibration:
     names = []
     counts: dict[Any, int] = {}
-    for weight in walk.weights:
-        number = {leaf: counts.get(leaf, 0) + 1 for leaf in weight.leaves}
+    for weight, total in zip(walk.weights, totals, strict=True):
+        leaves = [] if total is None else weight.leaves
+        number = {leaf: counts.get(leaf, 0) + 1 for leaf in leaves}
         counts |= number
         names.append([(p if n == 1 else f"{p} ({n})", i) for (p, i), n in number.items()])
-    entries = [statistics(jax.tree.map(_ungrouped, total)) for total in totals]
+    entries = [t and statistics(jax.tree.map(_ungrouped, t)) for t in totals]
     result = Calibration(_by_path(names, entries))
     result.skipped = walk.reasons()
     result._walk, result._names = walk, names

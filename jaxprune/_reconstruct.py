@@ -161,15 +161,13 @@ def _prune(
     """Walks; returns the masks of roots, and why leaves were not pruned, by path."""
     kept: dict[int, jax.Array] = {}
     skipped: dict[str, str] = {}
-    frozen: dict[int, str] = {}  # roots that stay as they are, because a contraction read them
     gram = getattr(getattr(method, "func", method), "gram", True)
     walk.start(params, batches, host)
     for weight in _progress.bar(walk.weights, desc="reconstruct", unit="weight"):
         walk.advance(weight.at)
-        if shares[weight] == 0 or walk.is_covered(weight, kept):
+        if walk.is_covered(weight) or shares[weight] == 0:
             continue
-        why, masks = next((frozen[r] for r in weight.roots if r in frozen), ""), None
-        why = why or _read_before(walk, weight)
+        why, masks = _read_before(walk, weight), None
         if not why:
             sums = walk.sums(weight, gram)
             check_finite(walk, weight, sums)
@@ -179,7 +177,6 @@ def _prune(
             masks = walk.write(weight, *pruned)
             why = "" if masks else "its entries appear several times in the contraction"
         if masks is None:
-            frozen |= dict.fromkeys(weight.roots, why)
             skipped |= {path: why for path, _ in weight.leaves}
             continue
         for root, mask in zip(weight.roots, masks, strict=True):

@@ -14,8 +14,7 @@ layers. A value is dropped after the last stretch that needs it.
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -60,6 +59,9 @@ class Walk:
         floating = [_tree.is_floating(leaf) for _, leaf in names]
         self.line = Line(_jaxpr.trace(apply_fn, params, *batch), len(names), floating)
         self.paths = [path for path, _ in names]
+        self.names: dict[int, tuple[str, tuple[int, ...]]] = {}  # path, and place in a stack
+        for root, path in zip(self.line.roots, self.paths, strict=True):
+            self._name(root, path, ())
         self.weights = list(self._weights())
         self._compiled: dict[Any, Any] = {}
         self._last = self._last_uses()
@@ -67,24 +69,20 @@ class Walk:
 
     # What is known before anything runs.
 
+    def _name(self, root: int, path: str, place: tuple[int, ...]) -> None:
+        self.names[root] = path, place
+        for i, part in enumerate(self.line.parts.get(root, ())):
+            self._name(part, path, (*place, i))
+
     def _weights(self) -> Iterator[Weight]:
         line = self.line
-        places: dict[int, tuple[str, tuple[int, ...]]] = {}
-
-        def name(root: int, path: str, place: tuple[int, ...]) -> None:
-            places[root] = path, place
-            for i, part in enumerate(line.parts.get(root, ())):
-                name(part, path, (*place, i))
-
-        for root, path in zip(line.roots, self.paths, strict=True):
-            name(root, path, ())
         alike: dict[Any, list[Use]] = {}
         for use in line.uses:
             alike.setdefault((line.signature(use.value), use.view), []).append(use)
-        weights = []
+        weights: list[Weight] = []
         for uses in alike.values():
             roots = line.roots_of(uses[0].value)
-            weights.append(Weight(uses[0].value, uses, roots, [places[r] for r in roots]))
+            weights.append(Weight(uses[0].value, uses, roots, [self.names[r] for r in roots]))
         yield from sorted(weights, key=lambda w: w.at)
 
     def reasons(self) -> dict[str, str]:
@@ -122,6 +120,7 @@ class Walk:
         self.env: dict[int, Any] = dict(line.constants)
         self._batches, self._host, self._at = batches, host, 0
         self._known: tuple[Any, Sums] | None = None
+        self._seen: dict[int, Any] = {}  # by root, the entries of weights that were asked for
         for root, leaf in zip(line.roots, jax.tree.leaves(params), strict=True):
             self._place(root, leaf)
         columns = [jax.tree.leaves(tuple(batch)) for batch in batches]
@@ -135,8 +134,30 @@ class Walk:
             self._place(part, leaf[i])
 
     def advance(self, end: int | None = None) -> None:
-        """Runs up to a node, or to the end."""
+        """Runs up to a node, or to the end; checks tokens before they are looked up."""
         end = len(self.line.nodes) if end is None else end
+        for at, node in enumerate(self.line.nodes[self._at : end], self._at):
+            if node.eqn is not None and node.eqn.primitive.name == "gather":
+                roots = self.line.roots_of(node.ins[0])
+                if roots and node.ins[1] in self.line.data:
+                    self._advance(at)
+                    self._check_tokens(node, self.names[roots[0]])
+        self._advance(end)
+
+    def _check_tokens(self, node: Node, name: tuple[str, Any]) -> None:
+        numbers, sizes = node.eqn.params["dimension_numbers"], node.eqn.params["slice_sizes"]
+        shape = node.eqn.invars[0].aval.shape
+        for b, indices in enumerate(self.env[node.ins[1]]):
+            for i, axis in enumerate(numbers.start_index_map):
+                tokens, end = np.asarray(indices)[..., i], shape[axis] - sizes[axis] + 1
+                wrong = tokens[(tokens < 0) | (tokens >= end)]
+                if wrong.size:
+                    raise ValueError(
+                        f"{_tree.show(name[0])}: tokens must be in [0, {end}), got {wrong[0]} in "
+                        f"batch {b}. Check the tokenizer, and that it fits these params."
+                    )
+
+    def _advance(self, end: int) -> None:
         nodes, start = self.line.nodes[self._at : end], self._at
         self._at = end
         for per_batch in (False, True):
@@ -270,22 +291,25 @@ class Walk:
             )
         return self._compiled[key], ins
 
-    def _pull(self, v: int, env: dict[int, Any]) -> Any:
-        """Returns a value, which is made if it is linear."""
-        if v not in env:
-            if v not in self.line.maker:
-                return self.line.constants[v]
-            node = self.line.maker[v]
-            outs = node.run(*(self._pull(i, env) for i in node.ins))
-            return outs[node.outs.index(v)]
-        return env[v]
+    def _pull(self, v: int, env: dict[int, Any], scaled: bool = True) -> Any:
+        """Returns a value, which is made if it is linear; if not ``scaled``, only by moving."""
+        if v in env:
+            return env[v]
+        if v not in self.line.maker:
+            return self.line.constants[v]
+        node = self.line.maker[v]
+        if node.scales and not scaled:
+            return self._pull(node.ins[node.moved[0]], env, scaled)
+        outs = node.run(*(self._pull(i, env, scaled) for i in node.ins))
+        return outs[node.outs.index(v)]
 
-    def _operand(self, weight: Weight) -> tuple[Callable[..., Any], list[Any]]:
+    def _operand(self, weight: Weight, scaled: bool = True) -> tuple[Any, list[Any]]:
         """Returns how a weight is made of its roots, and these."""
         env = {v: x for v, x in self.env.items() if not isinstance(x, list)}
 
         def make(roots: Sequence[Any]) -> Any:
-            return self._pull(weight.value, env | dict(zip(weight.roots, roots, strict=True)))
+            known = env | dict(zip(weight.roots, roots, strict=True))
+            return self._pull(weight.value, known, scaled)
 
         return make, [jnp.asarray(self.env[r]) for r in weight.roots]
 
@@ -294,27 +318,26 @@ class Walk:
         make, roots = self._operand(weight)
         return views.matrix(weight.uses[0].view, make(roots)).astype(jnp.float32)
 
-    def is_covered(self, weight: Weight, roots: Mapping[int, Any]) -> bool:
-        """Returns whether an earlier contraction reads entries of a weight in another way.
+    def is_covered(self, weight: Weight) -> bool:
+        """Returns whether a weight before, with entries of this one, was asked for.
 
-        Only weights of some ``roots`` count.
+        That is a contraction which reads a param in another way, such as its transpose.
         """
-        earlier = itertools.takewhile(lambda w: w is not weight, self.weights)
-        others = [w for w in earlier if {*w.roots} & {*weight.roots} & roots.keys()]
-        entries = self._entries(weight) if others else {}
-        return any(
-            bool(jnp.any(entries[root] & there))
-            for other in others
-            for root, there in self._entries(other).items()
-            if root in entries
-        )
+        others = {r for w in self.weights if w is not weight for r in w.roots}
+        if not others & {*weight.roots}:
+            return False
+        entries = dict(zip(weight.roots, self._entries(weight), strict=True))
+        before = {r: self._seen.get(r, False) for r in entries}
+        if any(bool(jnp.any(entries[r] & before[r])) for r in entries):
+            return True
+        self._seen |= {r: entries[r] | before[r] for r in entries}
+        return False
 
-    def _entries(self, weight: Weight) -> dict[int, jax.Array]:
+    def _entries(self, weight: Weight) -> list[jax.Array]:
         """Returns which entries of its roots are in a weight."""
-        make, roots = self._operand(weight)
-        scale, pull = jax.vjp(make, roots)
-        (counts,) = pull(jnp.ones_like(scale))
-        return {root: c != 0 for root, c in zip(weight.roots, counts, strict=True)}
+        make, roots = self._operand(weight, scaled=False)
+        operand, pull = jax.vjp(make, roots)
+        return [count != 0 for count in pull(jnp.ones_like(operand))[0]]
 
     def write(self, weight: Weight, matrix: jax.Array, mask: jax.Array) -> list[jax.Array] | None:
         """Writes matrices back into the roots; returns the masks of these.
@@ -346,7 +369,7 @@ class Walk:
             for d, n, r in zip(dots, norms, roots, strict=True)
         ]
         (stay,) = pull(jnp.where(kept, scale, 0))
-        masks = [(s != 0) | (n == 0) for s, n in zip(stay, norms, strict=True)]
+        masks = [(s != 0) | ~e for s, e in zip(stay, self._entries(weight), strict=True)]
         values = [jnp.where(m, v, 0) for m, v in zip(masks, values, strict=True)]
         error = jnp.max(jnp.abs((make(values) - new).astype(jnp.float32)))
         limit = 4 * jnp.finfo(new.dtype).eps * jnp.max(jnp.abs(new)).astype(jnp.float32)
@@ -377,7 +400,8 @@ class Walk:
             outs = node.run(*(self._pull(v, env) for v in node.ins))
             env.update(zip(node.outs, outs, strict=True))
             if any(map(is_bad, outs)) and node.eqn is not None:
-                return f"{_jaxpr.where(node.eqn)} at {_jaxpr.line(node.eqn)}"
+                line = _jaxpr.line(node.eqn)
+                return _jaxpr.where(node.eqn) + (f" at {line}" if line else "")
         return ""
 
     def leaf(self, root: int, of: dict[int, Any]) -> Any:

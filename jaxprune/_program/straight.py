@@ -44,6 +44,7 @@ class Node:
     eqn: Any = None
     bodies: list["Body"] = dataclasses.field(default_factory=list)
     moved: tuple[int, ...] = ()  # the operands in which a linear result is linear
+    scales: bool = False  # whether its entries are scaled, too
 
 
 @dataclasses.dataclass(eq=False)
@@ -273,7 +274,7 @@ class Line:
         else:
             self._from.update(dict.fromkeys(node.outs, self._params_of(node.ins)))
         linear = [i for i, v in enumerate(node.ins) if v in self._linear]
-        node.moved = self._moved(name, node, linear)
+        node.moved, node.scales = self._moved(name, node, linear), name in _SCALES
         if node.moved:
             self.maker.update(dict.fromkeys(node.outs, node))
             self._linear.update(node.outs)
