@@ -30,6 +30,16 @@ class Calibration(dict[str, Statistics]):
 
     Attributes:
       skipped: why a param has no statistics, by path.
+
+    Examples:
+      >>> apply_fn = lambda p, x: (x @ p["w"].T) * p["scale"]
+      >>> params = {"w": jnp.ones((4, 3)), "scale": jnp.ones((1, 4))}
+      >>> stats = jp.calibrate(apply_fn, params, [jnp.ones((5, 3))])
+      >>> stats
+      w: shape (3,)
+      scale: read by `mul`
+      >>> print(stats.matrices(params)["w"].shape)
+      (3, 4)
     """
 
     skipped: dict[str, str]

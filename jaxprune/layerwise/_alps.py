@@ -50,9 +50,8 @@ def alps(
       >>> apply_fn = lambda w, x: x @ w
       >>> w, x = jnp.array([[1.0], [2.0]]), jnp.array([[1.0, 1.0], [1.0, 0.8]])
       >>> statistics = jp.calibrate(apply_fn, w, [x], gram=True)[""]
-      >>> print(alps(w, statistics, 0.5)[0].round(1))
-      [[0. ]
-       [3.1]]
+      >>> print((10 * alps(w, statistics, 0.5)[0].T).round())
+      [[ 0. 31.]]
 
     References:
       Meng et al, `ALPS <https://arxiv.org/abs/2406.07831>`_, 2024 (there the penalty changes)

@@ -50,9 +50,8 @@ def sparsegpt(
       >>> apply_fn = lambda w, x: x @ w
       >>> w, x = jnp.array([[1.0], [2.0]]), jnp.array([[1.0, 1.0], [1.0, 0.8]])
       >>> statistics = jp.calibrate(apply_fn, w, [x], gram=True)[""]
-      >>> print(sparsegpt(w, statistics, 0.5)[0].round(1))
-      [[0. ]
-       [3.1]]
+      >>> print((10 * sparsegpt(w, statistics, 0.5)[0].T).round())
+      [[ 0. 31.]]
 
     References:
       Frantar and Alistarh, `SparseGPT <https://arxiv.org/abs/2301.00774>`_, 2023
