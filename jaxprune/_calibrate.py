@@ -44,7 +44,7 @@ class Calibration(dict[str, Statistics]):
 
     skipped: dict[str, str]
     _walk: _program.Walk
-    _names: list[list[tuple[str, tuple[int, ...]]]]
+    _names: list[list[tuple[str, str, tuple[int, ...]]]]  # entry, path and layer of every weight
 
     def matrices(self, params: Params) -> dict[str, jax.Array]:
         """Returns the weights as the matrices that the statistics belong to.
@@ -59,7 +59,7 @@ class Calibration(dict[str, Statistics]):
         matrices = []
         for weight in self._walk.weights:
             self._walk.advance(weight.at)
-            matrices.append(_ungrouped(self._walk.matrix(weight)))
+            matrices.append(_ungrouped(weight.matrix(self._walk.env)))
         return _by_path(self._names, matrices)
 
     def __repr__(self) -> str:
@@ -191,7 +191,7 @@ def _finish(walk: _program.Walk, totals: list[Any]) -> Calibration:
         leaves = [] if total is None else weight.leaves
         number = {leaf: counts.get(leaf, 0) + 1 for leaf in leaves}
         counts |= number
-        names.append([(p if n == 1 else f"{p} ({n})", i) for (p, i), n in number.items()])
+        names.append([(p if n == 1 else f"{p} ({n})", p, i) for (p, i), n in number.items()])
     entries = [t and statistics(jax.tree.map(_ungrouped, t)) for t in totals]
     result = Calibration(_by_path(names, entries))
     result.skipped = walk.reasons()
@@ -207,11 +207,13 @@ def _stack(lengths: tuple[int, ...], *layers: jax.Array) -> jax.Array:
     return jnp.stack(layers).reshape(*lengths, *layers[0].shape)
 
 
-def _by_path(names: list[list[tuple[str, tuple[int, ...]]]], entries: list[Any]) -> dict[str, Any]:
-    """Collects by path, and stacks the entries of the layers of a stacked param."""
+def _by_path(
+    names: list[list[tuple[str, str, tuple[int, ...]]]], entries: list[Any]
+) -> dict[str, Any]:
+    """Collects by name, and stacks the entries of the layers of a stacked param."""
     layers: dict[str, dict[tuple[int, ...], Any]] = {}
     for places, entry in zip(names, entries, strict=True):
-        for path, place in places:
+        for path, _, place in places:
             layers.setdefault(path, {})[place] = entry
     result = {}
     for path, by_place in layers.items():

@@ -93,6 +93,15 @@ def automatic(f: Callable[..., jax.Array], leaf: Any, *args: Any) -> jax.Array:
         return auto_axes(f, out_sharding=out)(leaf, *args)
 
 
+def replicating(f: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function however its operands are sharded; on an explicit mesh results are not."""
+    meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args) if is_explicit(x)]
+    if not meshes:
+        return f(*args)
+    with use_abstract_mesh(meshes[0]):
+        return auto_axes(f, out_sharding=P())(*args)
+
+
 def resized(x: jax.Array, leaf: Any) -> jax.Array:
     """Shards a slice of a leaf as the leaf is, along the axes that the mesh still divides."""
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)

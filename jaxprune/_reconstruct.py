@@ -2,15 +2,17 @@
 
 import math
 import operator
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _mesh, _program, _progress, _select, _tree, layerwise
+from jaxprune import _mesh, _program, _progress, _resume, _select, _tree, layerwise
 from jaxprune._calibrate import Statistics, as_batch, check_finite, raise_empty, statistics
 from jaxprune._tree import Masks, Params
 from jaxprune.patterns import Pattern
@@ -28,6 +30,7 @@ def reconstruct(
     pattern: Pattern | None = None,
     scope: Mapping[str, Any] | None = None,
     host: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> tuple[Params, Masks]:
     r"""Prunes every weight that a contraction consumes, in the order in which data reaches it.
 
@@ -52,6 +55,8 @@ def reconstruct(
       scope: sparsities by path, for a stacked leaf also one for each layer, as of
         :func:`jaxprune.layerwise.owl`. 0 leaves a param as it is.
       host: whether activations are stored in the memory of the host between two stretches.
+      checkpoint: a folder in which every finished weight is stored. The same call goes on from the
+        last one, to the same result.
 
     Returns:
       The params, in which pruned weights are zero, and their masks, `None` for a param that was not
@@ -61,7 +66,8 @@ def reconstruct(
     Raises:
       ValueError: for no batches, batches of several shapes, tokens outside of a table, activations
         that are not finite, a sparsity outside [0, 1), a path that is not a pruned param, a pattern
-        or a Gram that the method cannot use; the message names the param.
+        or a Gram that the method cannot use, a checkpoint of another run; the message names the
+        param.
       TypeError: for params or inputs that are not arrays, or a method that returns other shapes.
 
     Examples:
@@ -85,8 +91,15 @@ def reconstruct(
     elif scope is None and (pattern is None or pattern.share is None):
         raise ValueError("sparsity must be a number in [0, 1), got None. Pass it, or a `scope`.")
     walk = _program.Walk(apply_fn, params, given[0])
+    if sparsity is None and (pattern is None or pattern.share is None):
+        sparsity = 0.0  # of what `scope` does not set
     shares = _shares(walk, sparsity, scope or {})
-    kept, skipped = _prune(walk, params, given, shares, method, pattern, host)
+    folder = None
+    if checkpoint is not None:
+        name = getattr(getattr(method, "func", method), "__qualname__", "")
+        folder = _resume.begin(checkpoint, params, given, list(shares.values()), name)
+    walk.start(params, given, host)
+    kept, skipped = _prune(walk, shares, method, pattern, folder)
     new, masks = [], []
     for root, leaf in zip(walk.line.roots, jax.tree.leaves(params), strict=True):
         parts = list(walk.line.layers(root))
@@ -94,7 +107,8 @@ def reconstruct(
         whole = {p: kept[p] if p in kept else jnp.ones(walk.env[p].shape, bool) for p in parts}
         new.append(_mesh.place(walk.leaf(root, walk.env), leaf) if pruned else leaf)
         masks.append(_mesh.place(walk.leaf(root, whole), leaf) if pruned else None)
-    _warn(walk, params, skipped, masks, scope or {})
+    asked = {p: (scope or {}).get(p, sparsity) for p in walk.paths}
+    _warn(walk, params, skipped, masks, asked)
     return _tree.rebuild(params, new), _tree.rebuild(params, masks)
 
 
@@ -151,34 +165,37 @@ def _shares(
 
 def _prune(
     walk: _program.Walk,
-    params: Params,
-    batches: list[Any],
     shares: Mapping[Any, float | None],
     method: Method,
     pattern: Pattern | None,
-    host: bool,
+    folder: Path | None,
 ) -> tuple[dict[int, jax.Array], dict[str, str]]:
     """Walks; returns the masks of roots, and why leaves were not pruned, by path."""
     kept: dict[int, jax.Array] = {}
     skipped: dict[str, str] = {}
     gram = getattr(getattr(method, "func", method), "gram", True)
-    walk.start(params, batches, host)
-    for weight in _progress.bar(walk.weights, desc="reconstruct", unit="weight"):
+    for number, weight in enumerate(_progress.bar(walk.weights, desc="reconstruct", unit="weight")):
         walk.advance(weight.at)
         if walk.is_covered(weight) or shares[weight] == 0:
             continue
         why, masks = _read_before(walk, weight), None
-        if not why:
+        finished = _resume.restore(folder, number, weight.values(walk.env)) if folder else None
+        if finished:
+            masks = [mask for _, mask in finished]
+            walk.replace(weight, [value for value, _ in finished])
+        elif not why:
             sums = walk.sums(weight, gram)
             check_finite(walk, weight, sums)
             why = "" if bool(jnp.any(sums.count > 0)) else "no row of the batches reaches it"
-        if not why:
+        if not why and not finished:
             pruned = _matrices(walk, weight, sums, shares[weight], method, pattern)
             masks = walk.write(weight, *pruned)
             why = "" if masks else "its entries appear several times in the contraction"
         if masks is None:
             skipped |= {path: why for path, _ in weight.leaves}
             continue
+        if folder and not finished:
+            _resume.store(folder, number, list(zip(weight.values(walk.env), masks, strict=True)))
         for root, mask in zip(weight.roots, masks, strict=True):
             kept[root] = kept[root] & mask if root in kept else mask
     walk.advance()
@@ -203,7 +220,7 @@ def _matrices(
     pattern: Pattern | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Applies the method to every group of a weight, to an exact total."""
-    w = walk.matrix(weight)
+    w = weight.matrix(walk.env)
     groups, cells = len(w), w[0].size
     if pattern is not None:
         try:
@@ -251,7 +268,7 @@ def _warn(
     params: Params,
     skipped: Mapping[str, str],
     masks: list[Any],
-    scope: Mapping[str, Any],
+    shares: Mapping[str, Any],
 ) -> None:
     reasons = walk.reasons() | dict(skipped)
     names = _tree.named_leaves(params)
@@ -259,7 +276,7 @@ def _warn(
     for root, (path, leaf), mask in zip(walk.line.roots, names, masks, strict=True):
         part = next(walk.line.layers(root))
         layers = 0 if part == root else jnp.ndim(leaf) - jnp.ndim(walk.env[part])
-        asked = np.any(np.asarray(scope.get(path, 1)) != 0)
+        asked = np.any(np.asarray(shares[path]) != 0)
         incomplete = mask is None or path in skipped
         if incomplete and asked and _tree.is_floating(leaf) and jnp.ndim(leaf) - layers >= 2:
             lines.append(f"{_tree.show(path)}: {reasons.get(path, 'not reached')}")

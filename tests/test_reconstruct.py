@@ -7,8 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
-from helpers import assert_close, bits, mlp, normal, slow_unless
+from helpers import (
+    assert_close,
+    bits,
+    explicit_and_slowly_auto,
+    mesh,
+    mlp,
+    normal,
+    place,
+    slow_unless,
+)
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 from jaxprune import _program
@@ -135,6 +146,30 @@ def test_activations_on_the_host_change_nothing():
     assert bits(results[0]) == bits(results[1])
 
 
+SPECS = {
+    AxisType.Auto: {"up": P(None, "x", "y"), "bias": P(), "down": P(None, "y", "x")},
+    AxisType.Explicit: {"up": P(), "bias": P(), "down": P()},  # the others are an error of users
+}
+
+
+@explicit_and_slowly_auto
+def test_any_mesh_gives_the_same(kind):
+    scanned, stack, _, _ = decoder()
+    batch, on = normal((32, 8)), mesh(kind, x=4, y=2)
+    one = jp.calibrate(scanned, stack, [batch], gram=True)
+    expected = jp.reconstruct(scanned, stack, [batch], 0.5)
+    params, batch = place(stack, on, SPECS[kind]), place(batch, on, P("x"))
+    with jax.set_mesh(on):
+        stats = jp.calibrate(scanned, params, [batch], gram=True)
+        new, masks = jp.reconstruct(scanned, params, [batch], 0.5)
+    assert_close(dict(stats), dict(one), 1e-5)
+    assert_close(new, expected[0], 1e-5)
+    for name in ("up", "down"):
+        assert bool(np.all(np.asarray(masks[name]) == np.asarray(expected[1][name])))
+        for leaf in (new[name], masks[name]):
+            assert leaf.sharding.is_equivalent_to(params[name].sharding, 3)
+
+
 def test_only_live_activations_are_held():
     def apply_fn(params, x):
         for w in params:
@@ -149,6 +184,33 @@ def test_only_live_activations_are_held():
         assert sum(isinstance(x, list) for x in walk.env.values()) == 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_interrupted_walk_goes_on_to_the_same_bits(tmp_path, dtype):
+    scanned, stack, _, _ = decoder()
+    stack, batches = jax.tree.map(lambda w: w.astype(dtype), stack), [normal((32, 8), dtype)]
+    expected = jp.reconstruct(scanned, stack, batches, 0.5)
+    calls, folder = [], tmp_path / "run"
+
+    def sparsegpt(weights, statistics, sparsity):
+        calls.append(None)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return jp.layerwise.sparsegpt(weights, statistics, sparsity)
+
+    with pytest.raises(KeyboardInterrupt):
+        jp.reconstruct(scanned, stack, batches, 0.5, method=sparsegpt, checkpoint=folder)
+    result = jp.reconstruct(scanned, stack, batches, 0.5, method=sparsegpt, checkpoint=folder)
+    assert len(calls) == 6 + 3 and bits(result) == bits(expected)
+    with pytest.raises(ValueError, match="must be an empty folder or that of the same run"):
+        jp.reconstruct(scanned, stack, batches, 0.6, method=sparsegpt, checkpoint=folder)
+
+
+def test_a_scope_alone_leaves_other_params():
+    apply_fn, params, x = mlp()
+    _, masks = jp.reconstruct(apply_fn, params, [x], scope={"layer1/w": 0.5})
+    assert masks["layer0"]["w"] is None and int(masks["layer1"]["w"].sum()) == 48
+
+
 def test_a_fused_param_is_pruned_in_parts():
     def apply_fn(p, x):
         query, key = jnp.split(p["fused"], 2, axis=1)
@@ -158,7 +220,9 @@ def test_a_fused_param_is_pruned_in_parts():
     new, masks = jp.reconstruct(apply_fn, params, [x], 0.5)
     halves = [int(m.sum()) for m in jnp.split(masks["fused"], 2, axis=1)]
     assert halves == [24, 24] and not jnp.any(new["fused"][~masks["fused"]])
-    assert sorted(jp.calibrate(apply_fn, params, [x])) == ["fused", "fused (2)", "out"]
+    stats = jp.calibrate(apply_fn, params, [x])
+    assert sorted(stats) == ["fused", "fused (2)", "out"]
+    assert sorted(jp.layerwise.owl(stats, params, 0.5)) == ["fused", "out"]
 
 
 def test_a_tied_param_is_pruned_where_it_is_reached_first():

@@ -16,7 +16,7 @@
 """
 
 from jaxprune._program.atoms import Merge
-from jaxprune._program.calibrate import Walk, Weight, add
+from jaxprune._program.calibrate import Walk, add
 from jaxprune._program.cost import (
     Contraction,
     Cost,
@@ -32,6 +32,7 @@ from jaxprune._program.flat import Flat
 from jaxprune._program.jaxpr import bind, inner
 from jaxprune._program.structure import Structure, analyse, check_inputs, trace
 from jaxprune._program.values import ProgramMismatch
+from jaxprune._program.weights import Weight
 
 __all__ = (
     ["Contraction", "Cost", "Cut", "Flat", "Merge", "ProgramMismatch", "Structure", "Walk"]

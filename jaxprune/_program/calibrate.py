@@ -12,7 +12,6 @@ nodes between two stops is compiled, once for stretches that do the same, such a
 layers. A value is dropped after the last stretch that needs it.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,34 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _tree
+from jaxprune import _mesh, _tree
 from jaxprune._program import jaxpr as _jaxpr
 from jaxprune._program import views
 from jaxprune._program.straight import Line, Node, Use
 from jaxprune._program.views import Sums
-
-
-@dataclasses.dataclass(eq=False)
-class Weight:
-    """A value made from params, as the matrices that contractions multiply with."""
-
-    value: int
-    uses: list[Use]  # which read it in the same way
-    roots: list[int]
-    leaves: list[tuple[str, tuple[int, ...]]]  # for each root its path, and its place in a stack
-
-    @property
-    def at(self) -> int:
-        """Where the first activation flows in."""
-        return self.uses[0].at
-
-    @property
-    def name(self) -> str:
-        """Names it in a message."""
-        return " and ".join(
-            _tree.show(path) + (f"[{', '.join(map(str, i))}]" if i else "")
-            for path, i in self.leaves
-        )
+from jaxprune._program.weights import Weight, pull
 
 
 class Walk:
@@ -82,7 +59,8 @@ class Walk:
         weights: list[Weight] = []
         for uses in alike.values():
             roots = line.roots_of(uses[0].value)
-            weights.append(Weight(uses[0].value, uses, roots, [self.names[r] for r in roots]))
+            names = [self.names[r] for r in roots]
+            weights.append(Weight(line, uses[0].value, uses, roots, names))
         yield from sorted(weights, key=lambda w: w.at)
 
     def reasons(self) -> dict[str, str]:
@@ -218,7 +196,7 @@ class Walk:
         """Runs to the end; returns the leaves of what the function returns, for each batch."""
         self.advance()
         envs = [self._of_batch(b) for b in range(len(self._batches))]
-        return [[self._pull(v, env) for v in self.line.outs] for env in envs]
+        return [[pull(self.line, v, env) for v in self.line.outs] for env in envs]
 
     def _of_batch(self, b: int) -> dict[int, Any]:
         return {v: x[b] if v in self.line.data else x for v, x in self.env.items()}
@@ -261,28 +239,28 @@ class Walk:
         known.update(v for v in fed if v in line.inner and v not in line.maker)
         known.update(v for n in inside for v in n.outs)
         ins += line.expand(inside, known)[1]
-        shape = jax.eval_shape(lambda: self.matrix(weight)).shape
+        shape = jax.eval_shape(lambda: weight.matrix(self.env)).shape
         zero = functools.partial(_zeros, shape, gram)
 
         def run(nodes: Sequence[Node], env: dict[int, Any]) -> Sums:
             total = zero()
             for node in nodes:
-                args = [self._pull(v, env) for v in node.ins]
+                args = [pull(self.line, v, env) for v in node.ins]
                 if any(n in uses for n in _inside(node)):
                     parts = [functools.partial(run_body, body, env) for body in node.bodies]
                     outs, total = _jaxpr.accumulate(node.eqn, parts, args, total)
                 else:
                     outs = node.run(*args)
                 if node in uses:
-                    rows = [self._pull(v, env) for v in uses[node].others]
-                    total = add(total, views.sums(uses[node].view, gram, *rows))
+                    rows = [pull(self.line, v, env) for v in uses[node].others]
+                    total = add(total, _sums(uses[node].view, gram, *rows))
                 env.update(zip(node.outs, outs, strict=True))
             return total
 
         def run_body(body: Any, env: dict[int, Any], *args: Any) -> tuple[list[Any], Sums]:
             env = env | dict(zip(body.ins, args, strict=True))
             part = run(body.nodes, env)
-            return [self._pull(v, env) for v in body.outs], part
+            return [pull(self.line, v, env) for v in body.outs], part
 
         key = "tapped", weight.value, gram
         if key not in self._compiled:
@@ -290,33 +268,6 @@ class Walk:
                 lambda *arrays: run(nodes, dict(zip(ins, arrays, strict=True)))
             )
         return self._compiled[key], ins
-
-    def _pull(self, v: int, env: dict[int, Any], scaled: bool = True) -> Any:
-        """Returns a value, which is made if it is linear; if not ``scaled``, only by moving."""
-        if v in env:
-            return env[v]
-        if v not in self.line.maker:
-            return self.line.constants[v]
-        node = self.line.maker[v]
-        if node.scales and not scaled:
-            return self._pull(node.ins[node.moved[0]], env, scaled)
-        outs = node.run(*(self._pull(i, env, scaled) for i in node.ins))
-        return outs[node.outs.index(v)]
-
-    def _operand(self, weight: Weight, scaled: bool = True) -> tuple[Any, list[Any]]:
-        """Returns how a weight is made of its roots, and these."""
-        env = {v: x for v, x in self.env.items() if not isinstance(x, list)}
-
-        def make(roots: Sequence[Any]) -> Any:
-            known = env | dict(zip(weight.roots, roots, strict=True))
-            return self._pull(weight.value, known, scaled)
-
-        return make, [jnp.asarray(self.env[r]) for r in weight.roots]
-
-    def matrix(self, weight: Weight) -> jax.Array:
-        """Returns a weight in float32, of shape (groups, inputs, outputs)."""
-        make, roots = self._operand(weight)
-        return views.matrix(weight.uses[0].view, make(roots)).astype(jnp.float32)
 
     def is_covered(self, weight: Weight) -> bool:
         """Returns whether a weight before, with entries of this one, was asked for.
@@ -326,57 +277,23 @@ class Walk:
         others = {r for w in self.weights if w is not weight for r in w.roots}
         if not others & {*weight.roots}:
             return False
-        entries = dict(zip(weight.roots, self._entries(weight), strict=True))
+        entries = dict(zip(weight.roots, weight.entries(self.env), strict=True))
         before = {r: self._seen.get(r, False) for r in entries}
         if any(bool(jnp.any(entries[r] & before[r])) for r in entries):
             return True
         self._seen |= {r: entries[r] | before[r] for r in entries}
         return False
 
-    def _entries(self, weight: Weight) -> list[jax.Array]:
-        """Returns which entries of its roots are in a weight."""
-        make, roots = self._operand(weight, scaled=False)
-        operand, pull = jax.vjp(make, roots)
-        return [count != 0 for count in pull(jnp.ones_like(operand))[0]]
-
     def write(self, weight: Weight, matrix: jax.Array, mask: jax.Array) -> list[jax.Array] | None:
-        """Writes matrices back into the roots; returns the masks of these.
-
-        An entry of a root that appears several times becomes the mean; `None` is returned, and
-        nothing changed, if the weight would not be what is written.
-        """
-        make, roots = self._operand(weight)
-        view, shape = weight.uses[0].view, jax.eval_shape(make, roots)
-        new = views.unmatrix(view, matrix, shape).astype(shape.dtype)
-        kept = views.unmatrix(view, mask, shape)
-        if weight.value in weight.roots:
-            self.env[weight.value] = new
-            return [kept]
-        return self._write(weight, make, roots, new, kept)
-
-    def _write(
-        self, weight: Weight, make: Any, roots: list[Any], new: jax.Array, kept: jax.Array
-    ) -> list[jax.Array] | None:
-        # Each entry of the weight is c·r for one entry r of a root, plus what is in no root. Least
-        # squares for r over all its entries: sum(c · new) / sum(c²).
-        ones = [jnp.ones(r.shape, r.dtype) for r in roots]
-        zeros = [jnp.zeros(r.shape, r.dtype) for r in roots]
-        fixed, scale = jax.jvp(make, (zeros,), (ones,))
-        _, pull = jax.vjp(make, roots)
-        (dots,), (norms,) = pull(new - fixed), pull(scale)
-        values = [
-            jnp.where(n != 0, d / jnp.where(n == 0, 1, n), r).astype(r.dtype)
-            for d, n, r in zip(dots, norms, roots, strict=True)
-        ]
-        (stay,) = pull(jnp.where(kept, scale, 0))
-        masks = [(s != 0) | ~e for s, e in zip(stay, self._entries(weight), strict=True)]
-        values = [jnp.where(m, v, 0) for m, v in zip(masks, values, strict=True)]
-        error = jnp.max(jnp.abs((make(values) - new).astype(jnp.float32)))
-        limit = 4 * jnp.finfo(new.dtype).eps * jnp.max(jnp.abs(new)).astype(jnp.float32)
-        if not error <= limit:
-            return None
-        self.env.update(zip(weight.roots, values, strict=True))
+        """Replaces a weight by matrices; returns the masks of its roots, as `Weight.written`."""
+        values, masks = weight.written(self.env, matrix, mask) or ([], None)
+        if masks is not None:
+            self.replace(weight, values)
         return masks
+
+    def replace(self, weight: Weight, values: Sequence[Any]) -> None:
+        """Replaces the roots of a weight."""
+        self.env.update(zip(weight.roots, values, strict=True))
 
     def first_not_finite(self, weight: Weight) -> str:
         """Names the first equation on the way to a weight that makes NaN, or else infinity."""
@@ -397,7 +314,7 @@ class Walk:
             if is_bad(x):
                 return "an input" if v in self.line.inputs else "the params"
         for node in self.line.nodes[:end]:
-            outs = node.run(*(self._pull(v, env) for v in node.ins))
+            outs = node.run(*(pull(self.line, v, env) for v in node.ins))
             env.update(zip(node.outs, outs, strict=True))
             if any(map(is_bad, outs)) and node.eqn is not None:
                 line = _jaxpr.line(node.eqn)
@@ -427,7 +344,11 @@ def _zeros(shape: tuple[int, ...], gram: bool) -> Sums:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _measure(view: Any, gram: bool, *arrays: Any) -> Sums:
-    return views.sums(view, gram, *arrays)
+    return _sums(view, gram, *arrays)
+
+
+def _sums(view: Any, gram: bool, *arrays: Any) -> Sums:
+    return _mesh.replicating(functools.partial(views.sums, view, gram), *arrays)
 
 
 @jax.jit

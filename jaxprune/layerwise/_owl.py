@@ -1,4 +1,5 @@
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -55,36 +56,30 @@ def owl(
       <https://arxiv.org/abs/2310.05175>`_, 2023
     """
     sparsity = _select.check_sparsity(sparsity)
-    depths = {path: depth for path, depth in _depths(stats).items()}
+    places = {name: (path, len(place)) for ps in stats._names for name, path, place in ps}
     parts: dict[Any, list[tuple[str, int]]] = {}
-    found: dict[str, list[np.ndarray]] = {}
-    for path, w in stats.matrices(params).items():
-        if path not in depths:
-            continue
-        scores = np.asarray(jnp.abs(w) * stats[path].norms[..., None])
-        layers = scores.reshape(-1, *scores.shape[depths[path] :]) if depths[path] else scores[None]
-        found[path] = list(layers)
-        for i in range(len(layers)):
-            key = (block(path), i) if block else (path, i)
-            parts.setdefault(key, []).append((path, i))
-    blocks = [np.concatenate([found[p][i].ravel() for p, i in part]) for part in parts.values()]
+    found: dict[tuple[str, int], list[np.ndarray]] = {}
+    layers: dict[str, tuple[int, ...]] = {}
+    for name, w in stats.matrices(params).items():
+        path, depth = places[name]
+        scores = np.asarray(jnp.abs(w) * stats[name].norms[..., None])
+        layers[path] = scores.shape[:depth]
+        for i, of_layer in enumerate(scores.reshape(-1, *scores.shape[depth:])):
+            found.setdefault((path, i), []).append(of_layer.ravel())
+    for path, i in found:
+        parts.setdefault((block(path) if block else path, i), []).append((path, i))
+    blocks = [np.concatenate([s for p in part for s in found[p]]) for part in parts.values()]
     outliers = np.array([np.mean(scores > outlier * scores.mean()) for scores in blocks])
     sizes = np.array([len(scores) for scores in blocks], np.float64)
     width = np.ptp(outliers)
     scaled = (outliers - outliers.min()) / (width or 1) * 2 * spread
     keep = scaled - np.average(scaled, weights=sizes) + (1 - sparsity)
     keep = _within(keep, sizes, 1 - sparsity)
-    result: dict[str, Any] = {path: np.zeros(len(layers)) for path, layers in found.items()}
+    result: dict[str, Any] = {path: np.zeros(math.prod(n)) for path, n in layers.items()}
     for part, share in zip(parts.values(), keep, strict=True):
         for path, i in part:
             result[path][i] = 1 - share
-    return {p: s if depths[p] else float(s[0]) for p, s in result.items()}
-
-
-def _depths(stats: Mapping[str, Any]) -> dict[str, int]:
-    """Returns how many leading axes of the statistics of a path are layers."""
-    names = getattr(stats, "_names", [])
-    return {path: len(place) for places in names for path, place in places}
+    return {p: s.reshape(layers[p]) if layers[p] else float(s[0]) for p, s in result.items()}
 
 
 def _within(keep: np.ndarray, sizes: np.ndarray, mean: float) -> np.ndarray:
