@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import normal
+from jax import lax
 
 import jaxprune as jp
 from jaxprune import patterns
-from jaxprune.layerwise import _sparsegpt
+from jaxprune.layerwise import _allocate, _sparsegpt
 
 METHODS = {  # a new method adds one row here
     "alps": jp.layerwise.alps,
@@ -240,6 +241,51 @@ def test_owl_follows_the_outliers_to_an_exact_total():
         apply_fn, params, [normal((32, 16))], method=jp.layerwise.wanda, scope=scope
     )
     np.testing.assert_allclose(1 - masks["stack"].mean((1, 2)), scope["stack"], atol=1e-3)
+
+
+def test_the_allocation_has_the_least_sum_of_errors():
+    random = np.random.default_rng(0)
+    choices, sizes = np.array([0.0, 0.25, 0.5, 0.75]), np.array([40, 80, 20])
+
+    def hull(s, curve):
+        """The lowest line between two choices around s."""
+        pairs = itertools.product(range(4), repeat=2)
+        around = [(i, j) for i, j in pairs if choices[i] <= s <= choices[j]]
+        return min(np.interp(s, choices[[i, j]], curve[[i, j]]) for i, j in around)
+
+    for _ in range(20):
+        curves = np.cumsum(random.random((3, 4)) * (random.random((3, 4)) > 0.2), 1)
+        curves -= curves[:, :1]
+        shares = _allocate._least(sizes, choices, curves, 0.5)
+        np.testing.assert_allclose(shares @ sizes, 0.5 * 140)
+        error = sum(map(hull, shares, curves))
+        others = [
+            sum(curve[i] for curve, i in zip(curves, at, strict=True))
+            for at in itertools.product(range(4), repeat=3)
+            if choices[list(at)] @ sizes >= 70
+        ]
+        assert error <= min(others) + 1e-9
+
+
+def test_allocate_protects_the_layers_that_lose_most():
+    params = normal({"easy": (16, 16), "hard": (16, 16), "stack": (2, 16, 16)})
+    params["easy"] = params["easy"] * (normal((16, 16), seed=5) > 0.7)  # mostly zeros
+
+    def apply_fn(p, x):
+        x = jnp.tanh(jnp.tanh(x @ p["easy"]) @ p["hard"])
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["stack"])[0]
+
+    stats = jp.calibrate(apply_fn, params, [normal((64, 16))], gram=True)
+    scope = jp.layerwise.allocate(stats, params, 0.4, method=jp.layerwise.wanda)
+    assert scope["stack"].shape == (2,)
+    flat = [scope["easy"], scope["hard"], *scope["stack"]]
+    np.testing.assert_allclose(np.mean(flat), 0.4)
+    assert max(flat) == scope["easy"] > 0.6
+    with pytest.raises(ValueError, match="sparsity must be at most that of the choices"):
+        jp.layerwise.allocate(stats, params, 0.95)
+    without = jp.calibrate(apply_fn, params, [normal((64, 16))])
+    with pytest.raises(ValueError, match="needs the Gram"):
+        jp.layerwise.allocate(without, params, 0.4)
 
 
 def test_errors():

@@ -15,6 +15,7 @@ of shape ``(inputs, outputs)``. :func:`jaxprune.reconstruct` applies it to every
 """
 
 from jaxprune._calibrate import Calibration, Statistics
+from jaxprune.layerwise._allocate import allocate
 from jaxprune.layerwise._alps import alps
 from jaxprune.layerwise._dsnot import dsnot
 from jaxprune.layerwise._magnitude import magnitude
@@ -23,5 +24,5 @@ from jaxprune.layerwise._ria import ria
 from jaxprune.layerwise._sparsegpt import sparsegpt
 from jaxprune.layerwise._wanda import wanda
 
-__all__ = ["Calibration", "Statistics", "alps", "dsnot", "magnitude", "owl", "ria", "sparsegpt"]
-__all__ += ["wanda"]
+__all__ = ["Calibration", "Statistics", "allocate", "alps", "dsnot", "magnitude", "owl", "ria"]
+__all__ += ["sparsegpt", "wanda"]

@@ -1,4 +1,3 @@
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 from jaxprune import _select
 from jaxprune._calibrate import Calibration
 from jaxprune._tree import Params
+from jaxprune.layerwise import _mask
 
 
 def owl(
@@ -56,30 +56,23 @@ def owl(
       <https://arxiv.org/abs/2310.05175>`_, 2023
     """
     sparsity = _select.check_sparsity(sparsity)
-    places = {name: (path, len(place)) for ps in stats._names for name, path, place in ps}
-    parts: dict[Any, list[tuple[str, int]]] = {}
-    found: dict[tuple[str, int], list[np.ndarray]] = {}
-    layers: dict[str, tuple[int, ...]] = {}
-    for name, w in stats.matrices(params).items():
-        path, depth = places[name]
-        scores = np.asarray(jnp.abs(w) * stats[name].norms[..., None])
-        layers[path] = scores.shape[:depth]
-        for i, of_layer in enumerate(scores.reshape(-1, *scores.shape[depth:])):
-            found.setdefault((path, i), []).append(of_layer.ravel())
+    found = _mask.layers(stats, params)
+    parts: dict[Any, list[_mask.Layer]] = {}
     for path, i in found:
         parts.setdefault((block(path) if block else path, i), []).append((path, i))
-    blocks = [np.concatenate([s for p in part for s in found[p]]) for part in parts.values()]
+
+    def scores(layer: _mask.Layer) -> list[np.ndarray]:
+        return [np.ravel(jnp.abs(w) * s.norms[:, None]) for w, s in found[layer]]
+
+    blocks = [np.concatenate([s for p in part for s in scores(p)]) for part in parts.values()]
     outliers = np.array([np.mean(scores > outlier * scores.mean()) for scores in blocks])
     sizes = np.array([len(scores) for scores in blocks], np.float64)
     width = np.ptp(outliers)
     scaled = (outliers - outliers.min()) / (width or 1) * 2 * spread
     keep = scaled - np.average(scaled, weights=sizes) + (1 - sparsity)
     keep = _within(keep, sizes, 1 - sparsity)
-    result: dict[str, Any] = {path: np.zeros(math.prod(n)) for path, n in layers.items()}
-    for part, share in zip(parts.values(), keep, strict=True):
-        for path, i in part:
-            result[path][i] = 1 - share
-    return {p: s.reshape(layers[p]) if layers[p] else float(s[0]) for p, s in result.items()}
+    shares = {layer: 1 - s for part, s in zip(parts.values(), keep, strict=True) for layer in part}
+    return _mask.by_path(stats, found, np.array([shares[layer] for layer in found]))
 
 
 def _within(keep: np.ndarray, sizes: np.ndarray, mean: float) -> np.ndarray:
