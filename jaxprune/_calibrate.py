@@ -113,7 +113,9 @@ def calibrate(
         batch = as_batch(given, n)
         shapes = jax.tree.map(lambda x: (jnp.shape(x), _tree.dtype(x)), batch)
         key = jax.tree.structure(batch), tuple(jax.tree.leaves(shapes, is_leaf=_is_pair))
-        walk = walks.setdefault(key, walks.get(key) or _program.Walk(apply_fn, params, batch))
+        if key not in walks:
+            walks[key] = _program.Walk(apply_fn, params, batch)
+        walk = walks[key]
         parts = _sums(walk, params, batch, gram)
         if not totals:
             first, totals = walk, parts

@@ -130,8 +130,8 @@ def _shares(
 ) -> dict[Any, float | None]:
     """Returns the sparsity of every weight."""
     paths = {path for weight in walk.weights for path, _ in weight.leaves}
-    for path in scope:
-        if path not in paths:
+    for path, value in scope.items():
+        if path not in paths and (path not in walk.paths or np.any(np.asarray(value) != 0)):
             raise ValueError(
                 f"{_tree.show(path)}: a path of `scope` must be that of a param that a contraction "
                 f"consumes, got none of {sorted(paths)}. "

@@ -71,6 +71,26 @@ CONTRACTIONS = {
         (3, 6, 4),
         (5, 6),
     ),
+    "reversed": (
+        lambda w, x: lax.scan(lambda c, w: (c, x @ w), 0.0, w, reverse=True)[1],
+        (3, 6, 4),
+        (5, 6),
+    ),
+    "cast stack": (
+        lambda w, x: lax.map(lambda w: x @ w.astype(x.dtype), w.astype(jnp.float16)),
+        (3, 6, 4),
+        (5, 6),
+    ),
+    "masked stack": (
+        lambda w, x: lax.map(lambda w: x @ w, jnp.where(MASK[None], w, 0) * 2),
+        (3, 6, 4),
+        (5, 6),
+    ),
+    "transposed stack": (
+        lambda w, x: lax.map(lambda w: x @ w, w.transpose(1, 0, 2)),
+        (6, 3, 4),
+        (5, 6),
+    ),
     "stacks of stacks": (
         lambda w, x: lax.map(lambda w: lax.map(lambda w: x @ w, w), w),
         (2, 3, 6, 4),
@@ -110,7 +130,7 @@ def test_a_pruned_matrix_is_a_pruned_param(name):
 
     new, mask = jp.reconstruct(fn, w, [batch], 0.5, method=method)
     assert not jnp.any(new[~mask])
-    expected = w.astype(jnp.float16).astype(jnp.float32) if name == "cast" else w
+    expected = w.astype(jnp.float16).astype(jnp.float32) if "cast" in name else w
     np.testing.assert_allclose(new, jnp.where(mask, expected, 0), rtol=1e-6)
     assert int(jnp.sum(mask)) == w.size // 2
 

@@ -209,6 +209,8 @@ def test_a_scope_alone_leaves_other_params():
     apply_fn, params, x = mlp()
     _, masks = jp.reconstruct(apply_fn, params, [x], scope={"layer1/w": 0.5})
     assert masks["layer0"]["w"] is None and int(masks["layer1"]["w"].sum()) == 48
+    _, others = jp.reconstruct(apply_fn, params, [x], 0.5, scope={"layer0/w": 0, "layer0/b": 0})
+    assert others["layer0"]["w"] is None and int(others["layer1"]["w"].sum()) == 48
 
 
 def test_a_fused_param_is_pruned_in_parts():

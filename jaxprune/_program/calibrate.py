@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxprune import _mesh, _tree
 from jaxprune._program import jaxpr as _jaxpr
@@ -87,7 +88,7 @@ class Walk:
         return last | dict.fromkeys(needed, len(self.line.nodes))
 
     def _outputs(self) -> tuple[list[Node], list[int]]:
-        collect = Node(lambda *xs: list(xs), "outputs", list(self.line.outs), [-1])
+        collect = Node(lambda *xs: list(xs), ("outputs",), list(self.line.outs), [-1])
         return self.line.expand([collect], set())
 
     # The walk.
@@ -109,13 +110,14 @@ class Walk:
         if root not in self.line.parts:
             self.env[root] = leaf
         for i, part in enumerate(self.line.parts.get(root, ())):
-            self._place(part, leaf[i])
+            layer = lax.index_in_dim(jnp.asarray(leaf), i, self.line.axis[root], keepdims=False)
+            self._place(part, layer)
 
     def advance(self, end: int | None = None) -> None:
         """Runs up to a node, or to the end; checks tokens before they are looked up."""
         end = len(self.line.nodes) if end is None else end
         for at, node in enumerate(self.line.nodes[self._at : end], self._at):
-            if node.eqn is not None and node.eqn.primitive.name == "gather":
+            if node.name == "gather":
                 roots = self.line.roots_of(node.ins[0])
                 if roots and node.ins[1] in self.line.data:
                     self._advance(at)
@@ -324,7 +326,8 @@ class Walk:
     def leaf(self, root: int, of: dict[int, Any]) -> Any:
         """Returns a param from its layers."""
         if root in self.line.parts:
-            return jnp.stack([self.leaf(part, of) for part in self.line.parts[root]])
+            layers = [self.leaf(part, of) for part in self.line.parts[root]]
+            return jnp.stack(layers, self.line.axis[root])
         return of[root]
 
 

@@ -31,6 +31,7 @@ _MOVES = (
 ).split()
 _INDEXED = "dynamic_slice gather index pad".split()  # the other operands do not depend on params
 _SCALES = "mul div select_n".split()
+_ENTRYWISE = _SCALES + "convert_element_type copy neg reduce_precision".split()
 
 
 @dataclasses.dataclass(eq=False)
@@ -45,6 +46,10 @@ class Node:
     bodies: list["Body"] = dataclasses.field(default_factory=list)
     moved: tuple[int, ...] = ()  # the operands in which a linear result is linear
     scales: bool = False  # whether its entries are scaled, too
+
+    @property
+    def name(self) -> str:
+        return self.key[0] if self.eqn is None else self.eqn.primitive.name
 
 
 @dataclasses.dataclass(eq=False)
@@ -77,6 +82,7 @@ class Line:
         self.uses: list[Use] = []
         self.reads: dict[int, list[tuple[int, str]]] = {}  # by root: where, and how
         self.parts: dict[int, list[int]] = {}  # the layers of a stacked root
+        self.axis: dict[int, int] = {}  # along which these are stacked
         self.nodes: list[Node] = []
         self.data: set[int] = set()  # what depends on inputs
         self.inner: set[int] = set()  # values of inner programs, which are unknown outside
@@ -161,6 +167,7 @@ class Line:
         number = self._new()
         self.inner.discard(number)
         self.constants[number] = x
+        self._sizes[number] = getattr(x, "size", 1)
         return number
 
     def _add(self, jaxpr: Any, consts: Any, ins: Sequence[int], nodes: list[Node]) -> list[int]:
@@ -237,10 +244,10 @@ class Line:
         order = [result[::-1] if eqn.params["reverse"] else result for result in results]
         return carry + [self._stack(result, nodes) for result in order]
 
-    def _slices(self, v: int, count: int, nodes: list[Node]) -> list[int]:
+    def _slices(self, v: int, count: int, nodes: list[Node], axis: int = 0) -> list[int]:
         """Splits a stack; the layers of a root are roots, of which the stack is then made."""
         if v in self._linear and v not in self.maker:
-            self.parts[v] = [self._new() for _ in range(count)]
+            self.parts[v], self.axis[v] = [self._new() for _ in range(count)], axis
             self.inner.difference_update(self.parts[v])
             for part in self.parts[v]:
                 self._sizes[part] = self._sizes[v] // count
@@ -248,27 +255,55 @@ class Line:
                 if v in self.reads:
                     self.reads[part] = list(self.reads[v])
             self._linear.update(self.parts[v])
-            self.maker[v] = Node(_stack, "stack", self.parts[v], [v], moved=tuple(range(count)))
+            self.maker[v] = _stack_of(self.parts[v], v, axis)
+            self.maker[v].moved = tuple(range(count))
             return self.parts[v]
-        if v in self.maker and self.maker[v].key == "stack":
-            return self.maker[v].ins
+        node = self.maker.get(v)
+        if node is not None and node.key == ("stack", axis):
+            return node.ins
+        if node is not None and node.name in ["transpose", *_ENTRYWISE]:
+            return self._slices_of_operands(node, count, nodes, axis)
         slices = []
         for i in range(count):  # the index is no literal: the nodes of all layers do the same
             out = self._new()
             self._sizes[out] = self._sizes[v] // count
             ins = [v, self._constant(np.int32(i))]
-            self._place(Node(_index, "index", ins, [out], moved=(0,)), nodes)
+            run = functools.partial(_index, axis=axis)
+            self._place(Node(run, ("index", axis), ins, [out]), nodes)
+            slices.append(out)
+        return slices
+
+    def _slices_of_operands(
+        self, node: Node, count: int, nodes: list[Node], axis: int
+    ) -> list[int]:
+        """Makes the layers of a stack that was moved, cast or scaled entirely, one by one."""
+        size = self._sizes[node.outs[0]]
+        run, key = node.run, node.key
+        if node.name == "transpose":
+            order = node.eqn.params["permutation"]
+            axis, before = order[axis], axis
+            rest = [i - (i > axis) for n, i in enumerate(order) if n != before]
+            run, key = functools.partial(run, permutation=tuple(rest)), (key, *rest)
+        operands = [
+            self._slices(v, count, nodes, axis) if self._sizes[v] == size else [v] * count
+            for v in node.ins
+        ]
+        slices = []
+        for ins in zip(*operands, strict=True):
+            out = self._new()
+            self._sizes[out] = size // count
+            self._place(Node(run, key, list(ins), [out], node.eqn), nodes)
             slices.append(out)
         return slices
 
     def _stack(self, values: list[int], nodes: list[Node]) -> int:
         out = self._new()
-        self._place(Node(_stack, "stack", values, [out]), nodes)
+        self._place(_stack_of(values, out), nodes)
         return out
 
     def _place(self, node: Node, nodes: list[Node]) -> None:
         """Adds a node, unless its results are linear; records what it uses and reads."""
-        name = node.eqn.primitive.name if node.eqn is not None else node.key
+        name = node.name
         if any(v in self.data for v in node.ins):
             self.data.update(node.outs)
         else:
@@ -329,9 +364,13 @@ class Line:
             self.reads.setdefault(root, []).append((len(self.nodes) if at is None else at, how))
 
 
-def _stack(*layers: jax.Array) -> list[jax.Array]:
-    return [jnp.stack(layers)]
+def _stack_of(layers: list[int], stack: int, axis: int = 0) -> Node:
+    return Node(functools.partial(_stack, axis=axis), ("stack", axis), layers, [stack])
 
 
-def _index(stack: jax.Array, i: jax.Array) -> list[jax.Array]:
-    return [lax.dynamic_index_in_dim(stack, i, keepdims=False)]
+def _stack(*layers: jax.Array, axis: int) -> list[jax.Array]:
+    return [jnp.stack(layers, axis)]
+
+
+def _index(stack: jax.Array, i: jax.Array, axis: int) -> list[jax.Array]:
+    return [lax.dynamic_index_in_dim(stack, i, axis, keepdims=False)]

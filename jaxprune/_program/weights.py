@@ -56,10 +56,10 @@ class Weight:
         return [env[root] for root in self.roots]
 
     def matrix(self, env: Env) -> jax.Array:
-        """Returns the weight in float32, of shape (groups, inputs, outputs)."""
+        """Returns the weight in float32 or float64, of shape (groups, inputs, outputs)."""
         make, roots = self._operand(env)
         convert = functools.partial(views.matrix, self.uses[0].view)
-        return _mesh.replicating(convert, make(roots)).astype(jnp.float32)
+        return _tree.wide(_mesh.replicating(convert, make(roots)))
 
     def entries(self, env: Env, chosen: Any = True) -> list[jax.Array]:
         """Returns which entries of each root are in the weight, where its entries are chosen."""
