@@ -16,6 +16,15 @@ def masks(scores, sparsity=0.9):
     return [s > threshold for s in scores]
 
 
+def partition(scores, sparsity=0.9):
+    """Partitions all scores with NumPy, and compares them with the threshold."""
+    arrays = [np.asarray(s) for s in scores]
+    flat = np.concatenate([s.ravel() for s in arrays])
+    removed = round(sparsity * flat.size)
+    threshold = np.partition(flat, removed - 1)[removed - 1]
+    return [jnp.asarray(s > threshold) for s in arrays]
+
+
 def masks_by_layer(scores):
     """Does the same for each array."""
     return [masks([s])[0] for s in scores]

@@ -20,6 +20,7 @@ import tempfile
 import warnings
 
 import _bench
+import _first
 import _plain
 import _scaling
 import jax
@@ -336,6 +337,7 @@ def parts(tiny):
             "equations": p(_scaling.equations, [1], repeats=1),
             "devices": p(_scaling.on_devices, 4096, 1, [1], repeats=1),
             "rounds": p(_scaling.rounds, [64, 128, 10], [10], [10]),
+            "first": p(_first.first, 4096, [3], ["VGG-16"], 32, repeats=1),
         }
     images = jax.random.normal(key, (64, 16, 16, 3))
     small = conv_params(key, [16, 16, 32, 32, 32, 64])
@@ -343,6 +345,7 @@ def parts(tiny):
     digits = jax.random.normal(key, (256, 784))
     sizes = [10**6, 4 * 10**6, 25 * 10**6, 10**8, 4 * 10**8]
     return {
+        "first": p(_first.first, sizes[2], [54, 162, 500], list(_first.NETWORKS), 224, repeats=5),
         "devices": p(_scaling.devices, 20 * 2**18, 20, [1, 2, 4, 8], repeats=3),
         "arrays": p(_scaling.arrays, sizes[1], [10, 30, 100, 300], repeats=3),
         "files": p(_scaling.files, sizes[1:4], 20),

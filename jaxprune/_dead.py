@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _tree
+from jaxprune import _program, _tree
 from jaxprune._tree import Masks, Params
 from jaxprune.masks import apply_masks
 
@@ -53,13 +53,12 @@ def remove_dead(apply_fn: Callable[..., Any], params: Params, masks: Masks, *inp
     _tree.check_params(params)
     leaves, aligned = jax.tree.leaves(params), _tree.align_masks(params, masks)
     nonzero = [w != 0 if _tree.is_floating(w) else True for w in leaves]
-    # A jit of this call alone: `apply_fn` may depend on more than its arguments.
-    find_alive = jax.jit(functools.partial(_alive, apply_fn))
     changed = True
     while changed:
         present = [n if m is None else m for n, m in zip(nonzero, aligned, strict=True)]
         with jax.enable_x64(True):  # in deep networks signals vanish in float32
-            alive = find_alive(params, _tree.rebuild(params, present), inputs)
+            args = params, _tree.rebuild(params, present), inputs
+            alive = _program.freeze(functools.partial(_alive, apply_fn), *args)(*args)
         changed = False
         for i, a in enumerate(_tree.align(params, alive)):
             mask = True if aligned[i] is None else aligned[i]

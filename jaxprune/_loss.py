@@ -1,7 +1,8 @@
 """Helpers for data-driven criteria: checks around a score, gradients, loops over examples.
 
 A criterion is a function ``(loss, params, *batch) -> scores`` decorated with :func:`checked`. It
-differentiates with :func:`grad`, with respect to the floating leaves alone.
+differentiates with :func:`grad`, with respect to the floating leaves alone, and is compiled by
+:func:`checked` or :func:`fold`, so that it follows what the loss closes over.
 """
 
 import contextlib
@@ -13,26 +14,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _mesh, _tree
+from jaxprune import _mesh, _program, _tree
 from jaxprune._tree import Params, Tree
 
+CURRIED = "Pass the function itself; its arguments follow in a second call."
 Loss = Callable[..., jax.Array]  # (params, *batch) -> scalar
 
 
-def checked(name: str, *, examples: bool = False, curvature: bool = False) -> Callable[..., Any]:
+def checked(
+    name: str, *, compiled: bool = True, examples: bool = False, curvature: bool = False
+) -> Callable[..., Any]:
     """Returns a decorator that checks the arguments of a criterion before it is traced.
 
-    With ``examples``, all arrays of the batch must have the examples along their first axis. With
-    ``curvature``, the criterion also returns the :func:`largest` curvature, which is checked here.
+    A criterion that is ``compiled`` runs as one program. With ``examples``, all arrays of the batch
+    must have the examples along their first axis. With ``curvature``, the criterion also returns
+    the :func:`largest` curvature, which is checked here.
     """
 
     def decorate(criterion: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(criterion)
         def run(loss: Loss, params: Params, *batch: Any, **options: Any) -> Any:
+            _tree.check_function(f"{name}: loss", loss, CURRIED)
             _tree.check_params(params)
             if examples:
                 check_examples(name, batch)
-            result = criterion(loss, params, *batch, **options)
+            score = functools.partial(criterion, loss, **options)
+            args = (params, *batch)
+            result = (_program.freeze(score, *args) if compiled else score)(*args)
             if curvature:
                 result, largest = result
                 _check_curvature(name, largest)
@@ -41,6 +49,15 @@ def checked(name: str, *, examples: bool = False, curvature: bool = False) -> Ca
         return run
 
     return decorate
+
+
+def check_groups(name: str, groups: Any) -> None:
+    """Raises a `TypeError` for anything else in place of groups."""
+    if not hasattr(groups, "groups") or not hasattr(groups, "unit"):
+        raise TypeError(
+            f"{name}: groups must come from `jp.find_groups`, got {type(groups).__name__}. Pass "
+            "them as the first argument."
+        )
 
 
 def of_floats(name: str, loss: Loss, params: Params, *batch: Any) -> tuple[Loss, Tree]:
@@ -97,16 +114,23 @@ def example(batch: Tree, i: Any) -> Tree:
     return jax.tree.map(lambda x: _mesh.automatic(one, x, i), batch)
 
 
-def fold(step: Callable[[Any, Any], Any], carry: Any, count: int, traced: bool) -> Any:
-    """Computes ``carry = step(carry, i)`` for every i below count.
+def fold(step: Callable[..., Any], carry: Any, count: int, *args: Any) -> Any:
+    """Computes ``carry = step(carry, i, *args)`` for every i below count.
 
-    Outside jit this is a Python loop over a jitted step, because XLA on CPUs computes gradients of
-    convolutions ten times slower inside its own loops. Under jit it is a scan: one compiled step.
+    Outside jit this is a Python loop over a compiled step, because XLA on CPUs computes gradients
+    of convolutions ten times slower inside its own loops. Under jit it is a scan: one step.
     """
     numbers = np.arange(count, dtype=np.int32)
-    if not traced:
-        return functools.reduce(step, numbers, carry)
-    return jax.lax.scan(lambda carry, i: (step(carry, i), None), carry, numbers)[0]
+    if _tree.is_traced(carry, args):
+        return jax.lax.scan(lambda carry, i: (step(carry, i, *args), None), carry, numbers)[0]
+    step = _program.freeze(step, carry, np.int32(0), *args, donate=True)
+    return functools.reduce(lambda carry, i: step(carry, i, *args), numbers, carry)
+
+
+def zeros(params: Params) -> Tree:
+    """Returns float32 zeros for floating leaves, sharded as they are."""
+    with jax.transfer_guard_host_to_device("allow"):  # of one zero
+        return _tree.map_floating(lambda w: jnp.zeros_like(w, jnp.float32), params)
 
 
 def largest(curvature: Tree) -> Tree:

@@ -1,5 +1,6 @@
 """Placement of arrays on meshes: checks, shardings that fit, masks sharded as their leaves."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -54,6 +55,32 @@ def _is_on_one(x: jax.Array) -> bool:
     return not isinstance(x, jax.core.Tracer) and len(x.sharding.device_set) == 1
 
 
+def map_arrays(f: Callable[..., Any], rows: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Calls a function of arrays for each row, in one program for all rows of the same devices.
+
+    It compiles anew for each function, which must therefore not be made for the call. NumPy arrays
+    come first in their row, and are not converted.
+    """
+    results: list[Any] = [None] * len(rows)
+    programs: dict[Any, list[int]] = {}
+    for i, row in enumerate(rows):
+        arrays = [x for x in row if isinstance(x, jax.Array)]
+        if not isinstance(row[0], jax.Array) or any(isinstance(x, jax.core.Tracer) for x in arrays):
+            results[i] = f(*row)
+        else:
+            programs.setdefault(frozenset(row[0].sharding.device_set), []).append(i)
+    for members in programs.values():
+        made = _map(f, [rows[i] for i in members])
+        for i, result in zip(members, made, strict=True):
+            results[i] = result
+    return results
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _map(f: Callable[..., Any], rows: Sequence[tuple[Any, ...]]) -> list[Any]:
+    return [f(*row) for row in rows]
+
+
 def check_held(path: str, like: Any) -> None:
     """Raises a `ValueError` that names an abstract leaf whose axes its mesh does not divide."""
     if isinstance(like, jax.ShapeDtypeStruct) and like.sharding is not None:
@@ -102,12 +129,10 @@ def replicating(f: Callable[..., Any], *args: Any) -> Any:
         return auto_axes(f, out_sharding=P())(*args)
 
 
-def resized(x: jax.Array, leaf: Any) -> jax.Array:
-    """Shards a slice of a leaf as the leaf is, along the axes that the mesh still divides."""
+def resized(leaf: Any, shape: tuple[int, ...]) -> NamedSharding | None:
+    """Returns the sharding for a slice of a leaf, along the axes that the mesh still divides."""
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or isinstance(x, jax.ShapeDtypeStruct):
-        return x
-    return jax.device_put(x, fitting(sharding, leaf.shape, x.shape))
+    return fitting(sharding, leaf.shape, shape) if isinstance(sharding, NamedSharding) else None
 
 
 def follow(mask: jax.Array, leaf: Any) -> jax.Array:
@@ -116,6 +141,22 @@ def follow(mask: jax.Array, leaf: Any) -> jax.Array:
     # sharding propagation then gives the mask, computed from replicated values, the sharding of the
     # leaf. Under jit with automatic axes no API copies a sharding that is not in the type.
     return mask & (jnp.greater(leaf, 0) | jax.lax.optimization_barrier(jnp.array(True)))
+
+
+def beside(x: Any, arrays: Sequence[Any]) -> Any:
+    """Puts a small NumPy array where other arrays lie, by a transfer that no guard forbids.
+
+    On a mesh with explicit axes its type would change, so `jit` has to move it there.
+    """
+    for leaf in arrays:
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            sharding = leaf.sharding
+            if is_explicit(leaf):
+                break
+            if isinstance(sharding, NamedSharding):
+                return jax.device_put(x, NamedSharding(sharding.mesh, P()))
+            return jax.device_put(x, sharding if leaf.committed else None)
+    return jax.device_put(x)
 
 
 def replicated(x: jax.Array) -> jax.Array:

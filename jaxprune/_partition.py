@@ -61,7 +61,7 @@ def _mark(leaves: Sequence[_Leaf], keep: int, dtype: Any) -> bool:
         finite = 0
         for leaf in leaves:
             for _, values in _chunks(leaf, dtype):
-                finite += np.count_nonzero(np.isfinite(values))
+                finite += _count(np.isfinite(values))
                 yield values
 
     def tied() -> Iterator[np.ndarray]:
@@ -71,11 +71,11 @@ def _mark(leaves: Sequence[_Leaf], keep: int, dtype: Any) -> bool:
                 if tie.any():
                     yield _ranks(leaf, start, tie)
 
-    count = sum(x.scores.size if x.within is None else np.count_nonzero(x.within) for x in leaves)
+    count = sum(x.scores.size if x.within is None else _count(x.within) for x in leaves)
     threshold, rank = dtype(np.finfo(dtype).min), None
     if 0 < keep < count:
         threshold, above, ties = _kth(all_values, count, keep, _sample(leaves, count, dtype))
-        if keep - above < ties:
+        if finite == count and keep - above < ties:
             index = leaves[0].first.dtype
             spread = np.arange(_SAMPLE if ties > _MANY else 0, dtype=index)  # as hashes are
             spread *= index.type(np.iinfo(index).max // _SAMPLE)
@@ -107,6 +107,10 @@ def _chunks(leaf: _Leaf, dtype: Any) -> Iterator[tuple[int, np.ndarray]]:
             unset = leaf.within[start : start + _CHUNK].astype(bits) - bits.type(1)
             values = (values.view(bits) | unset).view(dtype)
         yield start, values
+
+
+def _count(marks: np.ndarray) -> int:
+    return int(np.count_nonzero(marks))
 
 
 def _ranks(leaf: _Leaf, start: int, tie: np.ndarray) -> np.ndarray:
@@ -142,18 +146,18 @@ def _kth(read: Read, count: int, k: int, sample: np.ndarray) -> tuple[Any, int, 
         reach, between = 0, []
         for values in read():
             reaching = values >= high
-            reach += np.count_nonzero(reaching)
+            reach += _count(reaching)
             between.append(values[(values > low) > reaching])
         inside = np.concatenate(between)
         place = reach + inside.size - k
         if k > reach and place >= 0:
             inside.partition(place)
             kth = inside[place]
-            above = reach + np.count_nonzero(inside > kth)
-            return kth, above, np.count_nonzero(inside == kth)
+            above = reach + _count(inside > kth)
+            return kth, above, _count(inside == kth)
         kth = high if k <= reach else low
-        above = sum(np.count_nonzero(values > kth) for values in read())
-        ties = sum(np.count_nonzero(values == kth) for values in read())
+        above = sum(_count(values > kth) for values in read())
+        ties = sum(_count(values == kth) for values in read())
         if above < k <= above + ties:
             break
     return kth, above, ties

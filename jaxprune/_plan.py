@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -95,7 +96,11 @@ class Plan(Shown):
             axes[path].append((axis, np.asarray(kept), dense[path][axis]))
 
         def resize(path: str, x: Any) -> Any:
-            return _mesh.resized(_mesh.automatic(lambda x: change(x, axes[path]), x), x)
+            if _mesh.on_host(x):
+                return _mesh.place(change(np.asarray(jax.device_get(x)), axes[path]), x)
+            changed = _mesh.automatic(lambda x: change(x, axes[path]), x)
+            sharding = _mesh.resized(x, changed.shape)
+            return changed if sharding is None else jax.device_put(changed, sharding)
 
         def visit(part: Any, path: str) -> Any:
             leaves = _tree.named_leaves(part)
@@ -150,7 +155,14 @@ def _cut(x: Any, axes: _Axes) -> Any:
 
 
 def _fill(x: Any, axes: _Axes) -> Any:
+    shape, at = list(x.shape), [np.arange(size) for size in x.shape]
     for axis, kept, size in axes:
-        shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
-        x = jnp.zeros(shape, x.dtype).at[(slice(None),) * axis + (kept,)].set(x)
+        shape[axis], at[axis] = size, kept
+    if isinstance(x, np.ndarray):
+        full = np.zeros(shape, x.dtype)
+        full[np.ix_(*at)] = x
+        return full
+    for axis, kept, size in axes:
+        larger = (*x.shape[:axis], size, *x.shape[axis + 1 :])
+        x = jnp.zeros(larger, x.dtype).at[(slice(None),) * axis + (kept,)].set(x)
     return x

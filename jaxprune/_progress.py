@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+from jax.experimental import io_callback
 
 _bars: dict[int, Any] = {}  # of compiled loops that run now
 _numbers = itertools.count()
@@ -38,4 +39,10 @@ def compiled(total: int, **options: Any) -> Iterator[int]:
 
 def advance(number: jax.Array, item: jax.Array) -> None:
     """Moves a bar by one from inside a compiled program, once for every item that is mapped."""
-    jax.debug.callback(lambda number, item: _bars[int(number)].update(), number, item)
+    # One function for all programs, so that those of one structure are equal. The debug callback of
+    # JAX wraps it anew in every trace.
+    io_callback(_update, None, number, item)
+
+
+def _update(number: jax.Array, item: jax.Array) -> None:
+    _bars[int(number)].update()

@@ -5,6 +5,7 @@ is the number of units, g that of groups and p that of pools.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -96,11 +97,16 @@ def _places(*keys: jax.Array) -> jax.Array:
     return jnp.zeros(len(order), jnp.int32).at[order].set(jnp.arange(len(order), dtype=jnp.int32))
 
 
-@jax.jit
 def _removed(order: Order, fractions: Any) -> jax.Array:
-    count = jnp.round(jnp.asarray(fractions) * order.counts).astype(jnp.int32)
-    bound = jnp.minimum(count, order.limits)[jnp.maximum(order.pool, 0)]
-    return (order.rank_in_pool < bound) & (order.pool >= 0)
+    with jax.enable_x64(True):  # or 0.7 of 45 units, rounded to float32, would be 32
+        return _removed_in_x64(order, fractions)
+
+
+@jax.jit
+def _removed_in_x64(order: Order, fractions: Any) -> jax.Array:
+    count = jnp.round(jnp.asarray(fractions, jnp.float64) * order.counts.astype(jnp.float64))
+    limits = jnp.minimum(count.astype(jnp.int32), order.limits)
+    return (order.rank_in_pool < limits[jnp.maximum(order.pool, 0)]) & (order.pool >= 0)
 
 
 def wanted(order: Order, fractions: Any) -> jax.Array:
@@ -122,27 +128,48 @@ def kept(order: Order, fractions: Any) -> jax.Array:
 
 def masks_like(groups: "Groups", kept: Any, tree: Any) -> Masks:
     """Returns the masks that keep some units, sharded as the leaves of a tree if there is one."""
-    leaves = [None] * len(groups.unit) if tree is None else _tree.align(groups.like, tree)
-    return _tree.rebuild(groups.like, _masks(groups, jnp.asarray(kept), leaves))
+    follow = [None] * len(groups.unit) if tree is None else _tree.align(groups.like, tree)
+    if _mesh.on_host(kept, follow):
+        masks = _masks(np, groups, jax.device_get(kept))
+        placed = [m if m is None else _mesh.place(m, x) for m, x in zip(masks, follow, strict=True)]
+    else:
+        placed = _masks_in_jax(groups, kept, follow)
+    return _tree.rebuild(groups.like, placed)
 
 
-@functools.partial(jax.jit, static_argnames="groups")
-def _masks(groups: "Groups", kept: jax.Array, follow: list[Any]) -> list[Any]:
-    kept = jnp.concatenate([jnp.ones(1, bool), kept])
+def _masks(xp: Any, groups: "Groups", kept: Any) -> list[Any]:
+    kept = xp.concatenate([np.ones(1, bool), kept])
     masks: list[Any] = []
-    for (path, leaf), sharded in zip(_tree.named_leaves(groups.like), follow, strict=True):
+    for path, leaf in _tree.named_leaves(groups.like):
         mask = None
         for axis, unit in enumerate(groups.unit[path]):
             if unit.any():
-                stay = jnp.expand_dims(kept[unit], _tree.other_axes(leaf.ndim, axis))
-                mask = jnp.broadcast_to(stay if mask is None else mask & stay, leaf.shape)
-        if mask is not None and sharded is not None:
-            mask = _mesh.follow(mask, sharded)
+                stay = xp.expand_dims(kept[unit], _tree.other_axes(leaf.ndim, axis))
+                mask = xp.broadcast_to(stay if mask is None else mask & stay, leaf.shape)
         masks.append(mask)
     return masks
 
 
-@jax.jit  # one mask at a time, so that those of identical layers share a program
-def kept_slices(mask: jax.Array) -> list[jax.Array]:
-    """Returns for each axis which slices have any entry that a mask keeps."""
-    return [jnp.any(mask, _tree.other_axes(mask.ndim, axis)) for axis in range(mask.ndim)]
+@functools.partial(jax.jit, static_argnames="groups")
+def _masks_in_jax(groups: "Groups", kept: jax.Array, follow: list[Any]) -> list[Any]:
+    return [
+        m if m is None or leaf is None else _mesh.follow(m, leaf)
+        for m, leaf in zip(_masks(jnp, groups, kept), follow, strict=True)
+    ]
+
+
+def kept_slices(masks: Sequence[Any]) -> list[Any]:
+    """Returns for each axis of each mask which slices have any entry that is kept."""
+    if _mesh.on_host(masks):
+        return _slices(np, jax.device_get(masks))
+    return _slices_in_jax(masks)
+
+
+def _slices(xp: Any, masks: Sequence[Any]) -> list[Any]:
+    return [
+        m if m is None else [xp.any(m, _tree.other_axes(m.ndim, axis)) for axis in range(m.ndim)]
+        for m in masks
+    ]
+
+
+_slices_in_jax = jax.jit(functools.partial(_slices, jnp))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _mesh, _partition, _threshold, _tree, patterns
+from jaxprune import _mesh, _partition, _program, _threshold, _tree, patterns
 from jaxprune import masks as _masks
 from jaxprune._tree import Masks, Params, Score, Scores, Select, Where
 
@@ -29,11 +29,13 @@ def select(
     r"""Builds masks that keep the highest-scoring weights.
 
     Exactly ``round(sparsity * n)`` of the n prunable weights are removed; a sparsity that is traced
-    as float32 is exact to 6e-8 n. Ties are broken by a hash of the position, so equal scores are
-    pruned evenly. The function can be jitted; under jit NaN counts as the lowest score.
+    as float32 is exact to 6e-8 n, and clipped to [0, 1], or an error under `checkify`. Ties are
+    broken by a hash of the position, so equal scores are pruned evenly. The function can be jitted,
+    with the same result; under jit NaN counts as the lowest score.
 
     Args:
-      scores: a pytree of arrays; higher is kept, `None` leaves are never pruned.
+      scores: a pytree of arrays; higher is kept, `None` leaves are never pruned. Float64 and 32-bit
+        integers are compared as they are, means over the cells of a pattern as float32.
       sparsity: the fraction to remove, in [0, 1): of weights, or of the cells of a pattern. n:m
         patterns imply a sparsity; it may then be omitted, and a smaller value has no effect.
       scope: ``"global"`` compares all weights; ``"layer"`` removes the same fraction of every leaf,
@@ -56,6 +58,7 @@ def select(
       ValueError: for a sparsity outside [0, 1), an unknown scope or path, no leaf to prune, masks
         of other paths or shapes, or a leaf that the pattern does not fit; outside jit also for
         scores that are not finite or lie on different devices.
+      TypeError: for scores that are complex or have other 64-bit dtypes, and other wrong kinds.
 
     Examples:
       >>> print(select({"w": jnp.array([[1.0, 4.0], [3.0, 2.0]])}, 0.5)["w"])
@@ -65,6 +68,10 @@ def select(
     References:
       Evci et al, `Rigging the Lottery <https://arxiv.org/abs/1911.11134>`_, 2020 (ERK)
     """
+    if not isinstance(pattern, patterns.Pattern):
+        raise TypeError(
+            f"pattern must be a pattern, got {pattern!r:.60}. Use e.g. `jp.patterns.n_of_m(2, 4)`."
+        )
     stacked = stacked or (lambda path: False)
     where = where or (lambda path, leaf: jnp.ndim(leaf) - stacked(path) >= 2)
     leaves = _tree.named_leaves(scores)
@@ -74,6 +81,7 @@ def select(
         for i, ((path, leaf), mask) in enumerate(zip(leaves, masks, strict=True))
         if where(path, leaf) and (within is None or mask is not None)
     ]
+    chosen.sort(key=lambda entry: _tree.order(entry[1]))
     if not chosen:
         raise ValueError(
             f"select found no leaf to prune among {[path for path, _ in leaves][:10]}. By default "
@@ -87,7 +95,14 @@ def select(
                 f"{_tree.show(path)}: scores must be arrays, got {type(leaf).__name__}. Convert "
                 "with `jnp.asarray`."
             )
+        if _threshold.comparable([leaf.dtype]) is None:
+            raise TypeError(
+                f"{_tree.show(path)}: scores must be real, of at most 32 bits or float64, got "
+                f"{leaf.dtype}. Convert with `score.astype(jnp.float32)`."
+            )
     _mesh.check_together([(_tree.show(path), x) for _, path, *pair in chosen for x in pair])
+    # Masks are piecewise constant, and not all that selects them can be differentiated.
+    arrays = tuple(jax.lax.stop_gradient(s) if _tree.is_traced(s) else s for s in arrays)
     if sparsity is None and pattern.share is not None:
         sparsity = 0.0
     sparsity = _check_scope(scope, sparsity, paths)
@@ -97,11 +112,12 @@ def select(
         shapes = [leaf.shape[stacked(path) :] for _, path, leaf, _ in chosen]
         keep = budget(scope, sparsity, paths, sizes, shapes, pattern.share or 1.0)
         if pattern is patterns.unstructured and _mesh.on_host(arrays, before, keep):
-            kept, finite = _partition.largest(*jax.device_get((arrays, before)), keep, pools)
+            on_host = jax.device_get(arrays), jax.device_get(before)
+            kept, finite = _partition.largest(*on_host, keep, pools)
             kept = _mesh.place_all(kept, arrays)
         else:
             together = _mesh.on_one_device(arrays)
-            keep = keep if _tree.is_traced(keep, arrays) else jax.device_put(keep)
+            keep = keep if _tree.is_traced(keep) else _mesh.beside(keep, arrays)
             kept, finite = _largest(arrays, before, keep, pattern, pools, together)
     if not _tree.is_traced(finite) and not jax.device_get(finite):
         _raise_not_finite(paths, arrays, before)
@@ -152,7 +168,7 @@ def _largest(
     competing = [None if m is None else pool(m).astype(bool) for m in within]
     allowed = competing
     if pattern.limit is not None:
-        share = keep / np.bincount(pools, [c.size for c in cells])
+        share = keep.astype(np.float64) / np.bincount(pools, [c.size for c in cells])
         limit = functools.partial(_mesh.automatic, pattern.limit)
         allowed = [limit(c, m, share[i]) for c, m, i in zip(cells, competing, pools, strict=True)]
     kept = _threshold.largest(cells, allowed, keep, pools, one_device)
@@ -175,13 +191,17 @@ def _spread(
 
 
 def check_sparsity(sparsity: Any, name: str = "sparsity") -> Any:
-    """Checks a sparsity; returns a concrete one as a Python float, a traced one unchanged."""
+    """Checks a sparsity; returns a concrete one as a Python float, a traced one clipped."""
     if _tree.is_traced(sparsity):
-        return sparsity
+        from jax.experimental import checkify
+
+        message = f"{name} must be in [0, 1), got {{}}"
+        checkify.debug_check((sparsity >= 0) & (sparsity < 1), message, sparsity)
+        return jnp.clip(jnp.nan_to_num(sparsity, nan=0.0), 0, 1)
     try:
-        value = float(sparsity)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number in [0, 1), got {sparsity!r}.") from None
+        value = sparsity.__float__()  # not float(), which reads text
+    except (AttributeError, TypeError):
+        raise TypeError(f"{name} must be a number in [0, 1), got {sparsity!r:.60}.") from None
     if not 0 <= value < 1:
         raise ValueError(
             f"{name} must be in [0, 1), got {value}. It is the fraction of weights removed: "
@@ -246,12 +266,12 @@ def _erk(xp: Any, kept: Any, sizes: np.ndarray, shapes: Sequence[tuple[int, ...]
     Densities above 1 are not possible, so the leaves with the largest ones become dense and the
     rest is distributed over the others. `xp` is NumPy, or jax.numpy for a traced count.
     """
-    density = np.array([sum(s) / max(math.prod(s), 1) for s in shapes])
+    density = np.array([max(sum(s), 1) / max(math.prod(s), 1) for s in shapes])
     order = np.argsort(-density, kind="stable")  # in which leaves become dense
     n, d = sizes[order], density[order]
     dense = np.cumsum(n) - n  # weights in the leaves before
     rest = np.cumsum((n * d)[::-1])[::-1]
-    scale = (kept - dense) / rest  # if exactly the leaves before are dense
+    scale = (kept - dense) / np.maximum(rest, 1)  # if exactly the leaves before are dense
     fits = scale * d <= 1
     first = xp.sum(xp.cumsum(fits[:-1]) == 0)  # the first leaf that is not dense, or the last one
     share = xp.where(np.arange(len(n)) < first, n, xp.minimum(scale[first] * d, 1) * n)
@@ -299,15 +319,17 @@ def select_iteratively(
     References:
       Tanaka et al, `SynFlow <https://arxiv.org/abs/2006.05467>`_, 2020
     """
+    _tree.check_function("score", score, "Pass `jp.scores.magnitude`, not its result.")
     _tree.check_params(params)
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}.")
+    _tree.check_count("rounds", rounds)
     sparsity = check_sparsity(sparsity)
     sparsities = 1 - (1 - sparsity) ** (np.arange(1, rounds + 1) / rounds)
     sparsities[-1] = sparsity  # exactly, without rounding errors
     outer = bool(jax.enable_x64.value)
     with jax.enable_x64(True):
-        masks, bad = _iterate(score, select, outer, params, sparsities, batch)
+        args = params, sparsities, batch
+        run = functools.partial(_iterate, score, select, outer)
+        masks, bad = _program.freeze(run, *args)(*args)
     if not _tree.is_traced(bad):
         for is_bad, (path, _) in zip(np.asarray(bad), _tree.named_leaves(masks), strict=True):
             if is_bad:
@@ -318,13 +340,13 @@ def select_iteratively(
     return masks
 
 
-@functools.partial(jax.jit, static_argnames=("score", "select", "outer"))
 def _iterate(
     score: Score, select: Select, outer: bool, params: Params, sparsities: jax.Array, batch: Any
 ) -> tuple[Masks, jax.Array]:
     def scored(masks: Masks | None) -> Scores:
         with jax.enable_x64(outer):  # the score runs as the caller has it
-            return score(params if masks is None else _masks.apply_masks(params, masks), *batch)
+            masked = params if masks is None else _masks.apply_masks(params, masks)
+            return _program.inlined(score)(masked, *batch)
 
     def round_(masks: Masks, sparsity: jax.Array) -> tuple[Masks, jax.Array]:
         scores = scored(masks)
@@ -350,4 +372,9 @@ def whole_masks(params: Params, select: Select, scores: Scores | None = None) ->
         scores = _tree.map_floating(lambda w: like(jnp.shape(w)), params)
     masks = jax.eval_shape(lambda scores: select(scores, 0.0), scores)
     pairs = zip(jax.tree.leaves(params), _tree.align(params, masks, "scores"), strict=True)
-    return _tree.rebuild(masks, [jnp.ones_like(w, bool) for w, m in pairs if m is not None])
+    whole = [
+        _mesh.place(np.ones(jnp.shape(w), bool), w) if _mesh.on_host(w) else jnp.ones_like(w, bool)
+        for w, m in pairs
+        if m is not None
+    ]
+    return _tree.rebuild(masks, whole)

@@ -116,11 +116,25 @@ def shrink(
 
     if _abstract(params):
         return small_fn, jax.eval_shape(cut_params, like, masks), plan
-    small_params = jax.tree.map(_mesh.resized, jax.jit(cut_params)(params, masks), params)
+    if on_host := _mesh.on_host(params, masks):
+        small_masks = plan.take(masks)
+        remaining = jax.tree.map(lambda m: None if _mesh.read(m).all() else m, small_masks)
+        small_params = apply_masks(plan.take(params), remaining)
+    else:
+        small = plan._small()
+        shardings = [_mesh.resized(w, small[path]) for path, w in _tree.named_leaves(params)]
+        cut_in_jax = jax.jit(cut_params, out_shardings=_tree.rebuild(params, shardings))
+        small_params = cut_in_jax(params, masks)
     if verify and not _abstract(inputs):
-        dense = jax.tree.leaves(jax.jit(apply_fn)(apply_masks(params, masks), *inputs))
-        outs = zip(dense, example.structure.program.outs, strict=True)
-        expected = [x if v.full else example.cut.take(x, v) for x, v in outs]
+        # It runs once, so on a CPU LLVM need not optimize it.
+        options = {"xla_backend_optimization_level": 0} if on_host else None
+        masked = plan.put(small_params) if on_host else apply_masks(params, masks)
+        full = jax.tree.leaves(jax.jit(apply_fn, compiler_options=options)(masked, *inputs))
+        outs = zip(full, example.structure.program.outs, strict=True)
+        expected = [
+            example.cut.take(_mesh.read(x), v) if _tree.is_floating(x) and not v.full else x
+            for x, v in outs
+        ]
         differs = differences(expected, small_fn(small_params, *inputs))
         plan = dataclasses.replace(plan, inexact=plan.inexact + differs)
     return small_fn, small_params, plan
@@ -220,12 +234,12 @@ def _masked_slices(params: Params, masks: Masks) -> Removed:
     """Lists for each axis the indices whose slices are masked entirely."""
     if _tree.is_traced(masks):
         raise TypeError("masks must have known values, got tracers. Call `shrink` outside of jit.")
-    aligned = zip(_tree.named_leaves(params), _tree.align_masks(params, masks), strict=True)
+    slices = _ranks.kept_slices(_tree.align_masks(params, masks))
     return {
         (path, axis): np.flatnonzero(~_mesh.read(kept))
-        for (path, leaf), mask in aligned
-        if mask is not None and _tree.is_floating(leaf)
-        for axis, kept in enumerate(_ranks.kept_slices(mask))
+        for (path, leaf), axes in zip(_tree.named_leaves(params), slices, strict=True)
+        if axes is not None and _tree.is_floating(leaf)
+        for axis, kept in enumerate(axes)
     }
 
 

@@ -12,30 +12,39 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import _mesh
+
+_LARGE = 1 << 22  # terms are worth a program, which NumPy takes twice as long for
 
 
-@functools.partial(jax.jit, static_argnames="axes")
-def exact_sum(x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
+def exact_sum(x: jax.Array, axes: tuple[int, ...]) -> Any:
     """Sums over axes to float32, independent of the order of the terms.
 
     Terms become multiples of a power of two, of which n terms of the largest size make at most 2⁴⁶.
     Float64 adds these exactly, also on TPUs, where it is two float32. The rounding is finer than
-    that of float32 for up to millions of terms.
+    that of float32 for up to millions of terms. NaN and infinities remain what they are.
     """
+    if x.size < _LARGE and _mesh.on_host(x):
+        with np.errstate(invalid="ignore"):  # inf - inf
+            return _sum(np, jax.device_get(x), axes)
     with jax.enable_x64(True):
-        x = x.astype(jnp.float32)
-        largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
-        finite = jnp.isfinite(largest)
-        shift = 46 - (x.size // max(largest.size, 1)).bit_length() - jnp.frexp(largest)[1]
-        half, rest = _powers(shift)
-        scale = half.astype(jnp.float64) * rest
-        total = jnp.sum(jnp.round(x * scale), axes, keepdims=True) / scale
+        return _sum_in_jax(x, axes)
 
-        def special() -> jax.Array:  # a plain sum of NaN and infinities has no order either
-            return jnp.where(finite, total, jnp.sum(x, axes, keepdims=True))
 
-        total = jax.lax.cond(jnp.all(finite), lambda: total, special)
-        return jnp.squeeze(total.astype(jnp.float32), axes)
+def _sum(xp: Any, x: Any, axes: tuple[int, ...]) -> Any:
+    x = x.astype(np.float32)
+    options = {"axis": axes, "keepdims": True}
+    largest = xp.maximum(x.max(initial=0, **options), -x.min(initial=0, **options))
+    shift = 46 - (x.size // max(largest.size, 1)).bit_length() - xp.frexp(largest)[1]
+    half, rest = _powers(xp, shift)
+    scale = half.astype(np.float64) * rest.astype(np.float64)
+    total = xp.sum(xp.rint(x.astype(np.float64) * scale), **options) / scale
+    return xp.squeeze(total.astype(np.float32), axes)
+
+
+_sum_in_jax = jax.jit(functools.partial(_sum, jnp), static_argnames="axes")
 
 
 @functools.partial(jax.jit, static_argnames="block")
@@ -60,7 +69,7 @@ def exact_block_sum(x: jax.Array, block: tuple[int, ...]) -> jax.Array:
     largest = reduce(jax.lax.max, jnp.abs(x))
     finite = jnp.isfinite(largest)
     exponent = jnp.frexp(jnp.where(finite, largest, 1))[1]
-    powers, rest = _powers(exponent), x
+    powers, rest = _powers(jnp, exponent), x
     for power in powers:
         rest *= spread_blocks(1 / power, block, x.shape)  # now |rest| < 1
     bits = math.prod(block).bit_length()  # a sum of n digits is this much longer than one
@@ -77,9 +86,9 @@ def exact_block_sum(x: jax.Array, block: tuple[int, ...]) -> jax.Array:
     return jnp.where(finite, total * powers[0] * powers[1], reduce(jax.lax.add, x))
 
 
-def _powers(exponent: jax.Array) -> list[jax.Array]:
+def _powers(xp: Any, exponent: Any) -> list[Any]:
     """Returns two factors of 2**exponent, which itself may exceed the range of float32."""
-    return [jnp.ldexp(jnp.float32(1), e) for e in (exponent // 2, exponent - exponent // 2)]
+    return [xp.ldexp(xp.float32(1), e) for e in (exponent // 2, exponent - exponent // 2)]
 
 
 def spread_blocks(x: jax.Array, block: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:

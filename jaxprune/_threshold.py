@@ -1,10 +1,10 @@
 r"""Finds the largest scores of a pytree exactly, without sorting or gathering.
 
-The bits of floats order like integers once the negative ones are reflected. The threshold that
-keeps the right number is found two bits at a time, from the top: each round counts the scores above
-three candidates in one pass over the leaves, and needs one scalar sum across a mesh. Scores that
-tie at the threshold are ranked by a hash of their index, found in the same way. The search ends as
-soon as the count is right.
+The bits of floats order like integers once the negative ones are reflected: this is the key of a
+score. Scores of equal keys are ranked by a hash of their index. The key and the rank from which on
+the right number is kept are found two bits at a time, from the top: each round counts the scores
+that reach three candidates in one pass over the leaves, and needs one scalar sum across a mesh. The
+search ends as soon as the count is right.
 
 A program of many leaves must compile fast. XLA compiles equal kernels once, so what differs between
 leaves of one shape, their first index, is an operand and not a constant. On one device, the
@@ -18,7 +18,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -27,12 +27,13 @@ import numpy as np
 from jax import lax
 
 _BITS = 2  # settled per round; more candidates a round cost more than the rounds they save
-_COPIED = 1 << 22  # at most so many scores are copied, or if that is more, every 16th
+_COPIED = 1 << 22  # scores of small leaves are copied at most, or if that is more, every 16th
 _FEW = 4  # leaves are not worth a copy
 _INT32_END, UINT32_END = 2**31, 2**32  # from here on, counts and indices take 64 bits
 
 Marks = list[jax.Array]  # (c,) bool arrays of the shape of a leaf
-State = tuple[jax.Array, jax.Array, jax.Array]  # shift, lower bound (g,), its count (g,)
+Pair = tuple[jax.Array, jax.Array]  # keys and ranks
+State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # shift, key (g,), rank (g,), count (g,)
 
 
 def largest(
@@ -57,69 +58,76 @@ def largest(
     sizes = [s.size for s in scores]
     offsets = [0, *itertools.accumulate(sizes)]
     index = jnp.uint32 if offsets[-1] < UINT32_END else jnp.uint64
-    key_dtype = jnp.uint32 if scores[0].dtype == jnp.float32 else jnp.uint64
+    key = jnp.uint32 if scores[0].dtype == jnp.float32 else jnp.uint64
+    bits = jnp.iinfo(index).bits  # of ranks, which are settled after the keys
     small = _small(sizes) if one_device and keep.size == 1 else []
     large = [i for i in range(len(sizes)) if i not in small]
     pool_of = np.array([pools[i] for i in large] + [0] * bool(small))
     values, valid = [scores[i] for i in large], [within[i] for i in large]
+    places: list[jax.Array] = []
     if small:
         values.append(jnp.concatenate([scores[i].ravel() for i in small]))
         valid.append(_join_masks([within[i] for i in small], [sizes[i] for i in small]))
 
-    def total(counts: jax.Array) -> jax.Array:  # (piece, c) -> (g, c)
-        return jnp.zeros((*keep.shape, *counts.shape[1:]), jnp.int64).at[pool_of].add(counts)
+    def firsts(leaves: Sequence[int], never: jax.Array) -> list[jax.Array]:
+        """Returns the first index of each leaf; a constant would become part of the kernels."""
+        if not leaves:
+            return []
+        actual = [index(offsets[i]) for i in leaves]
+        return lax.cond(never, lambda: [index(0) for _ in leaves], lambda: actual)
 
-    def search(marks: Callable[..., Marks], dtype: Any, count: jax.Array) -> Sequence[jax.Array]:
-        """Finds the largest threshold of each pool that still marks at least ``keep`` scores."""
-        steps = jnp.arange(1, 2**_BITS, dtype=dtype)
+    if small:
+        some = scores[small[0]].ravel()[0]
+        starts = firsts(small, (some > 0) & (some < 0))  # never, but XLA cannot see it
+        indices = [
+            start + lax.iota(index, sizes[i]) for i, start in zip(small, starts, strict=True)
+        ]
+        places = [jnp.concatenate(indices)]
 
-        def narrow(state: State) -> State:
-            shift, low, count = state
-            candidates = low[:, None] + (steps[None] << shift.astype(dtype))
-            # False, but XLA cannot see it: it would compute the keys and hashes of all leaves
-            # before the loop and keep them, since they do not change.
-            # The copy of the small leaves may be one of keys.
-            never = [count[0] < 0] * len(large) + [False] * bool(small)
-            marked = [marks(i, candidates[g], never[i]) for i, g in enumerate(pool_of)]
-            counts = total(jnp.stack([_count(m) for m in marked]))
-            passed = jnp.sum(counts >= keep[:, None], axis=1)  # counts fall along c
-            counts = jnp.concatenate([count[:, None], counts], axis=1)
-            count = jnp.take_along_axis(counts, passed[:, None], axis=1)[:, 0]
-            return shift - _BITS, low + (passed.astype(dtype) << shift.astype(dtype)), count
+    def total(counts: Sequence[jax.Array]) -> jax.Array:  # one (c,) per piece -> (g, c)
+        zeros = jnp.zeros((*keep.shape, *counts[0].shape), jnp.int64)
+        return zeros.at[pool_of].add(jnp.stack(counts))
 
-        def unsettled(state: State) -> jax.Array:
-            shift, _, count = state
-            return (shift >= 0) & jnp.any(count > keep)
+    def move(keys: jax.Array, ranks: jax.Array, steps: jax.Array, shift: jax.Array) -> Pair:
+        to_key = steps.astype(key) << jnp.maximum(shift - bits, 0).astype(key)
+        to_rank = steps.astype(index) << jnp.minimum(shift, bits - _BITS).astype(index)
+        zero = jnp.zeros((), index)
+        first = shift >= bits
+        return keys + jnp.where(first, to_key, key(0)), ranks + jnp.where(first, zero, to_rank)
 
-        start = jnp.int32(jnp.iinfo(dtype).bits - _BITS), jnp.zeros(keep.shape, dtype), count
-        return lax.while_loop(unsettled, narrow, start)[1:]
+    def narrow(state: State) -> State:
+        shift, keys, ranks, count = state
+        candidates = move(keys[:, None], ranks[:, None], jnp.arange(1, 2**_BITS)[None], shift)
+        # False, but XLA cannot see it: it would compute the keys and hashes of large leaves before
+        # the loop and keep them, since they do not change.
+        never = count[0] < 0
+        pieces = zip(values, valid, [*firsts(large, never), *places], pool_of, strict=True)
+        marked = [
+            _reach(v, w, place, *(c[g] for c in candidates), never if i < len(large) else False)
+            for i, (v, w, place, g) in enumerate(pieces)
+        ]
+        counts = total([_count(m) for m in marked])
+        passed = jnp.sum(counts >= keep[:, None], axis=1)  # counts fall along c
+        counts = jnp.concatenate([count[:, None], counts], axis=1)
+        count = jnp.take_along_axis(counts, passed[:, None], axis=1)[:, 0]
+        return shift - _BITS, *move(keys, ranks, passed, shift), count
 
-    def above(i: int, thresholds: jax.Array, never: Any) -> Marks:
-        return _above(values[i], valid[i], thresholds, never)
-
-    def kept(i: int, ranks: jax.Array, never: Any) -> Marks:
-        return _kept(values[i], valid[i], places[i], thresholds[pool_of[i]], ranks, never)
+    def unsettled(state: State) -> jax.Array:
+        shift, *_, count = state
+        return (shift >= 0) & jnp.any(count > keep)
 
     competing = [v.size if w is None else jnp.sum(w) for v, w in zip(values, valid, strict=True)]
-    count = total(jnp.stack([jnp.asarray(n, jnp.int64) for n in competing]))
+    count = total([jnp.asarray(n, jnp.int64)[None] for n in competing])[:, 0]
     keep = jnp.minimum(keep, count)
-    thresholds, count = search(above, key_dtype, count)
-    thresholds = jnp.maximum(thresholds, 1)  # 0 is the key of scores that do not compete
-    # Constants become part of a kernel, but the results of a branch do not.
-    firsts = lax.cond(
-        count[0] < 0,
-        lambda: [index(0) for _ in sizes],
-        lambda: [index(offset) for offset in offsets[:-1]],
-    )
-    places = [firsts[i] for i in large]
-    if small:
-        places.append(jnp.concatenate([firsts[i] + lax.iota(index, sizes[i]) for i in small]))
-    ranks, _ = search(kept, index, count)
-    masks = [
-        _kept(s, w, first, thresholds[g], ranks[g][None], False)[0]
-        for s, w, first, g in zip(scores, within, firsts, pools, strict=True)
+    start = jnp.int32(jnp.iinfo(key).bits + bits - _BITS)
+    zeros = jnp.zeros(keep.shape, key), jnp.zeros(keep.shape, index)
+    _, keys, ranks, count = lax.while_loop(unsettled, narrow, (start, *zeros, count))
+    starts = firsts(range(len(sizes)), count[0] < 0)
+    keys = jnp.maximum(keys, 1)  # 0 is the key of scores that do not compete
+    return [
+        _reach(s, w, first, keys[g][None], ranks[g][None], False)[0]
+        for s, w, first, g in zip(scores, within, starts, pools, strict=True)
     ]
-    return masks
 
 
 def _small(sizes: Sequence[int]) -> list[int]:
@@ -127,7 +135,7 @@ def _small(sizes: Sequence[int]) -> list[int]:
     room, small = max(sum(sizes) // 16, _COPIED), []
     for i in sorted(range(len(sizes)), key=sizes.__getitem__):
         room -= sizes[i]
-        if room >= 0:
+        if room >= 0 and sizes[i]:
             small.append(i)
     return sorted(small) if len(small) > _FEW else []
 
@@ -139,31 +147,20 @@ def _join_masks(masks: Sequence[jax.Array | None], sizes: Sequence[int]) -> jax.
     return jnp.concatenate([jnp.ones(n, bool) if m is None else m.ravel() for m, n in whole])
 
 
-# Each is traced once for all leaves of one shape.
-@jax.jit
-def _above(s: jax.Array, within: jax.Array | None, keys: jax.Array, never: Any) -> Marks:
-    """Marks the scores that reach each key."""
-    key = ordered(jnp.where(never, 0, s), within)
-    return [key >= t for t in keys]
-
-
-@jax.jit
-def _kept(
+@jax.jit  # traced once for all leaves of one shape
+def _reach(
     s: jax.Array,
     within: jax.Array | None,
-    first: jax.Array,
-    threshold: jax.Array,
+    first: jax.Array,  # the index of the first score, or the indices of all of them
+    keys: jax.Array,
     ranks: jax.Array,
     never: Any,
 ) -> Marks:
-    """Marks the scores above a key, and of those with this key the ones that reach each rank.
-
-    ``first`` is the index of the first score, or the indices of all of them.
-    """
+    """Marks the scores above each key, and of those with this key the ones that reach the rank."""
     key, first = ordered(jnp.where(never, 0, s), within), first + jnp.asarray(never, first.dtype)
     order = mix(first) if first.ndim else hashed(s.shape, first)
-    tie, more = key == threshold, key > threshold
-    return [more | (tie & (order >= rank)) for rank in ranks]
+    pairs = zip(keys, ranks, strict=True)
+    return [(key > k) | ((key == k) & (order >= rank)) for k, rank in pairs]
 
 
 def all_finite(scores: Sequence[jax.Array], within: Sequence[jax.Array | None]) -> jax.Array:
@@ -178,20 +175,18 @@ def _all_finite(s: jax.Array, within: jax.Array | None) -> jax.Array:
 
 
 def comparable(dtypes: Iterable[Any]) -> Any:
-    """Returns the dtype, float32 or float64, in which all scores keep their order.
-
-    Raises a `TypeError` for scores that neither of them holds.
-    """
-    wide = np.float32
-    for dtype in map(np.dtype, dtypes):
+    """Returns the dtype, float32 or float64, in which all scores keep their order; else `None`."""
+    wide: Any = np.float32
+    for dtype in dtypes:
         if dtype in (np.float64, np.int32, np.uint32):
             wide = np.float64
-        elif dtype != np.float32 and dtype.itemsize > 2:
-            raise TypeError(
-                f"scores must be real numbers of at most 32 bits, or float64, got {dtype}. "
-                "Convert them with `scores.astype(jnp.float32)`."
-            )
+        elif dtype != np.float32 and not (_is_real(dtype) and dtype.itemsize <= 2):
+            return None
     return wide
+
+
+def _is_real(dtype: Any) -> bool:
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
 
 
 def ordered(scores: jax.Array, within: jax.Array | None) -> jax.Array:

@@ -6,7 +6,7 @@ that an ``nnx.State``, a dict and the containers of an optimizer fit each other.
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -47,6 +47,15 @@ def show(path: str) -> str:
     return path or "(the array itself)"
 
 
+def brief(x: Any) -> str:
+    """Shows a value in a message: arrays by their type, containers by their length, on one line."""
+    if isinstance(x, jax.Array | np.ndarray):
+        return f"{x.dtype}{list(x.shape)}"
+    if isinstance(x, str | int | float | complex | np.generic | None):
+        return f"{x!r:.60}"
+    return f"{type(x).__name__} of {len(x)}" if hasattr(x, "__len__") else type(x).__name__
+
+
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
     """Returns the path and the leaf of every leaf; `None` is not a leaf."""
     return [(_name(path), leaf) for path, leaf in tree_flatten_with_path(tree)[0]]
@@ -58,6 +67,19 @@ def named_entries(tree: Tree) -> dict[str, Any]:
     return {_name(path): leaf for path, leaf in entries}
 
 
+def order(path: str) -> list[tuple[bool, int, str]]:
+    """Orders paths as a tree of dicts and lists does: level by level, numbers by their value.
+
+    So leaves have one order, in which ties are broken, in a tree, a flat dict and a file.
+    """
+    parts = path.split("/")
+    digits = [part.lstrip("0") if part.isascii() and part.isdigit() else None for part in parts]
+    return [
+        (number is None, len(number or ""), number or part)
+        for number, part in zip(digits, parts, strict=True)
+    ]
+
+
 def other_axes(ndim: int, axis: int) -> tuple[int, ...]:
     """Returns all axes but one."""
     return tuple(i for i in range(ndim) if i != axis)
@@ -65,14 +87,14 @@ def other_axes(ndim: int, axis: int) -> tuple[int, ...]:
 
 def check_word(name: str, word: Any, words: Sequence[Any]) -> None:
     """Raises a `ValueError` for an argument that is not one of the allowed words."""
-    if word not in words:
-        raise ValueError(f"{name} must be one of {tuple(words)}, got {word!r}.")
+    if not isinstance(word, Hashable) or word not in words:
+        raise ValueError(f"{name} must be one of {tuple(words)}, got {brief(word)}.")
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raises a `ValueError` for a value that is not an integer of at least ``least``."""
-    if not hasattr(value, "__index__") or operator.index(value) < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    if not hasattr(value, "__index__") or np.ndim(value) or operator.index(value) < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {brief(value)}.")
 
 
 def check_function(name: str, value: Any, fix: str) -> None:
@@ -200,7 +222,8 @@ def map_masks(f: Callable[[Any, Any], Any], params: Tree, masks: Tree) -> Tree:
     pairs = list(zip(named_leaves(params), align_masks(params, masks), strict=True))
     for (path, w), m in pairs:
         _mesh.check_together([(f"the params at {show(path)}", w), (f"the mask of {show(path)}", m)])
-    return rebuild(params, [w if m is None else f(w, m) for (_, w), m in pairs])
+    changed = iter(_mesh.map_arrays(f, [(w, m) for (_, w), m in pairs if m is not None]))
+    return rebuild(params, [w if m is None else next(changed) for (_, w), m in pairs])
 
 
 def rebuild(params: Tree, leaves: Sequence[Any]) -> Tree:

@@ -162,16 +162,20 @@ class Groups(Shown):
         like = within if _reduce.is_per_unit(self, scores) else scores
         return _ranks.masks_like(self, kept, like)
 
-    def _kept(self, masks: Masks) -> jax.Array:
+    def _kept(self, masks: Masks) -> Any:
         """Returns which units have any entry that masks keep."""
-        kept = jnp.zeros(len(self) + 1, bool)
-        aligned = _tree.align_masks(self.like, masks)
-        for (path, _), mask in zip(_tree.named_leaves(self.like), aligned, strict=True):
-            units = self.unit[path]
-            slices = [jnp.array(True)] * len(units) if mask is None else _ranks.kept_slices(mask)
-            for unit, stay in zip(units, slices, strict=True):
-                kept = kept.at[unit].max(_mesh.replicated(stay))
-        return kept[1:]
+        slices = _ranks.kept_slices(_tree.align_masks(self.like, masks))
+        members = [
+            (unit, np.ones(len(unit), bool) if axes is None else stay)
+            for (path, _), axes in zip(_tree.named_leaves(self.like), slices, strict=True)
+            for unit, stay in zip(self.unit[path], axes or self.unit[path], strict=True)
+        ]
+        units = np.concatenate([unit for unit, _ in members])
+        if _tree.is_traced(slices):
+            traced = jnp.concatenate([_mesh.replicated(jnp.asarray(stay)) for _, stay in members])
+            return jnp.zeros(len(self) + 1, bool).at[units].max(traced)[1:]
+        read = np.concatenate([_mesh.read(stay) for _, stay in members])
+        return np.isin(np.arange(1, len(self) + 1), units[read])
 
     def _pools(self, scope: str | Mapping[str, float], sparsity: Any) -> tuple[np.ndarray, Any]:
         """Returns the pool of each group, and the sparsity of each pool."""
@@ -203,7 +207,10 @@ class Groups(Shown):
             words = '"global", "layer", "isomorphic" or a dict of paths'
             raise ValueError(f"scope must be {words}, got {scope!r}.")
         pools = np.unique(kinds[scope], return_inverse=True)[1]
-        return pools, jnp.full(pools.max() + 1, _select.check_sparsity(sparsity), jnp.float32)
+        sparsity, count = _select.check_sparsity(sparsity), pools.max() + 1
+        if _tree.is_traced(sparsity):
+            return pools, jnp.full(count, sparsity)
+        return pools, np.full(count, sparsity)
 
     def costs(self, kept: np.ndarray, cost: str) -> float:
         """Returns the ``"params"`` or the ``"flops"`` of the network with some units kept.

@@ -1,12 +1,12 @@
 """Masks: pytrees of bools next to the params, ``True`` for kept, ``None`` for never pruned."""
 
-import functools
 import math
 import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxprune import _files, _mesh, _tree
@@ -36,7 +36,13 @@ def apply_masks(params: Params, masks: Masks) -> Params:
       >>> apply_masks(params, {"w": jnp.array([True, False]), "b": None})["w"].tolist()
       [1.0, 0.0]
     """
-    return _tree.map_masks(lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), params, masks)
+    return _tree.map_masks(_apply, params, masks)
+
+
+def _apply(weights: Any, mask: Any) -> Any:
+    if isinstance(weights, np.ndarray):  # which may have a dtype that JAX would convert
+        return np.where(mask, weights, weights.dtype.type(0))
+    return jnp.where(mask, weights, jnp.zeros_like(weights))
 
 
 def straight_through(params: Params, masks: Masks) -> Params:
@@ -68,12 +74,12 @@ def straight_through(params: Params, masks: Masks) -> Params:
 
 @jax.custom_jvp
 def _straight_through(weights: jax.Array, mask: jax.Array) -> jax.Array:
-    return jnp.where(mask, weights, jnp.zeros_like(weights))
+    return _apply(weights, mask)
 
 
 @_straight_through.defjvp
 def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return _straight_through(*primals), tangents[0]
+    return _apply(*primals), tangents[0]
 
 
 def combine(masks: Masks, *more: Masks) -> Masks:
@@ -124,7 +130,11 @@ def pack(masks: Tree) -> Tree:
     """
     for path, leaf in _tree.named_leaves(masks):
         _mesh.check_held(_tree.show(path), leaf)
-    return jax.tree.map(lambda m: _bits(m) if _tree.dtype(m) == jnp.bool_ else m, masks)
+    return jax.tree.map(lambda m: _bits(m) if _is_mask(m) else m, masks)
+
+
+def _is_mask(leaf: Any) -> bool:
+    return not isinstance(leaf, bool) and _tree.dtype(leaf) == jnp.bool_
 
 
 def _byte_axis(shape: tuple[int, ...]) -> int | None:
@@ -133,13 +143,19 @@ def _byte_axis(shape: tuple[int, ...]) -> int | None:
 
 
 def _bits(mask: Any) -> Any:
-    pack_bits = functools.partial(jnp.packbits, axis=_byte_axis(mask.shape))
-    if not isinstance(mask, jax.ShapeDtypeStruct):
-        return _mesh.automatic(pack_bits, mask)
-    packed = jax.eval_shape(pack_bits, jax.ShapeDtypeStruct(mask.shape, mask.dtype))
-    if isinstance(mask.sharding, NamedSharding):
-        return packed.update(sharding=_mesh.fitting(mask.sharding, mask.shape, packed.shape))
-    return packed.update(sharding=mask.sharding)
+    if isinstance(mask, jax.ShapeDtypeStruct):
+        packed = jax.eval_shape(_pack_bits, jax.ShapeDtypeStruct(mask.shape, mask.dtype))
+        if isinstance(mask.sharding, NamedSharding):
+            return packed.update(sharding=_mesh.fitting(mask.sharding, mask.shape, packed.shape))
+        return packed.update(sharding=mask.sharding)
+    if _mesh.on_host(mask):
+        bits = np.asarray(jax.device_get(mask))
+        return _mesh.place(np.packbits(bits, _byte_axis(mask.shape)), mask)
+    return _mesh.automatic(_pack_bits, mask)
+
+
+def _pack_bits(mask: jax.Array) -> jax.Array:
+    return jnp.packbits(mask, _byte_axis(mask.shape))
 
 
 def unpack(packed: Tree, params: Tree) -> Tree:
@@ -183,8 +199,12 @@ def _unpacked(path: str, leaf: Any, entry: Any) -> Any:
     _mesh.check_held(_tree.show(path), leaf)
     axis = _byte_axis(shape)
 
+    count = math.prod(shape) if axis is None else None
+    if _mesh.on_host(entry, leaf):
+        bits = np.unpackbits(jax.device_get(entry), axis, count)
+        return _mesh.place(bits.astype(bool).reshape(shape), leaf)
+
     def unpack_bits(bits: jax.Array) -> jax.Array:
-        count = math.prod(shape) if axis is None else None
         return jnp.unpackbits(bits, axis, count).astype(bool).reshape(shape)
 
     mask = _mesh.automatic(unpack_bits, jnp.asarray(entry))

@@ -3,14 +3,14 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _program, _tree
+from jaxprune import _mesh, _program, _tree
 from jaxprune._table import Shown, Table, spell
 from jaxprune._tree import Masks, Params
 
@@ -25,18 +25,51 @@ def sparsity(masks: Masks) -> float | jax.Array:
 
     Raises:
       ValueError: if there is no mask.
+      TypeError: for a leaf that is not a bool array.
 
     Examples:
       >>> sparsity({"w": jnp.array([True, False]), "b": None})
       0.5
     """
-    leaves = jax.tree.leaves(masks)
-    total = sum(math.prod(m.shape) for m in leaves)
+    leaves = dict(_tree.named_leaves(masks))
+    for path, mask in leaves.items():
+        if not isinstance(mask, _tree.ARRAYS) or _tree.dtype(mask) != jnp.bool_:
+            got = _tree.dtype(mask) if isinstance(mask, _tree.ARRAYS) else type(mask).__name__
+            raise TypeError(f"{_tree.show(path)}: masks must be bool arrays, got {got}.")
+    total = sum(math.prod(jnp.shape(m)) for m in leaves.values())
     if not total:
         raise ValueError("masks: must hold at least one mask, got none.")
-    if _tree.is_traced(masks):
-        return 1 - sum(jnp.sum(m, dtype=jnp.float32) for m in leaves) / total
-    return 1 - sum(int(jnp.count_nonzero(m)) for m in leaves) / total
+    kept = _counts(list(leaves.values()))
+    if _tree.is_traced(kept):
+        with jax.enable_x64(True):  # pruned weights, so that none of them is exactly 0
+            return ((total - jnp.sum(kept)) / total).astype(jnp.float32)
+    return (total - int(np.sum(kept))) / total
+
+
+def _counts(masks: Sequence[Any]) -> Any:
+    """Counts the kept weights of each mask.
+
+    On the host, because a program for each shape takes seconds to compile, unless masks would take
+    long to get there: then by one program for all.
+    """
+    if not masks:
+        return np.zeros(0, np.int64)
+    if not _tree.is_traced(masks) and _is_near(masks):
+        return np.array([np.count_nonzero(m) for m in jax.device_get(masks)])
+    with jax.enable_x64(True):
+        counts = _counted(masks)
+    return counts if _tree.is_traced(counts) else jax.device_get(counts)
+
+
+@jax.jit
+def _counted(masks: Sequence[jax.Array]) -> jax.Array:
+    return jnp.stack([_mesh.replicated(jnp.sum(m, dtype=jnp.int64)) for m in masks])
+
+
+def _is_near(masks: Sequence[Any]) -> bool:
+    """Returns whether masks are on this host, or on devices of it and small enough to copy."""
+    away = [m for m in masks if not _mesh.on_host(m)]
+    return all(m.is_fully_addressable for m in away) and sum(m.size for m in away) < 2**28
 
 
 def compression(params: Params, masks: Masks) -> float:
@@ -146,11 +179,12 @@ def summary(params: Params, masks: Masks | None = None) -> Summary:
 def _rows(params: Params, masks: Masks) -> list[Row]:
     """Lists the shape, the kept weights and the bytes of every leaf."""
     rows = []
-    aligned = zip(_tree.named_leaves(params), _tree.align_masks(params, masks), strict=True)
-    for (path, leaf), mask in aligned:
+    aligned = _tree.align_masks(params, masks)
+    counts = iter(_counts([mask for mask in aligned if mask is not None]).tolist())
+    for (path, leaf), mask in zip(_tree.named_leaves(params), aligned, strict=True):
         shape, masked = jnp.shape(leaf), mask is not None
         size = math.prod(shape)
-        kept = int(jnp.count_nonzero(mask)) if masked else size
+        kept = next(counts) if masked else size
         odd = masked and len(shape) == 2 and path.split("/")[-1] in ("bias", "scale")
         note = "a stack of layers? see select(stacked=)" if odd else ""
         rows.append(Row(path, shape, size, kept, masked, size * _tree.dtype(leaf).itemsize, note))
@@ -313,17 +347,25 @@ def latency(
 
     Raises:
       ValueError: without inputs that have a first axis.
+      TypeError: for anything but a mapping to pairs of a function and its params.
 
     Examples:
       >>> times = latency({"dense": (lambda w, x: x @ w, jnp.ones((4, 4)))}, jnp.ones((8, 4)))
       >>> [(row.name, row.batch) for row in times.rows], times.speedup("dense", batch=8)
       ([('dense', 1), ('dense', 8)], 1.0)
     """
+    if not isinstance(functions, Mapping) or not all(map(_is_pair, functions.values())):
+        raise TypeError(
+            "functions: must map names to pairs `(apply_fn, params)`, got "
+            f"{_kind(functions)}. Write {{'dense': (apply_fn, params)}}."
+        )
     sizes = [jnp.shape(x)[0] for x in jax.tree.leaves(inputs) if jnp.ndim(x)]
     if not sizes:
         raise ValueError("inputs: must have a first axis, the batch, got none that has.")
     batch = sizes[0]
-    first = jax.tree.map(lambda x: x[:1] if jnp.ndim(x) and len(x) == batch else x, inputs)
+    first = jax.tree.map(
+        lambda x: jax.lax.slice_in_dim(x, 0, 1) if jnp.ndim(x) and len(x) == batch else x, inputs
+    )
     jitted = {name: (jax.jit(apply_fn), params) for name, (apply_fn, params) in functions.items()}
     rows = []
     for size, args in {1: first, batch: inputs}.items():
@@ -331,6 +373,16 @@ def latency(
             low, median, high = np.quantile(times, (0.25, 0.5, 0.75)).tolist()
             rows.append(Timing(name, size, median, (low, high)))
     return Latency(tuple(rows))
+
+
+def _is_pair(x: Any) -> bool:
+    return isinstance(x, tuple | list) and len(x) == 2 and callable(x[0])
+
+
+def _kind(functions: Any) -> str:
+    if not isinstance(functions, Mapping):
+        return type(functions).__name__
+    return f"{{{', '.join(f'{name!r}: {type(x).__name__}' for name, x in functions.items())}}}"
 
 
 def interleave(

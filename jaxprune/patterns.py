@@ -237,7 +237,7 @@ def _n_of_m(n: int | None, m: int, axis: int, pad: bool) -> Pattern:
 
     def limit(scores: jax.Array, within: jax.Array | None, fraction: jax.Array) -> jax.Array:
         # A float32 sparsity is rounded, hence the tolerance.
-        most = jnp.ceil((fraction - 1e-6) * m) if n is None else n
+        most = jnp.ceil((fraction - 1e-6) * m).astype(jnp.int32) if n is None else n
         shape, at = scores.shape, axis % scores.ndim
         chunks = (*shape[:at], -(-shape[at] // m), m, *shape[at + 1 :])
         missing = [(0, -shape[at] % m if i == at else 0) for i in range(len(shape))]

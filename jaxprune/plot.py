@@ -161,18 +161,23 @@ def _doublings(axes: Any) -> None:
 def sparsity(masks: Masks, *, before: Masks = None, axes: Any = None) -> Any:
     """Draws the sparsity of every leaf that has a mask, and that in the masks ``before``.
 
+    Raises:
+      ValueError: if there is no mask.
+
     Examples:
       >>> axes = sparsity({"w": np.array([True, False])})
       >>> [label.get_text() for label in axes.get_yticklabels()]
       ['w']
     """
-    removed = {path: 1 - float(np.mean(m)) for path, m in _tree.named_leaves(masks)}
+    removed = _removed(masks)
+    if not removed:
+        raise ValueError("masks: must hold at least one mask with weights, got none.")
     axes = _new(axes, (7, 1.3 + 0.28 * len(removed)))
     rows = np.arange(len(removed))
     bars = axes.barh(rows, list(removed.values()), height=0.7, color=_COLORS[0], label="after")
     axes.bar_label(bars, [f"{r:.1%}" for r in removed.values()], padding=8, fontsize="small")
     if before is not None:
-        earlier = {path: 1 - float(np.mean(m)) for path, m in _tree.named_leaves(before)}
+        earlier = _removed(before)
         marks = [earlier.get(path, np.nan) for path in removed]
         axes.plot(marks, rows, "D", color=_COLORS[4], markeredgecolor=_ink(), label="before")
         above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2}
@@ -187,6 +192,19 @@ def sparsity(masks: Masks, *, before: Masks = None, axes: Any = None) -> Any:
     return axes
 
 
+def _removed(masks: Masks) -> dict[str, float]:
+    leaves = {path: _kept(_tree.show(path), m) for path, m in _tree.named_leaves(masks)}
+    return {path: 1 - float(np.mean(m)) for path, m in leaves.items() if m.size}
+
+
+def _kept(path: str, mask: Any) -> np.ndarray:
+    """Reads one mask; raises a `TypeError` for anything else."""
+    kept = np.asarray(mask) if hasattr(mask, "__array__") or isinstance(mask, list) else None
+    if kept is None or kept.dtype != bool:
+        raise TypeError(f"{path}: must be a mask, an array of bool, got {_tree.brief(mask)}.")
+    return kept
+
+
 def mask(mask: Any, *, axes: Any = None) -> Any:
     """Draws the mask of one leaf: kept weights in colour.
 
@@ -194,11 +212,17 @@ def mask(mask: Any, *, axes: Any = None) -> Any:
     convolution kernel (height, width, inputs, outputs) appears as a grid of small filters, inputs ×
     outputs. If there are more weights than pixels, the shade is the share of kept weights.
 
+    Raises:
+      ValueError: for a mask of size zero.
+      TypeError: for anything but one array of bool.
+
     Examples:
       >>> mask(np.array([[True, False]])).get_title()
       '50% of 2 kept'
     """
-    kept = np.asarray(mask)
+    kept = _kept("mask", mask)
+    if not kept.size:
+        raise ValueError(f"mask: must hold at least one weight, got shape {kept.shape}.")
     *inside, rows, columns = (1,) * (4 - kept.ndim) + kept.shape
     down, across = math.prod(inside[:-1]), inside[-1]
     if down == 1:  # matrices of a stack are drawn one below the other
@@ -233,7 +257,7 @@ def scores(scores: Scores, masks: Masks, *, axes: Any = None) -> Any:
     ``scope="global"``. With one threshold per leaf the two histograms overlap.
 
     Raises:
-      ValueError: for masks of other paths or shapes.
+      ValueError: for masks of other paths or shapes, no mask, or scores that are not finite.
 
     Examples:
       >>> axes = scores({"w": np.array([1.0, 4.0])}, {"w": np.array([False, True])})
@@ -245,7 +269,12 @@ def scores(scores: Scores, masks: Masks, *, axes: Any = None) -> Any:
         for s, m in zip(jax.tree.leaves(scores), _tree.align_masks(scores, masks), strict=True)
         if m is not None
     ]
+    pairs = [(score, kept) for score, kept in pairs if score.size]
+    if not pairs:
+        raise ValueError("masks: must hold at least one mask with weights, got none.")
     score, kept = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    if not np.isfinite(score).all():
+        raise ValueError("scores: must be finite, got NaN or infinity. Check the loss.")
     axes = _new(axes, (7, 4))
     positive = score[score > 0]
     logarithmic = bool((score >= 0).all() and len(positive) and positive.min() < positive.max())

@@ -1,5 +1,6 @@
 """What several test modules need: random arrays, a network, comparisons, meshes, processes."""
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -21,6 +22,22 @@ auto_and_explicit = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Exp
 explicit_and_slowly_auto = pytest.mark.parametrize(
     "kind", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)]
 )
+
+
+@contextlib.contextmanager
+def compilations():
+    """Lists the programs that are compiled, or read from the compile cache, inside the block."""
+    names = []
+
+    def listen(event, seconds, fun_name="?", **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def slow_unless(fast, names):

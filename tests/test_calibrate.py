@@ -8,6 +8,7 @@ from helpers import assert_close, mlp, normal
 from jax import lax
 
 import jaxprune as jp
+from jaxprune._program import calibrate
 
 
 def conv(w, x, **options):
@@ -162,17 +163,11 @@ def test_alike_layers_share_programs():
             x = jax.nn.gelu(x @ w)
         return x
 
-    from jaxprune import _program
-
-    compiled = []
-    for depth in (3, 6):
-        params = [normal((8, 8), seed=i) for i in range(depth)]
-        walk = _program.Walk(apply_fn, params, (normal((5, 8)),))
-        walk.start(params, [(normal((5, 8)),)])
-        for weight in walk.weights:
-            walk.advance(weight.at)
-        compiled.append(len(walk._compiled))
-    assert compiled == [1, 1]
+    x, compiled = normal((5, 8)), []
+    for depth in (3, 6, 6):  # also those of another call
+        jp.calibrate(apply_fn, [normal((8, 8), seed=i) for i in range(depth)], [x, x])
+        compiled.append(calibrate._run._cache_size())
+    assert len(set(compiled)) == 1
 
 
 def test_recurrent_weights_see_every_step():

@@ -1,16 +1,21 @@
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+import safetensors
 from files import check, run, sparse_model, weights, write
 
 import jaxprune as jp
 from jaxprune._files import stream
 from jaxprune._files.command_line import main
+
+W = np.ones((4, 4), np.float32)
 
 
 def test_inspect_prints_a_table(tmp_path, capsys):
@@ -129,14 +134,63 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, capsys, monkeypatch,
     assert capsys.readouterr().err.count("\n") == (code != 143)
 
 
-def test_sigterm_removes_unfinished_files(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_removes_unfinished_files(tmp_path, monkeypatch, number):
     file = write(tmp_path / "in", weights())
-    monkeypatch.setattr(stream, "pruned", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit, match="143"):
+    monkeypatch.setattr(stream, "pruned", lambda *a: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit, match=str(128 + number)):
         main(["prune", file, file, "--sparsity", "0.5"])
-    assert os.listdir(tmp_path) == ["in"] and signal.getsignal(signal.SIGTERM) is before
+    assert os.listdir(tmp_path) == ["in"] and signal.getsignal(number) is before
     check(file, weights())
+
+
+def test_a_terminal_that_closes_does_not_end_what_nohup_started(tmp_path, capsys, monkeypatch):
+    file, pruned = write(tmp_path / "in", weights()), stream.pruned
+    monkeypatch.setattr(
+        stream, "pruned", lambda *a: os.kill(os.getpid(), signal.SIGHUP) or pruned(*a)
+    )
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run(capsys, "prune", file, file, "--sparsity", 0.5)[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("name", ["odd[1]", "a*b?", "-x", "two words", "it's", "a/b"])
+def test_suggested_patterns_match(tmp_path, capsys, name):
+    tensors = {name: np.ones((5, 4), np.float32), "odd1": np.ones((4, 4), np.float32)}
+    file = write(tmp_path / "in", tensors)
+    argv = ["prune", file, tmp_path / "out", "--pattern", "2:4"]
+    _, _, err = run(capsys, *argv)
+    words = shlex.split(err.partition("with ")[2].partition(", or choose")[0])
+    code, out, err = run(capsys, *argv, *words, "--json")
+    assert code == 0, err
+    assert [t["path"] for t in json.loads(out)["tensors"] if t["pruned"]] == ["odd1"]
+
+
+TREES = {  # params whose weights are equal, so that their order decides; and as a flat file
+    "lists": {"layers": [{"kernel": W} for _ in range(11)], "layers-b": {"kernel": W}},
+    "nested lists": [[W, {"a": W, "a-b": W}] for _ in range(12)],
+    "names": {f"layer_{i}": {"kernel": W} for i in range(11)},
+    "numbers": {str(i): {"kernel": W} for i in range(11)},
+    "a file that is read": {f"layers/{i}/kernel": W for i in range(11)},
+    "flat": {name: W for name in ("a", "a-b", "layer_10", "layer_2", "b")},
+}
+
+
+@pytest.mark.parametrize("scope", ["global", "erk"])
+@pytest.mark.parametrize("name", TREES)
+def test_it_prunes_as_select_does(tmp_path, capsys, name, scope):
+    params = TREES[name]
+    paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    file = write(tmp_path / "in", dict.fromkeys(paths, W))
+    assert run(capsys, "prune", file, file, "--sparsity", 0.45, "--scope", scope)[0] == 0
+    masks = jp.select(jp.scores.magnitude(params), 0.45, scope=scope)
+    with safetensors.safe_open(file, "numpy") as pruned:
+        for path, mask in zip(paths, jax.tree.leaves(masks), strict=True):
+            np.testing.assert_array_equal(pruned.get_tensor(path) != 0, mask, err_msg=path)
 
 
 def test_a_bar_is_shown_on_a_terminal_alone(tmp_path, capsys, monkeypatch):

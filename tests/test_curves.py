@@ -1,14 +1,20 @@
+import concurrent.futures
+import dataclasses
 import functools
+import pathlib
+import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import slow_unless
+from helpers import python, slow_unless
 
 import jaxprune as jp
 from jaxprune import curves
+from jaxprune.curves import _settings, _table
 
 SPARSITIES = [0.5, 0.75]
 
@@ -127,11 +133,12 @@ def test_control_is_the_dense_network_trained_as_long():
 @pytest.mark.parametrize("suffix", slow_unless({".csv"}, [".csv", ".json"]))
 def test_a_finished_point_is_not_run_again(tmp_path, suffix):
     store = tmp_path / "new" / f"points{suffix}"
-    ran = []
+    log = tmp_path / "log"  # not a list, which would be another setting when it has grown
 
     def logged(params, sparsity, key, train):
-        ran.append(sparsity)
-        if len(ran) == 2:
+        with log.open("a") as file:
+            print(sparsity, file=file)
+        if log.read_text() == "0.5\n0.75\n":
             raise KeyboardInterrupt
         return rewound(params, sparsity, key, train)
 
@@ -139,7 +146,7 @@ def test_a_finished_point_is_not_run_again(tmp_path, suffix):
         sweep({"logged": logged}, SPARSITIES, [0], train=train, store=store)
     assert len(curves.load(store)["method"]) == 6
     resumed = sweep({"logged": logged}, SPARSITIES, [0], train=train, store=store)
-    assert ran == [0.5, 0.75, 0.75]
+    assert log.read_text().split() == ["0.5", "0.75", "0.75"]
     whole = sweep({"logged": rewound}, SPARSITIES, [0], train=train)
     for name in ("method", "sparsity", "before", "after", "compression", "flops"):
         assert resumed[name].tolist() == whole[name].tolist()
@@ -152,7 +159,7 @@ def test_a_failed_point_is_marked_and_run_again(tmp_path, capsys):
         "malformed": lambda params, sparsity, key, train: (params, {"in": None, "or": None}),
         "numbers": lambda p, s, key, train: (p, jax.tree.map(jnp.ones_like, p)),
         "nothing": lambda params, sparsity, key, train: None,
-        "magnitude": lambda params, s, key, train: (
+        "sometimes": lambda params, s, key, train: (
             1 / 0 if s == 0.5 else rewound(params, s, key, train)
         ),
     }
@@ -164,7 +171,11 @@ def test_a_failed_point_is_marked_and_run_again(tmp_path, capsys):
     assert "malformed at sparsity 0.75, seed 0: out: masks have no entry" in capsys.readouterr().err
     assert table["error"][table["method"] == "numbers"][0].startswith("TypeError: in: masks must")
     assert "failed" in str(curves.summary(table))
-    again = sweep(dict.fromkeys(malformed, rewound), SPARSITIES, [0], train=train, store=store)
+    mended = dict.fromkeys(malformed, rewound)
+    with pytest.raises(ValueError, match="got another method for 'sometimes' at sparsity 0.75"):
+        sweep(mended, SPARSITIES, [0], train=train, store=store)
+    del mended["sometimes"]
+    again = sweep(mended, SPARSITIES, [0], train=train, store=store)
     assert not again["error"].any()
 
 
@@ -238,12 +249,158 @@ def test_corrupt_and_foreign_files(tmp_path, suffix):
         curves.load(tmp_path / "points.txt")
 
 
-def test_a_store_of_another_network(tmp_path):
+def settings(rate=1e-2, steps=2, scale=1.0, data=X, first=16, shift=0.0, batch=32, keep=0.0):
+    """Returns the arguments of a sweep, read by what is in closures, defaults and partials."""
+    config = {"scale": scale}
+    network = (lambda p, x: apply_fn(p, x) + shift) if shift > 1 else apply_fn
+
+    def objective(params, x):
+        return config["scale"] * jnp.mean(apply_fn(params, x) ** 2)
+
+    def start(key, width=first):
+        params = init(key)
+        return {"in": params["in"][:, :width], "out": params["out"][:width]}
+
+    def prune(params, sparsity, key, train, power=1):
+        return params, jp.select(jp.scores.magnitude(params, power), max(sparsity, keep))
+
+    return {
+        "train": curves.trainer(objective, optax.adam(rate), data, steps=steps, batch_size=4),
+        "evaluate": functools.partial(lambda shift, params: shift - loss(params, X, Y), shift),
+        "init": start,
+        "apply_fn": jax.jit(network),
+        "inputs": [X[:batch]],
+        "methods": {"mine": prune},
+    }
+
+
+OTHER = {  # a change of the settings, and the arguments that it changes
+    "the learning rate": ({"rate": 1.0}, ["train"]),
+    "the number of steps": ({"steps": 3}, ["train"]),
+    "a number in a dict": ({"scale": 2.0}, ["train"]),
+    "the data": ({"data": X + 1}, ["train"]),
+    "a default": ({"first": 8}, ["init"]),
+    "a partial": ({"shift": 1.0}, ["evaluate"]),
+    "the network": ({"shift": 2.0}, ["evaluate", "apply_fn"]),  # and what is added
+    "the inputs": ({"batch": 16}, ["inputs"]),
+    "a method": ({"keep": 0.25}, ["method"]),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_store_holds_points_of_one_setting(tmp_path, name):
+    change, expected = OTHER[name]
     path = tmp_path / "points.csv"
-    sweep({}, [0.5], [0], train=train, store=path)
-    wider = functools.partial(sweep, init=lambda key: init(key) | {"more": jnp.ones((2, 2))})
-    with pytest.raises(ValueError, match="another network"):
-        wider({}, [0.5, 0.6], [0], train=train, store=path)
+    run = lambda s, **more: curves.sweep(sparsities=s, seeds=[0], store=path, **settings(**more))
+    if name == "the learning rate":
+        table, again = run([0.5]), run([0.5])
+        assert all(again[column].tolist() == table[column].tolist() for column in table)
+    else:  # without the training of all points
+        texts = [by_method(**settings(**more)) for more in ({}, change)]
+        assert _settings.differing(texts[0], texts[1]) == expected
+        row = {"method": "mine", "sparsity": 0.5, "seed": 0, "error": "", "settings": texts[0]}
+        _table.add(row, path)
+    with pytest.raises(ValueError, match=f"got another {', '.join(expected)} for '"):
+        run([0.5, 0.75], **change)
+
+
+def by_method(methods, inputs, **shared):
+    shared["inputs"] = tuple(inputs)
+    return _settings.by_method(shared, methods)["mine"]
+
+
+@dataclasses.dataclass
+class Config:
+    rate: float
+    act: object = jnp.tanh
+
+
+class Opaque:
+    def __init__(self, rate):
+        self.rate = rate
+
+
+READ = {  # (number) -> a value that differs with it
+    "number": lambda n: n,
+    "type": lambda n: 1 if n == 1 else 1.0,
+    "array": lambda n: np.full(3, n),
+    "dtype": lambda n: np.ones(3, "f4" if n == 1 else "i4"),
+    "shape alone": lambda n: jax.ShapeDtypeStruct((n,), "float32"),
+    "key": lambda n: jax.random.key(n),
+    "nested": lambda n: {"a": [(1, {n})]},
+    "closure": lambda n: lambda: n,
+    "function in a closure": lambda n: (lambda f: lambda: f())(lambda: n),
+    "default": lambda n: lambda x=n: x,
+    "keyword default": lambda n: lambda *, x=n: x,
+    "code": lambda n: (lambda x: x + 1) if n == 1 else (lambda x: x + 2),
+    "jit": lambda n: jax.jit(lambda: n),
+    "partial": lambda n: functools.partial(jnp.add, n),
+    "method": lambda n: Config(n).__eq__,
+    "dataclass": lambda n: Config(0.1, lambda: n),
+    "namespace": lambda n: types.SimpleNamespace(steps=n),
+    "optimizer": lambda n: optax.chain(optax.clip(1.0), optax.adam(optax.constant_schedule(n))),
+    "linen module": lambda n: nn.Sequential([nn.Dense(n), nn.relu]).apply,
+    "cached": lambda n: functools.lru_cache(lambda: n),
+    "recursive": lambda n: endless(n),
+}
+
+
+def endless(n):
+    return lambda: (n, endless)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_fingerprints_differ_where_values_do(name):
+    made = READ[name]
+    assert _settings.fingerprint(made(1)) == _settings.fingerprint(made(1))
+    assert _settings.fingerprint(made(1)) != _settings.fingerprint(made(2))
+    assert _settings.fingerprint(Opaque(1)) == _settings.fingerprint(Opaque(2))  # cannot be read
+
+
+def test_fingerprints_are_those_of_another_process():
+    code = """
+import sys; sys.path.append({folder!r})
+import test_curves
+print(test_curves.by_method(**test_curves.settings()))
+print([test_curves._settings.fingerprint(made(1)) for made in test_curves.READ.values()])
+"""
+    code = code.format(folder=str(pathlib.Path(__file__).parent))
+    printed = {python("-c", code, PYTHONHASHSEED=seed).strip() for seed in "12"}
+    read = [_settings.fingerprint(made(1)) for made in READ.values()]
+    assert printed == {f"{by_method(**settings())}\n{read}"}
+
+
+def test_processes_share_a_store(tmp_path):
+    code = """
+import sys
+from jaxprune.curves import _table
+for i in range(20):
+    point = {"method": sys.argv[1], "sparsity": i / 20, "seed": i, "error": "", "settings": ""}
+    _table.add(point, sys.argv[2])
+"""
+    path = tmp_path / "points.csv"
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(lambda name: python("-c", code, name, str(path)), "abc"))
+    table = curves.load(path)
+    points = zip(table["method"].tolist(), table["seed"].tolist(), strict=True)
+    assert sorted(points) == [(name, i) for name in "abc" for i in range(20)]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_quality_of_nan_is_a_failed_point(when, tmp_path):
+    def tuned(params, masks, key):  # by its last training, a pruned network has no number
+        ruined = when == "after" and float(jp.metrics.sparsity(masks)) > 0
+        return jax.tree.map(lambda w: jnp.where(w == 0, 0, jnp.nan), params) if ruined else params
+
+    def broken(params, sparsity, key, train):
+        bad = when == "before" and sparsity > 0
+        masks = jp.select(jp.scores.magnitude(params), sparsity)
+        return jax.tree.map(lambda w: w * jnp.nan, params) if bad else params, masks
+
+    path = tmp_path / "points.json"
+    table = sweep({"broken": broken}, [0.5], [0], train=tuned, store=path)
+    assert f"got NaN {when} the last training" in table["error"][-1]
+    assert not table["error"][0] and "failed" in str(curves.summary(curves.load(path)))
 
 
 def test_over_seeds():

@@ -111,9 +111,6 @@ def test_derivatives_are_those_of_finite_differences(name):
         check_grads(outer, point, order=2, modes=["fwd", "rev"], rtol=1e-4, atol=1e-4)
 
 
-SELECTING = {"enforce a function", "movement", *(name for name in LINKS if "gradual" in name)}
-
-
 @pytest.mark.parametrize("name", [*LINKS, *LOSSES])
 def test_strict_settings(name):
     params, _ = problem()
@@ -122,8 +119,7 @@ def test_strict_settings(name):
     expected = outer(*point)
     with contextlib.ExitStack() as settings:
         for setting in (
-            # `jp.select` itself mixes dtypes.
-            jax.numpy_dtype_promotion("standard" if name in SELECTING else "strict"),
+            jax.numpy_dtype_promotion("strict"),
             jax.numpy_rank_promotion("raise"),
             jax.debug_nans(True),
             jax.transfer_guard("disallow"),

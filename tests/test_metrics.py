@@ -3,7 +3,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import compilations, mesh, place
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 
@@ -32,6 +35,35 @@ def test_dense_layers_of_vgg16_hold_the_weights_and_not_the_work():
     share = sum(r.params for r in dense) / sum(r.params for r in rows)
     assert share == pytest.approx(0.894, abs=5e-4)
     assert [r.path for r in rows[:2]] == ["params/Conv_0/kernel", "params/Conv_1/kernel"]
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", [None, AxisType.Auto, AxisType.Explicit])
+def test_counts_are_exact_traced_or_not(kept, kind):
+    rng = np.random.default_rng(0)
+    masks = {"a": rng.random((16, 12)) < kept, "b": {"c": rng.random((7, 11, 3)) < kept, "n": None}}
+    flat = np.concatenate([m.ravel() for m in jax.tree.leaves(masks)])
+    if kind is not None:
+        on = mesh(kind, x=2)
+        masks = {"a": place(masks["a"], on, P("x")), "b": place(masks["b"], on, P())}
+    removed = flat.size - int(flat.sum())
+    assert jp.metrics.sparsity(masks) == removed / flat.size
+    assert jax.jit(jp.metrics.sparsity)(masks) == np.float32(removed / flat.size)
+    rows = jp.metrics.summary(masks).rows
+    assert [r.kept for r in rows] == [int(np.sum(m)) for m in jax.tree.leaves(masks)]
+    with jax.enable_x64(True):  # as of masks far from the host
+        counts = jp.metrics._counted(jax.tree.leaves(masks))
+    assert counts.tolist() == [r.kept for r in rows]
+
+
+def test_counting_compiles_nothing():
+    masks = {str(i): jnp.asarray(np.ones((2, 100 + i), bool)) for i in range(20)}
+    params = {str(i): jnp.asarray(np.ones((2, 100 + i), "f4")) for i in range(20)}
+    with compilations() as compiled:
+        assert jp.metrics.sparsity(masks) == 0.0
+        assert jp.metrics.summary(params, masks).kept == sum(2 * (100 + i) for i in range(20))
+        assert jp.metrics.stored_bytes(params, masks) and jp.metrics.compression(params, masks) == 1
+    assert not compiled
 
 
 class Attention(nn.Module):

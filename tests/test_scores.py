@@ -1,14 +1,17 @@
 import functools
 
+import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import mesh, place, slow_unless
+from helpers import bits, mesh, place, slow_unless
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
+from jaxprune.scores import _fpgm, _synflow
 
 
 def apply_fn(params, x):
@@ -179,10 +182,67 @@ def test_synflow_without_flow_is_an_error():
         jp.scores.synflow(deep)([jnp.zeros((3, 3))], jnp.ones((1, 3)))
 
 
-def test_synflow_ignores_running_means():
-    f = lambda p, x: (x @ p["w"] - p["mean"]) @ p["v"]
-    p = {"w": jnp.ones((2, 2)), "v": jnp.ones((2, 1)), "mean": jnp.full((1, 2), 9.0)}
-    assert jp.scores.synflow(f)(p, jnp.ones((1, 2)))["w"].tolist() == [[0.5, 0.5], [0.5, 0.5]]
+def linen_norm():
+    net = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=True), nn.Dense(1)])
+    return net.apply, net.init(jax.random.key(0), jnp.ones((1, 2)))
+
+
+def haiku_norm():
+    def network(x, train):
+        return hk.Linear(1)(hk.BatchNorm(True, True, 0.9)(hk.Linear(3)(x), train))
+
+    net = hk.without_apply_rng(hk.transform_with_state(network))
+    params = net.init(jax.random.key(0), jnp.ones((1, 2)), True)
+    return (lambda p, x: net.apply(*p, x, False)[0]), params
+
+
+def written(norm, **shapes):
+    """A network around a norm of some leaves."""
+    shapes = {"w": (2, 3), "v": (3, 1), **shapes}
+    params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return (lambda p, x: norm(x @ p["w"], p) @ p["v"]), params
+
+
+def folded(x, p):
+    scale = jax.lax.rsqrt(p["variance"])
+    return x * scale + (p["b"] - p["mean"] * scale)
+
+
+def scanned(x, p):
+    return jax.lax.scan(lambda x, m: (jax.nn.relu(x - m[None]), None), x, p["m"])[0]
+
+
+ROW = (1, 3)
+RUNNING_MEANS = {  # a network with params, and the leaves that are running means
+    "linen": (linen_norm, {"batch_stats/layers_1/mean"}),
+    "haiku": (haiku_norm, {"1/batch_norm/~/mean_ema/average"}),
+    "minus": (lambda: written(lambda x, p: x - p["m"] + p["b"], m=ROW, b=ROW), {"m"}),
+    "plus the negative": (lambda: written(lambda x, p: x + -p["m"], m=ROW), {"m"}),
+    "scan": (lambda: written(scanned, m=(2, 3)), {"m"}),
+    "one scale and one shift": (
+        lambda: written(folded, b=ROW, mean=ROW, variance=ROW),
+        {"mean"},
+    ),
+    "an offset": (lambda: written(lambda x, p: x + p["mean"], mean=ROW), set()),
+    "a layer": (lambda: written(lambda x, p: x @ p["mean"], mean=(3, 3)), set()),
+    "a gate": (lambda: written(lambda x, p: x * (1.5 - p["m"]), m=ROW), set()),
+    "a residual": (lambda: written(lambda x, p: (1.5 * x - p["m"]) * p["m"], m=ROW), set()),
+}
+
+
+@pytest.mark.parametrize("name", RUNNING_MEANS)
+def test_synflow_zeroes_running_means(name):
+    make, expected = RUNNING_MEANS[name]
+    with jax.numpy_rank_promotion("allow"):  # of flax
+        f, params = make()
+        flat, structure = jax.tree_util.tree_flatten_with_path(params)
+        flat = {jax.tree_util.keystr(n, simple=True, separator="/"): w for n, w in flat}
+        x = jnp.ones((1, 2))
+        means = zip(flat, _synflow._running_means(f, params, (x,)), strict=True)
+        assert {n for n, is_mean in means if is_mean} == expected
+        changed = ([w + c * (n in expected) for n, w in flat.items()] for c in (0, 9))
+        before, after = (jp.scores.synflow(f)(structure.unflatten(c), x) for c in changed)
+        assert bits(before) == bits(after)
 
 
 def test_half_precision_products_do_not_underflow():
@@ -269,6 +329,41 @@ def test_fpgm_ranks_filters_by_their_distances(axis):
     assert scores["b"] is None
     summed = np.moveaxis(scores["w"], axis, 0).reshape(len(filters), -1).sum(1)
     np.testing.assert_allclose(summed, distances, rtol=1e-5)
+
+
+FILTERS = {  # arrays on which products of filters cancel, or are too many, or none
+    "near-duplicates beside a large one": lambda r: (
+        np.concatenate([1 + 1e-4 * r.normal(size=(31, 20)), 10 * r.normal(size=(1, 20))]).T
+    ),
+    "two clusters": lambda r: np.repeat([[1.0], [50.0]], 8, 0).T + 1e-3 * r.normal(size=(20, 16)),
+    "equal": lambda r: np.full((3, 4), 0.1),
+    "in several blocks": lambda r: r.normal(size=(3, 50)),
+    "one": lambda r: r.normal(size=(5, 1)),
+    "none": lambda r: np.zeros((5, 0)),
+    "empty": lambda r: np.zeros((0, 5)),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_fpgm_is_exact(name, monkeypatch):
+    monkeypatch.setattr(_fpgm, "_PAIRS", 500)  # ten of fifty filters at a time
+    w = FILTERS[name](np.random.default_rng(0)).astype(np.float32)
+    with jax.debug_nans(True):
+        scores = jp.scores.fpgm({"w": jnp.asarray(w), "v": jnp.ones((2, 2))})["w"]
+    assert scores.shape == w.shape
+    exact = w.astype(np.float64).T
+    sums = np.array([np.linalg.norm(exact - row, axis=1).sum() for row in exact])
+    rounding = 1e-7 * np.abs(exact).sum()
+    np.testing.assert_allclose(scores.sum(0), sums, rtol=2e-6, atol=rounding)
+    if len(w) and len(sums) > 10:
+        np.testing.assert_array_equal(np.argsort(sums)[:8], np.argsort(scores[0])[:8])
+
+
+@pytest.mark.optimized
+def test_fpgm_of_a_vocabulary_fits_memory():
+    w = jax.ShapeDtypeStruct((64, 50257), jnp.float32)
+    used = jax.jit(jp.scores.fpgm).lower(w).compile().memory_analysis()
+    assert used.temp_size_in_bytes < 40 * w.size
 
 
 def test_fpgm_removes_the_filter_in_the_middle():
@@ -405,7 +500,7 @@ def test_examples_lie_along_the_first_axis(name):
         with pytest.raises(ValueError, match=f"^{name}: every batch array must have .*first axis"):
             CURVED[name](loss, params, bad)
     prime = tuple(jnp.concatenate([a] * 4)[:19] for a in (x, y))
-    with pytest.raises(ValueError, match="at least one sample, got 0"):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
         jp.scores.obd_hutchinson(loss, 0)
     assert CURVED[name](loss, params, prime)["w"].shape == (4, 5)
 

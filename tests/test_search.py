@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
-from helpers import slow_unless
+from helpers import compilations, slow_unless
 
 import jaxprune as jp
 from jaxprune.search import _oracle, _particle_filter
@@ -104,8 +104,8 @@ def test_oracle_keeps_to_its_memory():
     groups = jp.find_groups(fn, params, batch[0])
 
     def temporary(memory):
-        program = _oracle._scores.lower(loss, groups, False, memory, None, params, *batch)
-        return program.compile().memory_analysis().temp_size_in_bytes
+        score = jax.jit(jp.search.oracle(groups, loss, memory=memory))
+        return score.lower(params, *batch).compile().memory_analysis().temp_size_in_bytes
 
     single, few, every = (temporary(memory) for memory in (0, 1e5, 1e9))
     assert single < few < 2e5 < every
@@ -130,14 +130,15 @@ def test_oracle_without_units(problem):
     assert jp.search.oracle(groups, loss)(params, x, y).shape == (0,)
 
 
-def test_oracle_does_not_retrace(problem):
+@pytest.mark.parametrize("seen", [False, True])
+def test_oracle_compiles_once(seen, problem, monkeypatch):
     groups, params, batch = problem
-    traces = []
-    counted = lambda *a: traces.append(0) or loss(*a)
-    for _ in range(2):
-        jp.search.oracle(groups, counted)(params, *batch)
-        count = len(traces)
-    assert len(traces) == count <= 3
+    monkeypatch.setattr(_oracle._progress, "seen", lambda: seen)
+    score = lambda: jp.search.oracle(groups, lambda *a: loss(*a))(params, *batch)
+    score()
+    with compilations() as compiled:
+        score()
+    assert not compiled
 
 
 def search(problem, seed=0, **options):
@@ -190,13 +191,12 @@ def test_every_particle_keeps_an_exact_number(problem):
 
 def test_rounds_and_sparsities_are_one_compiled_program(problem):
     groups, params, batch = problem
-    traces = []
-    counted = lambda *a: traces.append(0) or loss(*a)
     for sparsity in (0.5, 0.3):
-        jp.search.particle_filter(
-            groups, counted, params, sparsity, jax.random.key(0), *batch, particles=64, rounds=3
-        )
-    assert len(traces) == 1
+        with compilations() as compiled:
+            jp.search.particle_filter(
+                groups, lambda *a: loss(*a), params, sparsity, jax.random.key(0), *batch, rounds=3
+            )
+    assert not compiled
 
 
 def test_same_key_same_result(problem):

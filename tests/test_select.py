@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 import math
 
 import fuzz_select
@@ -12,12 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import collectives, equal, explicit_and_slowly_auto, mesh, place, python, removed
+from helpers import (
+    collectives,
+    compilations,
+    equal,
+    explicit_and_slowly_auto,
+    mesh,
+    place,
+    python,
+    removed,
+)
+from jax.experimental import checkify
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
-from jaxprune import _select
+from jaxprune import _partition, _select
 
 SCOPES = ["global", "layer", "erk", {"a/w": 0.25}]  # a new scope adds one entry here
 
@@ -189,6 +200,81 @@ assert m.temp_size_in_bytes + m.output_size_in_bytes < 1.5 * 4 * 300300, m
     assert [int(n) for n in python("-c", code, XLA_FLAGS="").split()] == here
 
 
+def many(dtype):
+    """Leaves of several sizes, with many equal scores, and masks of one of them."""
+    random = np.random.default_rng(0)
+    shapes = [(3, 5), (40, 30), (7,), (3, 5), (0, 8), (20, 20), (2, 2, 2), (9, 9)]
+    leaves = [np.round(random.normal(size=s) * 20).astype(dtype) for s in shapes]
+    within = [random.random(s) < 0.7 for s in shapes]
+    return leaves, [None if i == 1 else m for i, m in enumerate(within)]
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "erk"])
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_direct_and_traced_selections_are_equal(monkeypatch, dtype, scope):
+    """With brackets and copies, which else only large leaves have, and without."""
+    scores, within = many(dtype)
+    within[1] = np.ones((40, 30), bool)
+    select = functools.partial(jp.select, scope=scope, where=lambda path, s: s.size > 0)
+    for small in (False, True):
+        if small:
+            monkeypatch.setattr(_partition, "_CHUNK", 64)
+            monkeypatch.setattr(_partition, "_SAMPLE", 64)
+            monkeypatch.setattr(_partition, "_MANY", 100)
+            monkeypatch.setattr(jax, "device_count", lambda: 1)
+        jax.clear_caches()
+        traced = jax.jit(lambda scores, sparsity, m: select(scores, sparsity, within=m))
+        for sparsity, masks in itertools.product([0.0, 0.25, 0.875], [None, within]):
+            assert equal(select(scores, sparsity, within=masks), traced(scores, sparsity, masks))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int32", "uint32"])
+def test_wide_scores_keep_their_order(dtype):
+    random = np.random.default_rng(0)
+    offset = 1 << 30
+    scores = (random.permutation(64).reshape(8, 8) + offset).astype(dtype)
+    if dtype == "float64":
+        scores = 1 + (scores - offset) * 1e-12
+    with jax.enable_x64(True):
+        for masks in (jp.select(scores, 0.5), jax.jit(lambda s: jp.select(s, 0.5))(scores)):
+            assert (masks == (scores > np.median(scores))).all()
+    with pytest.raises(TypeError, match="scores must be real.*got int64"):
+        jp.select(np.ones((2, 2), np.int64), 0.5)
+
+
+def test_a_traced_sparsity_is_clipped_and_checked():
+    f = jax.jit(lambda s, x: jp.select(s, x))
+    s = jnp.arange(16.0).reshape(4, 4)
+    kept = {x: int(f(s, jnp.float32(x)).sum()) for x in (1.0, jnp.inf, -0.5, jnp.nan)}
+    assert list(kept.values()) == [0, 0, 16, 16]
+    error, _ = checkify.checkify(f, errors=checkify.user_checks)(s, jnp.float32(1.2))
+    assert "sparsity must be in [0, 1), got 1.2" in error.get()
+    error, _ = checkify.checkify(f, errors=checkify.user_checks)(s, jnp.float32(0.5))
+    assert error.get() is None
+
+
+@pytest.mark.parametrize(
+    "call, error",
+    [
+        (lambda s: jp.select(s, "0.9"), "sparsity must be a number"),
+        (lambda s: jp.select(s, jnp.ones(2)), "sparsity must be a number"),
+        (lambda s: jp.select(s, 0.5, pattern="2:4"), "pattern must be a pattern, got '2:4'"),
+        (lambda s: jp.select([[1.0]], 0.5, where=lambda p, s: True), "0/0: scores must be arrays"),
+        (lambda s: jp.select_iteratively(s, s, 0.5), "score must be a function, got"),
+    ],
+)
+def test_wrong_kinds_are_named_in_one_line(call, error):
+    with pytest.raises(TypeError, match=error) as caught:
+        call(jnp.ones((4, 4)))
+    assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+
+
+def test_scalars_and_empty_leaves_have_a_density():
+    scores = {"a": jnp.ones((4, 4)), "s": jnp.float32(1), "e": jnp.ones((0, 8))}
+    masks = jp.select(scores, 0.0, scope="erk", where=lambda path, s: True)
+    assert masks["s"] and masks["a"].all()
+
+
 def test_traced_sizes_beyond_two_to_the_31():
     big = jax.ShapeDtypeStruct((70_000, 70_000), jnp.float32)
     out = jax.eval_shape(lambda s: jp.select(s, 0.9), [big, big])
@@ -196,17 +282,15 @@ def test_traced_sizes_beyond_two_to_the_31():
 
 
 def test_select_iteratively_is_exact_and_compiles_once():
-    traces = []
-
-    def score(params):
-        traces.append(0)
-        return jp.scores.magnitude(params)
-
-    masks = jp.select_iteratively(score, tree(), 0.9, rounds=7)
+    prune = lambda sparsity: jp.select_iteratively(
+        lambda params: jp.scores.magnitude(params), tree(), sparsity, rounds=7
+    )
+    masks = prune(0.9)
     assert sum(removed(masks).values()) == round(0.9 * (96 + 576 + 112))
-    count = len(traces)
-    jp.select_iteratively(score, tree(), 0.5, rounds=7)
-    assert len(traces) == count
+    tree()
+    with compilations() as compiled:
+        prune(0.5)
+    assert not compiled
 
 
 def test_masks_that_keep_everything_are_as_a_selection_makes_them():

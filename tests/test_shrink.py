@@ -1,4 +1,5 @@
 import functools
+import itertools
 import json
 import warnings
 
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
+from helpers import compilations, mesh, normal
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
-from jaxprune import _program, _ranks, _sums
+from jaxprune import _program
 
 
 def close(a, b, tolerance=1e-4):
@@ -427,13 +429,31 @@ def test_verified_quietly():
     assert plan.inexact == ()
 
 
-def test_alike_layers_share_programs():
-    """A program for all layers would be compiled for each of them: for half a minute, if deep."""
-    params = [jnp.ones((7, 9)), jnp.ones((9, 7))] * 3
-    fn = lambda params, x: functools.reduce(jnp.matmul, params, x)
-    groups = jp.find_groups(fn, params, jnp.ones((2, 7)))
-    before = _sums.exact_sum._cache_size(), _ranks.kept_slices._cache_size()
+@pytest.mark.parametrize("spec", [None, P("x")], ids=["one device", "mesh"])
+def test_few_programs_are_compiled_however_many_layers_differ(spec):
+    sizes = [16, 24, 40, 56, 72, 88, 8]
+    params = normal([(a, b) for a, b in itertools.pairwise(sizes)])
+    if spec is not None:
+        params = jax.device_put(params, NamedSharding(mesh(x=2), spec))
+    fn, x = lambda params, x: functools.reduce(jnp.matmul, params, x), jnp.ones((2, 16))
+    groups = jp.find_groups(fn, params, x)
     masks = groups.select(params, 0.5, scope="layer")
-    jp.shrink(fn, params, masks, jnp.ones((2, 7)), groups=groups, verify=False)
-    after = _sums.exact_sum._cache_size(), _ranks.kept_slices._cache_size()
-    assert [b - a for a, b in zip(before, after, strict=True)] == [4, 2]
+    with compilations() as of_shrink:
+        small_fn, small, _ = jp.shrink(fn, params, masks, x)
+    with compilations() as of_small:
+        small_fn(small, x)
+    assert len(of_shrink) <= 8 and not of_small, (of_shrink, of_small)
+
+
+def test_selections_of_one_device_compile_little():
+    params = normal([(7 + i, 9 + i) for i in range(12)])
+    fn = lambda params, x: [x @ w[:7] for w in params]
+    groups = jp.find_groups(lambda params, x: fn(params, x), params, jnp.ones((2, 7)), exact=False)
+    with compilations() as names:
+        masks = jp.select(params, 0.5)
+        jp.masks.unpack(jp.masks.pack(masks), params)
+    assert not names
+    with compilations() as names:
+        jp.apply_masks(params, masks)
+        groups.select(params, 0.5, scope="layer")
+    assert len(names) <= 9, names

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import normal
 
 import jaxprune as jp
 from jaxprune.units import _taylor
@@ -120,7 +121,8 @@ def test_gate_on_what_is_read():
 def test_biases_of_many_shapes():
     def producers(params, fn, x):
         groups = jp.find_groups(fn, params, x)
-        return [[path for path, _ in gate] for gate in _taylor.gates(groups, None)]
+        made = _taylor.gates(groups, _taylor.choose(groups, None), fn, params, (x,))
+        return [[path for path, _ in gate] for gate in made]
 
     def layers(p, x):  # a stack, as of `nn.scan`
         body = lambda x, q: (x + jnp.tanh(x @ q["in"] + q["b"][None]) @ q["out"], None)
@@ -138,6 +140,43 @@ def test_biases_of_many_shapes():
     assert producers(heads, attend, x) == [["v", "b"]] * 2
     narrow = {"in": jnp.ones((5, 4)), "out": jnp.ones((4, 1))}
     assert producers(narrow, lambda p, x: x @ p["in"] @ p["out"], x) == [["in"]]
+
+
+GATED = {  # what follows a kernel, with the gate on what its layer computes
+    "bias": lambda z, p, gate: jnp.tanh(gate(z + p["b"])),
+    "scale": lambda z, p, gate: gate(z) * p["g"],
+    "bias and scale": lambda z, p, gate: gate(z + p["b"]) * p["g"] + p["s"],
+    "norm": lambda z, p, gate: (gate(z) - p["m"]) * p["g"] * jax.lax.rsqrt(p["v"]) + p["b"],
+    "constant factor": lambda z, p, gate: gate(z / 3 + p["b"]) * p["g"],
+    "square": lambda z, p, gate: gate(z + p["b"]) ** 2 + p["s"],
+    "activation": lambda z, p, gate: jax.nn.relu(gate(z)) + p["b"],
+    "loop": lambda z, p, gate: jax.lax.fori_loop(0, 2, lambda _, h: h * p["g"], gate(z + p["b"])),
+}
+NAMINGS = {  # as in a flat dict, as in one module, and with a module for each leaf
+    "flat": lambda p: p,
+    "module": lambda p: {"layer": p},
+    "modules": lambda p: {name: {"kernel": w} for name, w in p.items()},
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gates_do_not_depend_on_names(name):
+    shapes = {"in": (3, 5), "out": (5, 2)} | dict.fromkeys("bgmsv", (1, 5))
+    params = normal(shapes) | {"v": jnp.full((1, 5), 2.0)}
+    x = normal((7, 3), seed=1)
+
+    def f(p, x, gate=1.0):
+        return GATED[name](x @ p["in"], p, lambda z: z * gate) @ p["out"]
+
+    loss = lambda p, x, gate=1.0: jnp.sum(jnp.sin(f(p, x, gate)))
+    expected = jax.grad(loss, 2)(params, x, jnp.ones((1, 5)))[0] ** 2
+    flat = lambda p: dict(zip(sorted(params), jax.tree.leaves(p), strict=True))
+    for nest in NAMINGS.values():
+        named = nest(params)
+        groups = jp.find_groups(lambda p, x: f(flat(p), x), named, x)
+        assert len(groups) == 5
+        found = jp.units.taylor_gates(groups, lambda p, x: loss(flat(p), x))(named, x)
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 STATISTICS = {

@@ -18,6 +18,7 @@ DOCS, STORED = ROOT / "docs", ROOT / "docs" / "results"
 sys.path[:0] = [str(ROOT / "examples"), str(pathlib.Path(__file__).parent)]
 
 import _bench  # noqa: E402
+import _first  # noqa: E402
 import _scaling  # noqa: E402
 import benchmarks  # noqa: E402
 import picture  # noqa: E402
@@ -47,7 +48,9 @@ def every_table(run, rows):
     texts = [_bench.describe(run) + "."]
     for part in dict.fromkeys(row.part for row in rows):
         measured = [row for row in rows if row.part == part]
-        function = getattr(benchmarks, part, None) or getattr(_scaling, part)
+        function = next(
+            getattr(m, part) for m in (benchmarks, _scaling, _first) if hasattr(m, part)
+        )
         texts.append(f"## {part.capitalize()}\n\n{_bench.sentences(function)}")
         texts += [_bench.table(measured), _bench.growth(measured).strip()]
     return "\n\n".join(filter(None, texts))

@@ -8,10 +8,12 @@ import argparse
 import contextlib
 import dataclasses
 import fnmatch
+import glob
 import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -19,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxprune import _progress, _select
+from jaxprune import _progress, _select, _tree
 from jaxprune._files import compact, orbax, safetensors, stream
 from jaxprune._files.checkpoint import Checkpoint, FileError, Tensor, Tick, check_output
 from jaxprune._table import Table, spell
@@ -186,20 +188,19 @@ def _target(arguments: argparse.Namespace) -> tuple[stream.NOfM, float]:
 
 
 def _prunable(
-    file: str, source: Checkpoint, globs: Sequence[str], pattern: stream.NOfM
+    file: str, source: Checkpoint, excludes: Sequence[str], pattern: stream.NOfM
 ) -> list[Tensor]:
     """Lists the tensors to prune, in the order of the leaves of a tree."""
     excluded: set[str] = set()
-    for glob in globs:
-        paths = {t.path for t in source.tensors if fnmatch.fnmatchcase(t.path, glob)}
+    for exclude in excludes:
+        paths = {t.path for t in source.tensors if fnmatch.fnmatchcase(t.path, exclude)}
         if not paths:
             raise FileError(
-                f"{file}: no tensor matches --exclude {glob!r}. List the names with `inspect`."
+                f"{file}: no tensor matches --exclude {exclude!r}. List the names with `inspect`."
             )
         excluded |= paths
     tensors = [t for t in source.tensors if t.prunable and t.path not in excluded]
-    if source.format == "safetensors":  # a file has no tree; its names order as those of a dict
-        tensors.sort(key=lambda t: t.path)
+    tensors.sort(key=lambda t: _tree.order(t.path))
     if not tensors:
         raise FileError(
             f"{file}: no floating-point tensor with two or more axes to prune. List the tensors "
@@ -210,10 +211,15 @@ def _prunable(
         if not -len(t.shape) <= axis < len(t.shape) or t.shape[axis] % m:
             raise FileError(
                 f"{file}: {t.path}: axis {axis} must be divisible by {m} for {n}:{m}, got shape "
-                f"{t.shape}. Leave out this tensor with --exclude {t.path!r}, or choose another "
-                "--axis."
+                f"{t.shape}. Leave it out with --exclude {_glob(t.path)}, or choose another --axis."
             )
     return tensors
+
+
+def _glob(path: str) -> str:
+    """Spells a pattern for a shell that matches one name alone, and is not taken for an option."""
+    pattern = glob.escape(path)
+    return shlex.quote(f"[-]{pattern[1:]}" if path.startswith("-") else pattern)
 
 
 def _diff(arguments: argparse.Namespace) -> Result:
@@ -283,7 +289,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line, and returns its exit code."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:  # where a signal may be handled; exits, so that unfinished files are removed
-        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        ends = [getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
+        ends = [n for n in ends if signal.getsignal(n) is not signal.SIG_IGN]  # as under nohup
+        before = {n: signal.signal(n, lambda number, _: sys.exit(128 + number)) for n in ends}
     try:
         arguments = _parser().parse_args(argv)
         code, report, tables = arguments.run(arguments)
@@ -301,6 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     finally:
         if in_main_thread:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
     print("jaxprune:", _printable(" ".join(message.split())), file=sys.stderr)
     return 2

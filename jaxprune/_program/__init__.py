@@ -12,6 +12,8 @@
 
     jaxpr ──Line (roots, uses)──▶ Walk: runs it on all batches, and stops at each weight
 
+``freeze`` compiles a function as it is now, ``uses`` says how the program uses its params.
+
 ``jaxpr.py`` alone touches JAX's internals. A new primitive needs a rule, in ``rules/``.
 """
 
@@ -29,14 +31,16 @@ from jaxprune._program.cost import (
 )
 from jaxprune._program.cut import Cut, take
 from jaxprune._program.flat import Flat
+from jaxprune._program.frozen import freeze, inlined
 from jaxprune._program.jaxpr import bind, inner
 from jaxprune._program.structure import Structure, analyse, check_inputs, trace
+from jaxprune._program.uses import uses
 from jaxprune._program.values import ProgramMismatch
 from jaxprune._program.weights import Weight
 
 __all__ = (
     ["Contraction", "Cost", "Cut", "Flat", "Merge", "ProgramMismatch", "Structure", "Walk"]
-    + ["Weight", "add", "analyse"]
-    + ["bind", "check_inputs", "contractions", "contractions_of_units", "inner", "loops"]
-    + ["most_expensive", "take", "total", "trace", "warn_of_loops"]
+    + ["Weight", "add", "analyse", "bind", "check_inputs", "contractions", "contractions_of_units"]
+    + ["freeze", "inlined", "inner", "loops", "most_expensive", "take", "total", "trace", "uses"]
+    + ["warn_of_loops"]
 )

@@ -41,7 +41,7 @@ class Walk:
         for root, path in zip(self.line.roots, self.paths, strict=True):
             self._name(root, path, ())
         self.weights = list(self._weights())
-        self._compiled: dict[Any, Any] = {}
+        self._tapped_programs: dict[Any, Any] = {}
         self._last = self._last_uses()
         self._params = {part for root in self.line.roots for part in self.line.layers(root)}
 
@@ -153,7 +153,7 @@ class Walk:
 
     def _run(self, nodes: list[Node], made: list[int], per_batch: bool) -> None:
         nodes, ins = self.line.expand(nodes, set())
-        run = self._compile(nodes, ins, made)
+        run = functools.partial(_run, Stretch(self.line, nodes, ins, made))
         if not per_batch:
             self.env.update(zip(made, run(*(self.env[v] for v in ins)), strict=True))
             return
@@ -167,32 +167,6 @@ class Walk:
                 if self._last[v] < self._at and v not in self.line.inputs:
                     self.env[v][b] = None
         self.env.update(zip(made, results, strict=True))
-
-    def _compile(self, nodes: list[Node], ins: list[int], made: list[int]) -> Any:
-        """Returns the compiled stretch; those that do the same share a program."""
-        literals = self.line.literals
-        place: dict[int, int] = {v: i for i, v in enumerate(ins)}
-
-        def spell(v: int) -> Any:
-            return self.line.literal(v) if v in literals else place.setdefault(v, len(place))
-
-        def steps() -> Iterator[Any]:
-            for node in nodes:
-                yield node.key, tuple(map(spell, node.ins)), tuple(map(spell, node.outs))
-
-        key = len(ins), tuple(steps()), tuple(map(spell, made))
-        if key not in self._compiled:
-            constants = {v: self.env[v] for n in nodes for v in n.ins if v in literals}
-
-            def run(*arrays: Any) -> list[Any]:
-                env = constants | dict(zip(ins, arrays, strict=True))
-                for node in nodes:
-                    outs = node.run(*(env[v] for v in node.ins))
-                    env.update(zip(node.outs, outs, strict=True))
-                return [env[v] for v in made]
-
-            self._compiled[key] = jax.jit(run)
-        return self._compiled[key]
 
     def outputs(self) -> list[list[Any]]:
         """Runs to the end; returns the leaves of what the function returns, for each batch."""
@@ -264,12 +238,12 @@ class Walk:
             part = run(body.nodes, env)
             return [pull(self.line, v, env) for v in body.outs], part
 
-        key = "tapped", weight.value, gram
-        if key not in self._compiled:
-            self._compiled[key] = jax.jit(
+        key = weight.value, gram
+        if key not in self._tapped_programs:
+            self._tapped_programs[key] = jax.jit(
                 lambda *arrays: run(nodes, dict(zip(ins, arrays, strict=True)))
             )
-        return self._compiled[key], ins
+        return self._tapped_programs[key], ins
 
     def is_covered(self, weight: Weight) -> bool:
         """Returns whether a weight before, with entries of this one, was asked for.
@@ -329,6 +303,45 @@ class Walk:
             layers = [self.leaf(part, of) for part in self.line.parts[root]]
             return jnp.stack(layers, self.line.axis[root])
         return of[root]
+
+
+class Stretch:
+    """Nodes that are compiled together; equal to others that do the same, also of other calls."""
+
+    def __init__(self, line: Line, nodes: list[Node], ins: list[int], made: list[int]) -> None:
+        self.nodes, self.ins, self.made = nodes, ins, made
+        used = {v for n in nodes for v in n.ins if v in line.literals}
+        self.literals = {v: line.constants[v] for v in used}
+        place: dict[int, int] = {v: i for i, v in enumerate(ins)}
+
+        def spell(v: int) -> Any:
+            return line.literal(v) if v in used else place.setdefault(v, len(place))
+
+        def steps() -> Iterator[Any]:
+            for node in nodes:
+                yield node.key, tuple(map(spell, node.ins)), tuple(map(spell, node.outs))
+
+        self.key = len(ins), tuple(steps()), tuple(map(spell, made))
+        self._hash = hash(self.key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stretch) and self.key == other.key
+
+    def run(self, *arrays: Any) -> list[Any]:
+        """Returns the values that are needed later."""
+        env = self.literals | dict(zip(self.ins, arrays, strict=True))
+        for node in self.nodes:
+            outs = node.run(*(env[v] for v in node.ins))
+            env.update(zip(node.outs, outs, strict=True))
+        return [env[v] for v in self.made]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(stretch: Stretch, *arrays: Any) -> list[Any]:
+    return stretch.run(*arrays)
 
 
 def _inside(node: Node) -> Iterator[Node]:

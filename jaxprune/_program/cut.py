@@ -112,6 +112,8 @@ def resizing(name: str, value: Value, **changes: Any) -> Run:
 
 def take(x: Any, kept: np.ndarray, axis: int) -> Any:
     """Takes sorted indices along an axis, as a slice where they are evenly spaced."""
+    if isinstance(x, np.ndarray):
+        return x.take(kept, axis)
     steps = np.diff(kept)
     if (steps == steps[:1]).all():
         start, stop = (int(kept[0]), int(kept[-1]) + 1) if len(kept) else (0, 0)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 Body = Callable[..., list[Any]]  # a program as a function of arrays
@@ -74,36 +73,6 @@ def line(eqn: Any) -> str:
     from jax._src import source_info_util
 
     return str(source_info_util.summarize(eqn.source_info))
-
-
-def key(x: Any) -> Any:
-    """Returns what is equal for two equations, or parameters of equations, that do the same.
-
-    Programs inside are compared by structure; what cannot be compared is equal only to itself.
-    """
-    if hasattr(x, "primitive"):
-        return x.primitive, key(x.params)
-    if isinstance(x, dict):
-        return tuple((name, key(x[name])) for name in sorted(x))
-    if isinstance(x, (list, tuple)):
-        return tuple(map(key, x))
-    if hasattr(getattr(x, "jaxpr", x), "eqns"):
-        jaxpr, consts = _open(x)
-        names: dict[Any, int] = {}
-
-        def name(atom: Any) -> Any:
-            if is_var(atom):
-                return names.setdefault(atom, len(names)), str(atom.aval)
-            return str(atom.aval), np.asarray(atom.val).tobytes()
-
-        eqns = [(key(e), *(tuple(map(name, a)) for a in (e.invars, e.outvars))) for e in jaxpr.eqns]
-        ends = [tuple(map(name, a)) for a in (jaxpr.constvars, jaxpr.invars, jaxpr.outvars)]
-        return tuple(eqns), *ends, tuple(map(id, consts))
-    try:
-        hash(x)
-    except TypeError:
-        return id(x)
-    return x
 
 
 def inner(eqn: Any) -> list[Inner]:

@@ -21,6 +21,7 @@ from jax import lax
 
 from jaxprune._program import jaxpr as _jaxpr
 from jaxprune._program.cost import CONTRACTIONS
+from jaxprune._program.frozen import _same
 from jaxprune._program.views import View, view
 
 # Each entry of the result is an entry of the operand, or one of many operands.
@@ -195,8 +196,9 @@ class Line:
                 outs = [self._new() for _ in eqn.outvars]
                 for v, atom in zip(outs, eqn.outvars, strict=True):
                     self._sizes[v] = atom.aval.size
-                run = functools.partial(_jaxpr.bind, eqn)
-                node = Node(run, _jaxpr.key(eqn), operands, outs, eqn)
+                run = functools.partial(_bind, eqn)
+                key = eqn.primitive, eqn.ctx, _same(eqn.params)
+                node = Node(run, key, operands, outs, eqn)
                 if name != "shard_map":
                     node.bodies = [self._body(p, operands) for p in programs]
                 self._place(node, nodes)
@@ -362,6 +364,11 @@ class Line:
     def _read(self, v: int, how: str, at: int | None = None) -> None:
         for root in self.roots_of(v):
             self.reads.setdefault(root, []).append((len(self.nodes) if at is None else at, how))
+
+
+def _bind(eqn: Any, *args: Any, **changes: Any) -> list[Any]:
+    with eqn.ctx.manager:
+        return _jaxpr.bind(eqn, *args, **changes)
 
 
 def _stack_of(layers: list[int], stack: int, axis: int = 0) -> Node:

@@ -36,7 +36,7 @@ import optax
 
 from jaxprune import _loss, _progress, _select, _tree, scores
 from jaxprune._tree import Masks, Params, Score, Select
-from jaxprune.curves import _table
+from jaxprune.curves import _settings, _table
 from jaxprune.curves._point import Method, Train, runner
 from jaxprune.curves._table import DENSE, MEASURES, Curves, load, over_seeds, save, summary
 from jaxprune.masks import apply_masks
@@ -66,6 +66,7 @@ def method(
       [[False  True]
        [ True False]]
     """
+    _tree.check_function("method: score", score, _loss.CURRIED)
 
     def prune(params, sparsity, key, train):
         params = train(params) if trained else params
@@ -152,7 +153,7 @@ def sweep(
     methods. Rows named ``dense`` are the control, which is trained twice and never pruned. Units
     that are masked entirely are removed by :func:`jaxprune.shrink` before timing. If there are
     none, or if they cannot be removed, the masked dense network is timed. If a point fails, its
-    error is reported and the sweep continues.
+    error is reported and the sweep continues; a quality of NaN is such an error.
 
     Args:
       methods: a function ``(params, sparsity, key, train) -> (params, masks)`` for every name.
@@ -165,6 +166,8 @@ def sweep(
       apply_fn: the network, ``apply_fn(params, *inputs)``, whose FLOPs and time are measured.
       inputs: the list of its inputs; time is measured at this batch size.
       store: a ``.csv`` or ``.json`` file that keeps finished points; they are not computed again.
+        On Linux and macOS several processes may write to it at a time. Its points must have the
+        settings of this sweep.
 
     Returns:
       A dict of arrays with one entry for each point:
@@ -179,10 +182,12 @@ def sweep(
       - ``trainings``: number of calls of ``train``, including that of the dense network
       - ``seconds``: time of the point, excluding the training of the dense network
       - ``error``: the error of a failed point, whose numbers are NaN, or an empty string
+      - ``settings``: fingerprints of the functions and inputs, read from their code and from the
+        values that it uses, such as the learning rate of an optimizer, and data
 
     Raises:
       ValueError: for a sparsity outside [0, 1), no or repeated seeds, a method named "dense", or a
-        store that is not a table of curves or holds points of another network.
+        store that is not a table of curves or holds points of other settings, which are named.
       TypeError: for a method that is not callable.
 
     Examples:
@@ -207,10 +212,12 @@ def sweep(
     sparsities = [_select.check_sparsity(s) for s in sparsities]
     if not len(seeds) or len(set(seeds)) < len(seeds):
         raise ValueError(f"sweep: seeds must be distinct and at least one, got {list(seeds)}.")
-    rows = _table.finished(store)
     methods = {"random": _random, "magnitude": _magnitude} | dict(methods)
     points = [(DENSE, 0.0)] + [(name, s) for name in methods for s in sparsities]
     methods[DENSE] = _magnitude  # at sparsity 0
+    shared = {"train": train, "evaluate": evaluate, "init": init, "apply_fn": apply_fn}
+    settings = _settings.by_method(shared | {"inputs": tuple(inputs)}, methods)
+    rows = _table.finished(store, settings)
     wanted = [(name, s, seed) for seed in seeds for name, s in points]
     network = jax.jit(apply_fn)
     bar = _progress.bar([key for key in wanted if key not in rows])
@@ -226,8 +233,8 @@ def sweep(
                 raise
             row = {"error": f"{type(error).__name__}: {error}"}
             bar.write(f"{name} at sparsity {sparsity}, seed {seed}: {error}", file=sys.stderr)
-        rows[name, sparsity, seed] = {"method": name, "sparsity": sparsity, "seed": seed} | row
+        row |= {"method": name, "sparsity": sparsity, "seed": seed, "settings": settings[name]}
+        rows[name, sparsity, seed] = row
         if store is not None:
-            _table.check_one_network(rows.values(), store)
-            save(_table.tabulate(rows.values()), store)
+            _table.add(row, store)
     return _table.tabulate(rows[key] for key in wanted)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -51,10 +52,10 @@ def runner(
         start = time.perf_counter()
         params, masks = prune(initial, sparsity, method_key, counted)
         params = apply_masks(params, masks)
-        before = float(evaluate(params))
+        before = _quality(evaluate, params, "before")
         params = counted(params, masks)
         recipes.check_pruned(params, masks)
-        after = float(evaluate(params))
+        after = _quality(evaluate, params, "after")
         small, small_params, small_masks = _shrunk(network, params, masks, inputs)
         functions = {"dense": (network, initial), "pruned": (small, small_params)}
         times = metrics.interleave(functions, inputs, rounds=30)
@@ -75,6 +76,13 @@ def runner(
         }
 
     return point
+
+
+def _quality(evaluate: Callable[[Params], float], params: Params, when: str) -> float:
+    quality = float(evaluate(params))
+    if math.isnan(quality):
+        raise ValueError(f"evaluate: must return a number, got NaN {when} the last training.")
+    return quality
 
 
 def _shrunk(

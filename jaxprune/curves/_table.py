@@ -1,17 +1,19 @@
 """The table of a sweep: stored in a file, loaded, averaged over seeds."""
 
+import contextlib
 import csv
 import io
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxprune import _atomic
 from jaxprune._table import Table
+from jaxprune.curves._settings import differing
 
 Curves = Mapping[str, np.ndarray]  # columns of equal length, one entry for each point
 Row = dict[str, Any]
@@ -23,17 +25,57 @@ _RATIOS = ("compression", "theoretical_speedup", "measured_speedup")
 _SIZES = ("stored_bytes", "params", "flops")
 MEASURES = dict.fromkeys(("before", "after", *_RATIOS, *_SIZES, "trainings", "seconds"), float)
 """The columns that hold numbers, and their types."""
-COLUMNS = {"method": str, "sparsity": float, "seed": int} | MEASURES | {"error": str}
+COLUMNS = {"method": str, "sparsity": float, "seed": int} | MEASURES
+COLUMNS |= {"error": str, "settings": str}
 
 
-def finished(store: str | os.PathLike[str] | None) -> dict[Key, Row]:
-    """Reads the points of a store that did not fail, by method, sparsity and seed."""
-    if store is None:
-        return {}
+def finished(store: str | os.PathLike[str] | None, settings: Mapping[str, str]) -> dict[Key, Row]:
+    """Reads the points of a store that did not fail, by method, sparsity and seed.
+
+    Raises a `ValueError` that names a setting in which a point differs from that of its method, or
+    from that without a method, whose name is ``""``.
+    """
+    rows = {} if store is None else _stored(store)
+    rows = {key: row for key, row in rows.items() if not row["error"]}
+    for (name, sparsity, seed), row in rows.items():
+        if others := differing(row["settings"], settings.get(name, settings[""])):
+            raise ValueError(
+                f"{store}: points must have the settings of this sweep, got another "
+                f"{', '.join(others)} for {str(name)!r} at sparsity {sparsity:.4g}, seed {seed}. "
+                "Use another file."
+            )
+    return rows
+
+
+def add(row: Row, store: str | os.PathLike[str]) -> None:
+    """Adds a point to those that this and other processes have stored."""
+    with _locked(_path(store).parent):
+        rows = _stored(store)
+        rows[row["method"], row["sparsity"], row["seed"]] = row
+        save(tabulate(rows.values()), store)
+
+
+def _stored(store: str | os.PathLike[str]) -> dict[Key, Row]:
     path = _path(store)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = _rows(load(path)) if path.exists() else []
-    return {(r["method"], r["sparsity"], r["seed"]): r for r in rows if not r["error"]}
+    return {(r["method"], r["sparsity"], r["seed"]): r for r in rows}
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    """Lets one process at a time write to a folder; one that is killed lets the next one in."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: one process alone may use a store
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _rows(table: Curves) -> list[Row]:
@@ -45,16 +87,6 @@ def tabulate(rows: Iterable[Row]) -> Curves:
     rows = list(rows)
     kinds = COLUMNS.items()
     return {name: np.array([row.get(name, np.nan) for row in rows], kind) for name, kind in kinds}
-
-
-def check_one_network(rows: Iterable[Row], store: str | os.PathLike[str]) -> None:
-    """Raises a `ValueError` if the points of a store belong to networks of different sizes."""
-    sizes = {round(row["params"] * row["compression"]) for row in rows if not row["error"]}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"{store}: points must belong to one network, got another network: sizes are "
-            f"{sorted(sizes)} params. Use another file."
-        )
 
 
 def save(table: Curves, path: str | os.PathLike[str]) -> None:
@@ -100,9 +132,11 @@ def load(path: str | os.PathLike[str]) -> Curves:
         text = path.read_bytes().decode()
         if path.suffix == ".csv":
             header, *lines = csv.reader(io.StringIO(text, newline=""))
-            columns = dict(zip(header, zip(*lines, strict=True), strict=True))
+            columns: dict[str, Any] = dict(zip(header, zip(*lines, strict=True), strict=True))
         else:
             columns = json.loads(text)["columns"]
+        count = len(columns["method"])
+        columns = {"settings": [""] * count, **columns}  # which earlier tables do not have
         if len(sizes := {len(columns[name]) for name in COLUMNS}) != 1:
             raise ValueError(f"columns of {sorted(sizes)} entries")
         return {

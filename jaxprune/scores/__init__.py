@@ -1,7 +1,8 @@
 """Importance scores, one criterion per file: float32, higher is kept, `None` for other dtypes.
 
 Data-free criteria are called with the params. Data-driven ones are used like ``jax.grad``:
-``snip(loss)(params, x, y)``. All are jitted and can be called inside another jit.
+``snip(loss)(params, x, y)``. They follow what the loss closes over, as ``jax.grad`` does, and
+losses of the same program are compiled once. All can be called inside a jit.
 
 All raise a `TypeError` for a leaf that is not an array or a loss that is not scalar, and a
 `ValueError` for params without floating leaves. A weight that is NaN scores NaN.

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune import _loss, _tree
 from jaxprune._tree import Params, Score, Scores, Tree
@@ -44,18 +45,15 @@ def fisher(loss: Callable[..., jax.Array]) -> Score:
     return functools.partial(_fisher, loss)
 
 
-@_loss.checked("fisher", examples=True, curvature=True)
+@_loss.checked("fisher", compiled=False, examples=True, curvature=True)
 def _fisher(loss: _loss.Loss, params: Params, *batch: Any) -> tuple[Scores, Tree]:
     params, batch = jax.tree.map(jnp.asarray, (params, batch))
     count = len(jax.tree.leaves(batch)[0])
-    zeros = _tree.map_floating(lambda w: jnp.zeros_like(w, jnp.float32), params)
-    add = functools.partial(_add, loss, params, batch)
-    squares = _loss.fold(add, zeros, count, _tree.is_traced(params, batch))
-    return _scores(params, squares, count)
+    squares = _loss.fold(functools.partial(_add, loss), _loss.zeros(params), count, params, batch)
+    return _scores(params, squares, jax.device_put(np.float32(count)))
 
 
-@functools.partial(jax.jit, static_argnames="loss", donate_argnames="squares")
-def _add(loss: _loss.Loss, params: Params, batch: Tree, squares: Tree, i: jax.Array) -> Tree:
+def _add(loss: _loss.Loss, squares: Tree, i: jax.Array, params: Params, batch: Tree) -> Tree:
     grads = _loss.grad("fisher", loss, params, *_loss.example(batch, i))
     return jax.tree.map(lambda s, g: s + g.astype(jnp.float32) ** 2, squares, grads)
 

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jaxprune import _mesh, _tree
 from jaxprune._tree import Params, Scores
 
+_PAIRS = 2**22  # pairs of filters in memory at one time
+
 
 def fpgm(params: Params, axis: int = -1) -> Scores:
     r"""Scores a filter by the sum of its distances to the other filters of its layer.
@@ -42,7 +44,8 @@ def fpgm(params: Params, axis: int = -1) -> Scores:
                 f"{_tree.show(path)}: the axis of fpgm must be an axis of every leaf with two or "
                 f"more axes, got axis {axis} and shape {jnp.shape(w)}. Use -1, the last axis."
             )
-    return _fpgm(params, axis)
+    with jax.enable_x64(True):  # see `_distances`
+        return _fpgm(params, axis)
 
 
 @functools.partial(jax.jit, static_argnames="axis")
@@ -55,12 +58,23 @@ def _fpgm(params: Params, axis: int) -> Scores:
 
 
 def _distances(w: jax.Array, axis: int) -> jax.Array:
-    filters = jnp.moveaxis(w.astype(jnp.float32), axis, 0).reshape(w.shape[axis], -1)
-    # Distances do not change with the origin, and smaller products lose fewer digits below.
-    filters -= jnp.mean(filters, axis=0, keepdims=True)
-    products = jnp.matmul(filters, filters.T, precision=jax.lax.Precision.HIGHEST)
-    norms = jnp.diag(products)
-    distances = jnp.sqrt(jnp.maximum(norms[:, None] + norms[None] - 2 * products, 0))
-    share = jnp.sum(distances, axis=1) / max(filters.shape[1], 1)
+    """Returns the sum of the distances of each filter, from the products of all pairs.
+
+    Products of close filters far from the others cancel. In float64 the error of a distance is
+    below the rounding of float32 weights. The sums of some filters at a time are in memory.
+    """
+    if not w.size:
+        return jnp.zeros(w.shape, jnp.float32)
+    filters = jnp.moveaxis(w.astype(jnp.float64), axis, 0).reshape(w.shape[axis], -1)
+    filters -= jnp.mean(filters, axis=0, keepdims=True)  # distances do not change with the origin
+    norms = jnp.sum(filters**2, axis=1)
+
+    def total(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+        products = jnp.matmul(filters, row[0], precision=jax.lax.Precision.HIGHEST)
+        return jnp.sum(jnp.sqrt(jnp.maximum(norms + row[1] - 2 * products, 0)))
+
+    rows = max(_PAIRS // len(filters), 1)
+    sums = jax.lax.map(total, (filters, norms), batch_size=min(rows, len(filters)))
+    share = (sums / filters.shape[1]).astype(jnp.float32)
     share = jnp.expand_dims(share, _tree.other_axes(w.ndim, axis % w.ndim))
     return jnp.where(jnp.isnan(w), jnp.nan, share)  # reading w keeps its sharding

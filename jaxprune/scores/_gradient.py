@@ -29,7 +29,6 @@ def gradient(loss: Callable[..., jax.Array]) -> Score:
 
 
 @_loss.checked("gradient")
-@functools.partial(jax.jit, static_argnames="loss")
 def _gradient(loss: _loss.Loss, params: Params, *batch: Any) -> Scores:
     def score(g: jax.Array, w: jax.Array) -> jax.Array:  # reading w keeps its sharding
         return jnp.where(jnp.isnan(w), jnp.nan, jnp.abs(g.astype(jnp.float32)))

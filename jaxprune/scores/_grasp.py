@@ -40,7 +40,6 @@ def grasp(loss: Callable[..., jax.Array]) -> Score:
 
 
 @_loss.checked("grasp", curvature=True)
-@functools.partial(jax.jit, static_argnames="loss")
 def _grasp(loss: _loss.Loss, params: Params, *batch: Any) -> tuple[Scores, Tree]:
     scalar, floats = _loss.of_floats("grasp", loss, params, *batch)
     grads = jax.grad(scalar)

@@ -40,11 +40,11 @@ def _lamp(params: Params) -> Scores:
 
 def _shares(w: jax.Array) -> jax.Array:
     size = jnp.abs(w.astype(jnp.float32)).ravel()
-    tiny = jnp.finfo(jnp.float32).tiny
+    tiny = float(jnp.finfo(jnp.float32).tiny)
     order = jnp.argsort(size)
     # Divided by the largest, so that no square overflows; tiny is for a leaf of zeros.
     squares = (size[order] / jnp.maximum(jnp.max(size, initial=0), tiny)) ** 2
     larger = jnp.cumsum(squares[::-1], dtype=jnp.float64)[::-1]
-    shares = (squares / jnp.maximum(larger, tiny)).astype(jnp.float32)
+    shares = (squares.astype(larger.dtype) / jnp.maximum(larger, tiny)).astype(jnp.float32)
     scores = jnp.zeros_like(size).at[order].set(shares).reshape(w.shape)
     return jnp.where(jnp.isnan(w), jnp.nan, scores)  # reading w keeps its sharding

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _loss, _tree
+from jaxprune import _loss, _program, _tree
 from jaxprune._tree import Params, Score, Scores, Tree
 
 # The scores with the change of the loss to first and second order; the largest curvatures.
@@ -84,8 +84,7 @@ def obd_hutchinson(loss: Callable[..., jax.Array], samples: int = 100) -> Score:
       Bekas et al, `An estimator for the diagonal of a matrix
       <https://doi.org/10.1016/j.apnum.2007.01.003>`_, 2007
     """
-    if samples < 1:
-        raise ValueError(f"obd_hutchinson: samples must be at least one sample, got {samples}.")
+    _tree.check_count("obd_hutchinson: samples", samples)
     score = functools.partial(_obd_hutchinson, loss, samples=samples)
     return functools.partial(_scores_at_minimum, "obd_hutchinson", score)
 
@@ -104,7 +103,6 @@ def _scores_at_minimum(name: str, score: Callable[..., Any], params: Params, *ar
 
 
 @_loss.checked("obd", curvature=True)
-@functools.partial(jax.jit, static_argnames="loss")
 def _obd(loss: _loss.Loss, params: Params, *batch: Any) -> _Checked:
     scalar, floats = _loss.of_floats("obd", loss, params, *batch)
     with _loss.differentiating("obd", scalar, floats):
@@ -116,7 +114,7 @@ def _obd(loss: _loss.Loss, params: Params, *batch: Any) -> _Checked:
 
         def second(i: jax.Array) -> jax.Array:
             basis = jax.tree.map(jnp.zeros_like, leaves)
-            basis[k] += index == i
+            basis[k] += (index == i).astype(basis[k].dtype)
             return jnp.sum(basis[k] * jax.tree.leaves(product(rebuild(basis)))[k])
 
         # One at a time: several in parallel are not faster on a CPU.
@@ -125,21 +123,21 @@ def _obd(loss: _loss.Loss, params: Params, *batch: Any) -> _Checked:
     return _orders(floats, grads, rebuild([diagonal(k) for k in range(len(leaves))]))
 
 
-@_loss.checked("obd_hutchinson", curvature=True)
+@_loss.checked("obd_hutchinson", compiled=False, curvature=True)
 def _obd_hutchinson(
     loss: _loss.Loss, params: Params, key: jax.Array, *batch: Any, samples: int
 ) -> _Checked:
     keys = jax.random.split(key, samples)
     params, batch = jax.tree.map(jnp.asarray, (params, batch))
-    zeros = [jnp.zeros_like(w, jnp.float32) for w in jax.tree.leaves(_tree.floating(params))]
-    add = functools.partial(_add, loss, params, keys, batch)
-    total = _loss.fold(add, zeros, samples, _tree.is_traced(params, keys, batch))
-    return _estimate(loss, params, total, samples, *batch)
+    zeros = jax.tree.leaves(_loss.zeros(params))
+    total = _loss.fold(functools.partial(_add, loss), zeros, samples, params, keys, batch)
+    estimate = functools.partial(_estimate, loss)
+    args = params, total, samples, *batch
+    return _program.freeze(estimate, *args)(*args)
 
 
-@functools.partial(jax.jit, static_argnames="loss", donate_argnames="total")
 def _add(
-    loss: _loss.Loss, params: Params, keys: jax.Array, batch: Tree, total: list, i: jax.Array
+    loss: _loss.Loss, total: list, i: jax.Array, params: Params, keys: jax.Array, batch: Tree
 ) -> list[jax.Array]:
     """Adds the products of one sample, a vector of signs, to the estimate of every leaf."""
     scalar, floats = _loss.of_floats("obd_hutchinson", loss, params, *batch)
@@ -156,7 +154,6 @@ def _add(
     ]
 
 
-@functools.partial(jax.jit, static_argnames="loss")
 def _estimate(
     loss: _loss.Loss, params: Params, total: list, samples: jax.Array, *batch: Any
 ) -> _Checked:

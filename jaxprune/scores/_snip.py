@@ -35,7 +35,6 @@ def snip(loss: Callable[..., jax.Array]) -> Score:
 
 
 @_loss.checked("snip")
-@functools.partial(jax.jit, static_argnames="loss")
 def _snip(loss: _loss.Loss, params: Params, *batch: Any) -> Scores:
     scores = changes("snip", loss, params, *batch)
     total = sum(jnp.sum(s) for s in jax.tree.leaves(scores))

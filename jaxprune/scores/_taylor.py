@@ -33,7 +33,6 @@ def taylor(loss: Callable[..., jax.Array]) -> Score:
 
 
 @_loss.checked("taylor")
-@functools.partial(jax.jit, static_argnames="loss")
 def _taylor(loss: _loss.Loss, params: Params, *batch: Any) -> Scores:
     return changes("taylor", loss, params, *batch)
 

@@ -89,10 +89,10 @@ def woodfisher_update(
 
 
 def _check(block: int, damping: float) -> None:
-    if not isinstance(block, int) or block < 1:
-        raise ValueError(f"woodfisher: block must be an integer of at least 1, got {block!r}.")
-    if not damping > 0:
-        raise ValueError(f"woodfisher: damping must be above 0, got {damping}: F may be singular.")
+    _tree.check_count("woodfisher: block", block)
+    if not isinstance(damping, int | float) or not damping > 0:
+        got = _tree.brief(damping)
+        raise ValueError(f"woodfisher: damping must be a number above 0, got {got}.")
 
 
 def _score(loss: _loss.Loss, block: int, damping: float, params: Params, *batch: Any) -> Scores:
@@ -108,11 +108,10 @@ def _update(
     aligned = _tree.rebuild(params, _tree.align_masks(params, masks))
     params, inverses = _inverses(loss, params, *batch, block=block, damping=damping)
     with jax.enable_x64(True):
-        moved = _moved(block, params, aligned, inverses)
-    return apply_masks(moved, masks)
+        return _moved(block, params, aligned, inverses)
 
 
-@_loss.checked("woodfisher", examples=True, curvature=True)
+@_loss.checked("woodfisher", compiled=False, examples=True, curvature=True)
 def _inverses(
     loss: _loss.Loss, params: Params, *batch: Any, block: int, damping: float
 ) -> tuple[tuple[Params, Tree], Tree]:
@@ -121,9 +120,9 @@ def _inverses(
     count = len(jax.tree.leaves(batch)[0])
     outer = bool(jax.enable_x64.value)  # the loss runs as the caller has it
     with jax.enable_x64(True):
-        grow = functools.partial(_grow, loss, block, outer, params, batch)
-        start = _start(block, params, damping)
-        inverses, largest = _loss.fold(grow, start, count, _tree.is_traced(params, batch))
+        grow = functools.partial(_grow, loss, block, outer)
+        start = _start(block, params, jax.device_put(damping))
+        inverses, largest = _loss.fold(grow, start, count, params, batch)
     return (params, inverses), largest
 
 
@@ -139,9 +138,8 @@ def _start(block: int, params: Params, damping: float) -> tuple[Tree, Tree]:
     return jax.tree.map(start, floats), jax.tree.map(lambda w: jnp.zeros((), w.dtype), floats)
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "block", "outer"), donate_argnames="state")
 def _grow(
-    loss: _loss.Loss, block: int, outer: bool, params: Params, batch: Tree, state: Any, i: jax.Array
+    loss: _loss.Loss, block: int, outer: bool, state: Any, i: jax.Array, params: Params, batch: Tree
 ) -> tuple[Tree, Tree]:
     """Adds one example to the inverses by the formula of Sherman and Morrison."""
     inverses, largest = state
@@ -188,7 +186,7 @@ def _moved(block: int, params: Params, masks: Masks, inverses: Tree) -> Params:
         weights, _ = jax.lax.fori_loop(0, weights.shape[1], remove, (weights, inverse))
         return _unblocked(weights, w).astype(w.dtype)
 
-    return jax.tree.map(move, params, inverses, masks)
+    return apply_masks(jax.tree.map(move, params, inverses, masks), masks)
 
 
 def _blocked(leaf: jax.Array, block: int, fill: Any = 0) -> jax.Array:

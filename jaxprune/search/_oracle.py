@@ -60,21 +60,27 @@ def oracle(
       Molchanov et al, `Pruning Convolutional Neural Networks for Resource Efficient Inference
       <https://arxiv.org/abs/1611.06440>`_, 2016
     """
-    if not memory >= 0:
-        raise ValueError(f"memory must be a number of bytes, 0 or more, got {memory!r}.")
-    measure = functools.partial(_scores, loss, groups, absolute, float(memory))
+    _loss.check_groups("search.oracle", groups)
+    _tree.check_function("search.oracle: loss", loss, _loss.CURRIED)
+    if not isinstance(memory, int | float) or not memory >= 0:
+        got = _tree.brief(memory)
+        raise ValueError(f"memory must be a number of bytes, 0 or more, got {got}.")
+    compute = functools.partial(_scores, loss, groups, absolute, float(memory))
 
     def score(params: Params, *batch: Any) -> jax.Array:
         _ranks.check_params(groups, params)
+
+        def measure(bar: int | None) -> jax.Array:
+            return _program.freeze(compute, bar, params, *batch)(bar, params, *batch)
+
         if not _progress.seen() or _tree.is_traced((params, batch)):
-            return measure(None, params, *batch)
+            return measure(None)
         with _progress.compiled(len(groups), desc="oracle", unit="unit") as bar:
-            return jax.block_until_ready(measure(bar, params, *batch))
+            return jax.block_until_ready(measure(bar))
 
     return score
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "groups", "absolute", "memory"))
 def _scores(
     loss: Callable[..., jax.Array],
     groups: Groups,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _ranks, _select
+from jaxprune import _loss, _program, _ranks, _select, _tree
 from jaxprune._tree import Masks, Params
 from jaxprune.groups import Groups
 from jaxprune.masks import apply_masks
@@ -82,13 +82,14 @@ def particle_filter(
       Anwar et al, `Structured Pruning of Deep Convolutional Neural Networks
       <https://arxiv.org/abs/1512.08571>`_, 2015
     """
+    _loss.check_groups("particle_filter", groups)
+    _tree.check_function("particle_filter: loss", loss, "Pass it before the params.")
     for name, value in (("particles", particles), ("rounds", rounds), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature!r}.")
-    if not 0 <= mutation <= 1:
-        raise ValueError(f"mutation must be in [0, 1], got {mutation!r}.")
+        _tree.check_count(name, value)
+    if not isinstance(temperature, int | float) or not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {_tree.brief(temperature)}.")
+    if not isinstance(mutation, int | float) or not 0 <= mutation <= 1:
+        raise ValueError(f"mutation must be in [0, 1], got {_tree.brief(mutation)}.")
     if not len(groups):
         raise ValueError(
             f"groups must have at least one unit, got none; the table says why.\n{groups}"
@@ -96,13 +97,19 @@ def particle_filter(
     sparsity = _select.check_sparsity(sparsity)
     _ranks.check_params(groups, params)
     first, *keys = jax.random.split(key, rounds + 1)
-    kept = _repair(groups, jax.random.uniform(first, (particles, len(groups))), sparsity)
-    state = _State(kept, kept[0], jnp.float32(jnp.inf))
-    numbers, errors = (sparsity, temperature, mutation), []
+
+    def start(key: jax.Array, sparsity: Any) -> _State:
+        kept = _repair(groups, jax.random.uniform(key, (particles, len(groups))), sparsity)
+        return _State(kept, kept[0], jnp.float32(jnp.inf))
+
+    state = _program.freeze(start, first, sparsity)(first, sparsity)
+    args, errors = ((sparsity, temperature, mutation), params, *batch), []
+    fn = functools.partial(_round, loss, groups, batch_size)
+    play = _program.freeze(fn, state, first, *args, donate=True)
     for key in keys:
-        state, scores, error = _round(loss, groups, batch_size, state, key, numbers, params, *batch)
+        state, scores, error = play(state, key, *args)
         errors.append(error)
-    if not jnp.isfinite(state.least):
+    if not np.isfinite(jax.device_get(state.least)):
         raise ValueError(
             f"loss must be finite, got NaN or infinity for all {particles} particles in all "
             f"{rounds} rounds. Check it on the dense params, or remove fewer units."
@@ -116,7 +123,6 @@ class _State(NamedTuple):
     least: jax.Array  # shape=(), dtype=float32, the loss of the best
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "groups", "batch_size"))
 def _round(
     loss: Callable[..., jax.Array],
     groups: Groups,
@@ -131,7 +137,8 @@ def _round(
     sparsity, temperature, mutation = numbers
 
     def measure(kept: jax.Array) -> jax.Array:
-        value = loss(apply_masks(params, _ranks.masks_like(groups, kept, params)), *batch)
+        masked = apply_masks(params, _ranks.masks_like(groups, kept, params))
+        value = _program.inlined(loss)(masked, *batch)
         if jnp.shape(value):
             raise TypeError(
                 f"particle_filter: the loss must return one number, got {jax.typeof(value)}. "
@@ -153,9 +160,11 @@ def _round(
     genes = jnp.where(jax.random.bernoulli(crossing, 0.5, kept.shape), a, b)
     genes ^= jax.random.bernoulli(flipping, mutation, kept.shape)
     # A gene is 0 or 1, and the draw less than 1: of the units with one gene, chance decides.
-    children = _repair(groups, genes + jax.random.uniform(choosing, kept.shape), sparsity)
+    children = _repair(
+        groups, genes.astype(jnp.float32) + jax.random.uniform(choosing, kept.shape), sparsity
+    )
     state = _State(children.at[0].set(best), best, jnp.minimum(cost[winner], state.least))
-    return state, weights @ kept, losses
+    return state, weights @ kept.astype(weights.dtype), losses
 
 
 @functools.partial(jax.jit, static_argnames="groups")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _mesh, _program, _ranks, _tree
+from jaxprune import _loss, _mesh, _program, _ranks, _tree
 from jaxprune._tree import Params
 
 if TYPE_CHECKING:
@@ -56,16 +56,18 @@ def activation(
       Muralidharan et al, `Compact Language Models via Pruning and Knowledge Distillation
       <https://arxiv.org/abs/2407.14679>`_, 2024 (``mean_l2``; there with norms of head outputs)
     """
+    _loss.check_groups("units.activation", groups)
+    _tree.check_function("units.activation: apply_fn", apply_fn, _loss.CURRIED)
     _tree.check_word("statistic", statistic, ("mean", "std", "mean_l2"))
 
     def score(params: Params, *inputs: Any) -> jax.Array:
         _ranks.check_params(groups, params)
-        return _activation(apply_fn, groups, statistic, params, *inputs)
+        measure = functools.partial(_activation, apply_fn, groups, statistic)
+        return _program.freeze(measure, params, *inputs)(params, *inputs)
 
     return score
 
 
-@functools.partial(jax.jit, static_argnames=("apply_fn", "groups", "statistic"))
 def _activation(
     apply_fn: Callable[..., Any], groups: "Groups", statistic: str, params: Params, *inputs: Any
 ) -> jax.Array:
@@ -125,7 +127,8 @@ def evaluate(
       The evaluated program; the numbers of its results; for each value and axis, the unit of each
       index, 0 for none; for each unit, whether the function keeps it separate, as the groups do.
     """
-    structure = _program.analyse(apply_fn, params, inputs, **options)
+    with jax.transfer_guard_host_to_device("allow"):  # of numbers that the walk computes with
+        structure = _program.analyse(apply_fn, params, inputs, **options)
     leaves = [groups.unit[path] for path, _ in _tree.named_leaves(params)]
     unit = structure.spread(leaves)
     separate = np.ones(len(groups) + 1, bool)

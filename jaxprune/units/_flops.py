@@ -1,10 +1,9 @@
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _program
+from jaxprune import _loss, _program
 
 if TYPE_CHECKING:
     from jaxprune.groups import Groups
@@ -28,6 +27,7 @@ def flops(groups: "Groups") -> jax.Array:
       >>> print(flops(groups))
       [10. 10. 10. 10.]
     """
+    _loss.check_groups("units.flops", groups)
     _program.warn_of_loops(groups.terms, stacklevel=2)
 
     def without(unit: np.ndarray) -> np.ndarray:
@@ -36,4 +36,4 @@ def flops(groups: "Groups") -> jax.Array:
     dense = _program.total(groups.terms, _program.Contraction.macs)
     left = _program.total(groups.terms, lambda c: c.macs(without))
     saved = 2 * (dense - np.broadcast_to(left, len(groups) + 1))
-    return jnp.asarray(saved[1:], jnp.float32)
+    return jax.device_put(saved[1:].astype(np.float32))

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _mesh, _ranks, _sums, _tree
+from jaxprune import _loss, _mesh, _ranks, _sums, _tree
 from jaxprune._tree import Scores, Where
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def reduce(
     References:
       Li et al, `Pruning Filters for Efficient ConvNets <https://arxiv.org/abs/1608.08710>`_, 2016
     """
+    _loss.check_groups("units.reduce", groups)
     _tree.check_word("how", how, HOW)
     _tree.check_word("normalize", normalize, NORMS)
     if not is_per_unit(groups, scores):
@@ -121,34 +122,38 @@ def _reduce(groups: "Groups", scores: Scores, how: str, where: Where | None) -> 
     keys = [unit.astype(np.int64) * count + i for i, (*_, unit) in enumerate(members)]
     distinct, slices = np.unique(np.concatenate(keys), return_inverse=True)
     owner = distinct // count
-    # Array by array: those of identical layers share a program, which in one program for all would
-    # be compiled for each.
+    # Array by array: those of identical layers share a program, if any is compiled.
     sums = [
-        _mesh.replicated(_sums.exact_sum(s, _tree.other_axes(jnp.ndim(s), axis)))
+        _sums.exact_sum(s, _tree.other_axes(jnp.ndim(s), axis))
         for s, axis in ((leaves[path], axis) for path, axis, _ in members)
     ]
-    result, finite = _reduced(sums, slices, owner, how=how, count=len(groups))
-    if not _tree.is_traced(finite) and not np.asarray(finite).all():
-        path, *_ = members[int(np.argmin(finite))]
+    sums = list(map(_mesh.replicated, sums if _tree.is_traced(sums) else jax.device_put(sums)))
+    result, finite = _reduced(sums, *jax.device_put((slices, owner)), how=how, count=len(groups))
+    if not _tree.is_traced(finite) and not (finite := jax.device_get(finite)).all():
+        member = np.repeat(np.arange(count), [len(unit) for *_, unit in members])
+        path, *_ = members[member[np.argmin(finite)]]
         raise ValueError(
             f"{_tree.show(path)}: scores must be finite, got NaN or infinity. Check the loss and "
             "the params, or leave it out with `jp.units.reduce(groups, scores, where=...)`."
         )
-    scored = np.bincount(owner, minlength=len(groups) + 1)[1:] > 0
-    return jnp.where(scored, result, jnp.inf)
+    return result
 
 
 def normalized(groups: "Groups", scores: jax.Array, how: str | None) -> jax.Array:
     """Divides the scores of each group by one number, if that is not 0; +inf remains."""
     if how is None:
         return scores
-    group, count = _ranks.group_of(groups), len(groups.groups)
+    return _normalized(scores, jax.device_put(_ranks.group_of(groups)), len(groups.groups), how)
+
+
+@functools.partial(jax.jit, static_argnames=("count", "how"))
+def _normalized(scores: jax.Array, group: jax.Array, count: int, how: str) -> jax.Array:
     total = jax.ops.segment_max if how == "max" else jax.ops.segment_sum
     scale = total(scores**2 if how == "l2" else scores, group, count)
     if how == "l2":
         scale = jnp.sqrt(scale)
     elif how == "mean":
-        scale = scale / np.bincount(group, minlength=count)
+        scale = scale / jnp.bincount(group, length=count).astype(jnp.float32)
     return scores / jnp.where((scale == 0) | (scale == jnp.inf), 1, scale)[group]
 
 
@@ -160,8 +165,10 @@ def _reduced(
     how: str,
     count: int,  # of units
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns one score per unit, and whether the scores of each array are finite."""
-    totals = jax.ops.segment_sum(jnp.concatenate(sums), slices, len(owner))
+    """Returns one score per unit, +inf without any, and which sums of slices are finite."""
+    members = jnp.bincount(owner, length=count + 1)[1:]
+    joined = jnp.concatenate(sums)
+    totals = jax.ops.segment_sum(joined, slices, len(owner))
     if how == "first":
         first = jnp.searchsorted(owner, jnp.arange(1, count + 1))
         score = totals[jnp.minimum(first, len(owner) - 1)]
@@ -170,5 +177,5 @@ def _reduced(
     else:
         score = jax.ops.segment_sum(totals, owner, count + 1)[1:]
     if how == "mean":
-        score /= jnp.maximum(jnp.bincount(owner, length=count + 1)[1:], 1)
-    return score, jnp.stack([jnp.all(jnp.isfinite(s)) for s in sums])
+        score /= jnp.maximum(members, 1).astype(score.dtype)
+    return jnp.where(members > 0, score, jnp.inf), jnp.isfinite(joined)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _loss, _mesh, _ranks, _tree
+from jaxprune import _loss, _mesh, _program, _ranks, _tree
 from jaxprune._loss import Loss
 from jaxprune._tree import Params, Where
 from jaxprune.units._reduce import NORMS, normalized
@@ -30,9 +30,10 @@ def taylor(
 
     The leaves :math:`G_u` form the gate of the unit. By default they are the slice that produces
     the unit (its first member: a kernel; in attention the query, in a recurrent cell one of its
-    kernels) and the bias-shaped members after it with the same path up to the last part. ``where``
-    chooses others: the scale and the bias of a batch norm, or the slices that read the unit, such
-    as the output projection of attention, which gate what they read, after any activation.
+    kernels) and the biases that the program adds to its product, before anything else but constant
+    factors: not those of a norm, whose scale would count the unit twice. ``where`` chooses others:
+    the scale and the bias of a batch norm, or the slices that read the unit, such as the output
+    projection of attention, which gate what they read, after any activation.
 
     The paper takes the mean over positions, and this function the sum. The two differ by one factor
     per layer, which ``normalize="l2"`` divides out.
@@ -67,32 +68,35 @@ def taylor(
       Molchanov et al, `Pruning Convolutional Neural Networks for Resource Efficient Inference
       <https://arxiv.org/abs/1611.06440>`_, 2016
     """
+    _loss.check_groups("units.taylor", groups)
+    _tree.check_function("units.taylor: loss", loss, _loss.CURRIED)
     _tree.check_word("normalize", normalize, NORMS)
-    chosen = gates(groups, where)
+    chosen = choose(groups, where)
 
     def score(params: Params, *batch: Any) -> jax.Array:
         _ranks.check_params(groups, params)
         _loss.check_examples("units.taylor", batch)
         params, batch = jax.tree.map(jnp.asarray, (params, batch))
         count = len(jax.tree.leaves(batch)[0])
-        add = functools.partial(_add, loss, groups, chosen, params, batch)
-        zeros = jnp.zeros(len(groups), jnp.float32)
-        scores = _loss.fold(add, zeros, count, _tree.is_traced(params, batch)) / count
+        made = gates(groups, chosen, loss, params, batch)
+        add = functools.partial(_add, loss, groups, made)
+        zeros = jax.device_put(np.zeros(len(groups), np.float32))
+        total = _loss.fold(add, zeros, count, params, batch)
+        scores = total / jax.device_put(np.float32(count))
         return normalized(groups, scores, normalize)
 
     return score
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "groups", "gates"), donate_argnames="total")
 def _add(
-    loss: Loss, groups: "Groups", gates: Gates, params: Params, batch: Any, total: jax.Array, i: Any
+    loss: Loss, groups: "Groups", gates: Gates, total: jax.Array, i: Any, params: Params, batch: Any
 ) -> jax.Array:
     example = _loss.example(batch, i)
     return total + jnp.abs(derivatives("units.taylor", loss, groups, gates, params, *example))
 
 
-def gates(groups: "Groups", where: Where | None) -> Gates:
-    """Chooses the leaves that make the gates: by default those that produce the unit."""
+def choose(groups: "Groups", where: Where | None) -> Gates:
+    """Chooses the leaves that make the gates; none where they are those that produce the unit."""
     leaves = dict(_tree.named_leaves(groups.like))
     chosen = [
         tuple((p, axis) for p, axis, _ in group.members if where and where(p, leaves[p]))
@@ -104,12 +108,25 @@ def gates(groups: "Groups", where: Where | None) -> Gates:
             f"where: must choose a leaf of at least one group, got none of {paths[:10]}. "
             "Choose from print(groups)."
         )
+    return tuple(chosen)
+
+
+def gates(groups: "Groups", chosen: Gates, loss: Loss, params: Params, batch: Any) -> Gates:
+    """Returns the chosen gates, and for others the leaves that produce the unit in the loss."""
+    if all(chosen):
+        return chosen
+    paths = [path for path, _ in _tree.named_leaves(params)]
+    uses = zip(paths, _program.uses(loss, params, batch), strict=True)
+    added = {path: {paths[i] for i in use.added} for path, use in uses}
+    leaves = dict(_tree.named_leaves(groups.like))
     pairs = zip(groups.groups, chosen, strict=True)
-    return tuple(gate or _producer(group, leaves) for group, gate in pairs)
+    return tuple(gate or _producer(group, leaves, added) for group, gate in pairs)
 
 
-def _producer(group: "Group", leaves: dict[str, Any]) -> tuple[tuple[str, int], ...]:
-    """Lists the first member, and the biases that follow in its module."""
+def _producer(
+    group: "Group", leaves: dict[str, Any], added: dict[str, set[str]]
+) -> tuple[tuple[str, int], ...]:
+    """Lists the first member, and the biases that are added to its product."""
     (path, first, _), *others = group.members
     kernel = leaves[path].shape
     gate = [(path, first)]
@@ -118,14 +135,11 @@ def _producer(group: "Group", leaves: dict[str, Any]) -> tuple[tuple[str, int], 
         # A bias has some of the axes of its kernel, in order: (heads, dims) of (in, heads, dims).
         sizes, rest = [n for n in bias if n > 1], iter(kernel)
         fewer = len(sizes) < len(kernel) and all(n in rest for n in sizes)
-        sibling = other.rpartition("/")[0] == path.rpartition("/")[0]
-        if not (sibling and fewer and (axis == first or len(bias) < len(kernel))):
-            break
-        gate.append((other, axis))
+        if other in added[path] and fewer and (axis == first or len(bias) < len(kernel)):
+            gate.append((other, axis))
     return tuple(gate)
 
 
-@functools.partial(jax.jit, static_argnames=("name", "loss", "groups", "gates"))
 def derivatives(
     name: str, loss: Loss, groups: "Groups", gates: Gates, params: Params, *batch: Any
 ) -> jax.Array:

@@ -1,11 +1,12 @@
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jaxprune import _ranks
+from jaxprune import _loss, _program, _ranks, _tree
 from jaxprune._tree import Params, Where
-from jaxprune.units._taylor import derivatives, gates
+from jaxprune.units._taylor import choose, derivatives, gates
 
 if TYPE_CHECKING:
     from jaxprune.groups import Groups
@@ -47,10 +48,14 @@ def taylor_gates(
       Molchanov et al, `Importance Estimation for Neural Network Pruning
       <https://arxiv.org/abs/1906.10771>`_, 2019
     """
-    chosen = gates(groups, where)
+    _loss.check_groups("units.taylor_gates", groups)
+    _tree.check_function("units.taylor_gates: loss", loss, _loss.CURRIED)
+    chosen = choose(groups, where)
 
     def score(params: Params, *batch: Any) -> jax.Array:
         _ranks.check_params(groups, params)
-        return derivatives("units.taylor_gates", loss, groups, chosen, params, *batch) ** 2
+        made = gates(groups, chosen, loss, params, batch)
+        derive = functools.partial(derivatives, "units.taylor_gates", loss, groups, made)
+        return _program.freeze(derive, params, *batch)(params, *batch) ** 2
 
     return score
