@@ -63,7 +63,8 @@ def test_contract(name, pattern):
     w, _, statistics = layer()
     chosen = PATTERNS[pattern]
     for sparsity in (0.3, 0.5):
-        new, mask = METHODS[name](w, statistics, sparsity, chosen)
+        with jax.numpy_dtype_promotion("strict"):
+            new, mask = METHODS[name](w, statistics, sparsity, chosen)
         assert new.shape == mask.shape == w.shape
         assert (new.dtype, mask.dtype) == (jnp.float32, jnp.bool_)
         assert bool(jnp.all(jnp.isfinite(new))) and not jnp.any(new[~mask])
@@ -123,7 +124,7 @@ def by_inverses(w, h, sparsity, size):
     return np.where(mask, w, 0)
 
 
-@pytest.mark.parametrize("inputs", [24, 128, 150])
+@pytest.mark.parametrize("inputs", [24, 150])
 def test_sparsegpt_is_the_direct_implementation(inputs):
     w, _, statistics = layer(inputs, 6, 400)
     h = damped(statistics)

@@ -26,7 +26,7 @@ from jaxprune import _program
 
 FAST = """
     jax_cond jax_gqa_decoder jax_mixture_of_experts jax_scan_decoder jax_while_loop linen_lenet
-    linen_lstm nnx_vit
+    nnx_vit
 """.split()
 
 

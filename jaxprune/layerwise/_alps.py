@@ -62,7 +62,7 @@ def alps(
     gram = _mask.mean_gram(statistics.gram, statistics.count, "alps")
     scale = jnp.sqrt(jnp.diagonal(gram))
     gram = gram / (scale[:, None] * scale[None]) + 0.01 * jnp.eye(len(gram), dtype=gram.dtype)
-    dense = weights.astype(jnp.float32) * (scale * (statistics.norms > 0))[:, None]
+    dense = weights.astype(jnp.float32) * jnp.where(statistics.norms > 0, scale, 0)[:, None]
     first = _fit(dense, gram, _mask.largest(jnp.abs(dense), sparsity, pattern))
     rise = 1 - (1 - np.minimum(np.arange(1, _ROUNDS + 1) / _RISE, 1)) ** 3
     chosen = _admm(dense, gram, np.float32(sparsity or 0.0) * np.float32(rise), pattern)

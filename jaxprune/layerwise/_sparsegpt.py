@@ -128,9 +128,9 @@ def _prune(
     inputs, outputs = weights.shape
     more = len(shares) * size - inputs
     real = jnp.pad(jnp.ones((inputs, 1), bool), ((0, more), (0, 0)))
-    w = jnp.pad(weights * alive[:, None], ((0, more), (0, 0)))
+    w = jnp.pad(jnp.where(alive[:, None], weights, 0), ((0, more), (0, 0)))
     factor = jnp.pad(factor, ((0, more), (0, more)))
-    factor += jnp.diag(jnp.where(real[:, 0], 0.0, 1.0))
+    factor += jnp.diag(jnp.where(real[:, 0], 0, 1).astype(factor.dtype))
 
     def block(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         w, mask, errors = state
