@@ -155,7 +155,7 @@ class Line:
     def literal(self, v: int) -> Any:
         """Returns what is equal for equal scalar constants."""
         x = np.asarray(self.constants[v])
-        return str(x.dtype), x.tobytes()
+        return type(self.constants[v]), str(x.dtype), x.tobytes()
 
     def _new(self) -> int:
         number = len(self._sizes)
