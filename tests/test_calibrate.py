@@ -137,6 +137,18 @@ def test_a_pruned_matrix_is_a_pruned_param(name):
     assert int(jnp.sum(mask)) == w.size // 2
 
 
+def test_a_repeated_param_is_an_activation():
+    def apply_fn(p, x):
+        queries = jnp.broadcast_to(p["queries"][None], (len(x), 3, 6)) @ p["w"]
+        return jnp.einsum("bqd,bd->bq", queries, x)
+
+    params, x = normal({"queries": (3, 6), "w": (6, 4)}), normal((5, 4))
+    stats = jp.calibrate(apply_fn, params, [x, x], gram=True)
+    assert list(stats) == ["w"] and stats.skipped["queries"].startswith("read by `dot_general`")
+    gram = params["queries"].T @ params["queries"]
+    np.testing.assert_allclose(stats["w"].gram, 2 * 5 * gram, rtol=1e-4, atol=1e-4)
+
+
 def test_statistics_are_those_of_numpy():
     apply_fn, params, x = mlp()
     batches = [x, normal((3, 6), seed=7)]

@@ -183,7 +183,8 @@ class Walk:
         """Sums over all rows of all batches that flow into a weight."""
         use = weight.uses[0]
         key: Any = None
-        if len(weight.uses) == 1 and self.line.nodes[use.at] is use.node:
+        made = any(v in self.line.maker for v in use.others)
+        if len(weight.uses) == 1 and self.line.nodes[use.at] is use.node and not made:
             key = use.others, views.of_rows(use.view), gram
             if self._known is not None and self._known[0] == key:
                 return self._known[1]  # of the same activation, as for queries, keys and values

@@ -321,6 +321,12 @@ class Line:
         at = len(self.nodes) - (not node.moved and nodes is self.nodes)
         weights = [i for i in linear if i < 2] if name in CONTRACTIONS else []
         how = _jaxpr.where(node.eqn) if node.eqn is not None else f"`{name}`"
+        # Of two params, such as learned queries, one that is repeated for a batch is an activation.
+        repeated = [i for i in weights if self._sizes[node.ins[i]] > self._entries(node.ins[i])]
+        if len(weights) == 2 and len(repeated) == 1:
+            self._read(node.ins[repeated[0]], f"read by {how}", at)
+            weights.remove(repeated[0])
+            linear.remove(repeated[0])
         if len(weights) == 1 and len(linear) == 1:
             (i,) = weights
             seen = view(node.eqn, i)

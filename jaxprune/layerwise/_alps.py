@@ -32,7 +32,8 @@ def alps(
 
     20 times with one factorisation and :math:`\rho = 1`, while the sparsity rises as a cubic over
     the first 15 rounds. Conjugate gradients then fit the kept weights. The same fit starts from
-    the weights that :func:`wanda` scores highest, and the better of both is returned.
+    the weights that :func:`jaxprune.layerwise.wanda` scores highest, and the better of both is
+    returned.
 
     Args:
       weights: shape ``(inputs, outputs)``.

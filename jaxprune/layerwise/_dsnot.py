@@ -26,8 +26,8 @@ def dsnot(
     The mean error of output j is :math:`e_j = \sum_{i\ \text{pruned}} \bar x_i w_{ij}`. A cycle
     restores the pruned weight with the largest :math:`\operatorname{sign}(e_j)\, \bar x_i w_{ij} /
     \operatorname{var}(x_i)`, and prunes, of the kept weights that move :math:`e_j` towards 0, the
-    one that :func:`wanda` scores lowest. An output is done when a swap would not reduce
-    :math:`|e_j|`, or after 50 cycles. Kept weights do not change.
+    one that :func:`jaxprune.layerwise.wanda` scores lowest. An output is done when a swap would
+    not reduce :math:`|e_j|`, or after 50 cycles. Kept weights do not change.
 
     Args:
       weights: shape ``(inputs, outputs)``.
