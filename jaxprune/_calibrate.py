@@ -106,7 +106,7 @@ def calibrate(
       >>> print(stats.skipped["bias"])
       read by `add`
     """
-    _tree.check_params(params)
+    check_params(params)
     walks: dict[Any, _program.Walk] = {}
     totals: list[Any] = []
     for n, given in enumerate(_progress.bar(batches, desc="calibrate", unit="batch")):
@@ -131,11 +131,23 @@ def calibrate(
     return _finish(first, totals)
 
 
+def check_params(params: Params) -> None:
+    """Raises a `TypeError` for params that are not arrays with values."""
+    _tree.check_params(params)
+    for path, leaf in _tree.named_leaves(params):
+        if isinstance(leaf, jax.ShapeDtypeStruct) or _tree.is_traced(leaf):
+            raise TypeError(
+                f"{_tree.show(path)}: params must have values, got {type(leaf).__name__}. Call "
+                "this function outside of `jit`, with arrays."
+            )
+
+
 def as_batch(given: Any, number: int) -> tuple[Any, ...]:
     """Returns the tuple of inputs of a batch."""
     batch = given if isinstance(given, tuple) else (given,)
     for path, leaf in _tree.named_leaves(batch):
-        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)):
+        known = isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex))
+        if not known or _tree.is_traced(leaf):
             raise TypeError(
                 f"batches[{number}], input {path}: must be an array, got {type(leaf).__name__}. "
                 "A batch is the tuple of inputs, or the only input."

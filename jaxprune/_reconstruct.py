@@ -13,7 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _mesh, _program, _progress, _resume, _select, _tree, layerwise
-from jaxprune._calibrate import Statistics, as_batch, check_finite, raise_empty, statistics
+from jaxprune._calibrate import (
+    Statistics,
+    as_batch,
+    check_finite,
+    check_params,
+    raise_empty,
+    statistics,
+)
 from jaxprune._tree import Masks, Params
 from jaxprune.patterns import Pattern
 
@@ -81,7 +88,7 @@ def reconstruct(
     References:
       Frantar and Alistarh, `SparseGPT <https://arxiv.org/abs/2301.00774>`_, 2023
     """
-    _tree.check_params(params)
+    check_params(params)
     _tree.check_function("method", method, "Use e.g. `jp.layerwise.sparsegpt`.")
     given = [as_batch(batch, n) for n, batch in enumerate(batches)]
     raise_empty(given)

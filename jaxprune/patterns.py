@@ -257,4 +257,4 @@ def _n_of_m(n: int | None, m: int, axis: int, pad: bool) -> Pattern:
         return jax.lax.slice_in_dim(kept, 0, shape[at], axis=at)
 
     share = None if n is None else n / m
-    return Pattern(check, unstructured.spread, limit, share, m if axis == -2 else 1)
+    return Pattern(check, unstructured.spread, limit, share, m if axis in (0, -2) else 1)

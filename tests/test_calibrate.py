@@ -233,6 +233,8 @@ def test_errors():
             run(apply_fn, params, ["text"])
         with pytest.raises(ValueError, match=r"batches\[1\], input 0: must hold examples, got"):
             run(apply_fn, params, [x, x[:0]])
+        with pytest.raises(TypeError, match="layer0/b: params must have values, got .*Tracer"):
+            jax.jit(lambda params: run(apply_fn, params, [x]))(params)  # noqa: B023
         with pytest.raises(ValueError, match=r"layer0/w: the activations .* from an input, in"):
             run(apply_fn, params, [x.at[2, 1].set(jnp.nan)])
 
