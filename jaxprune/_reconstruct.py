@@ -235,7 +235,9 @@ def _matrices(
         except ValueError as error:
             raise ValueError(f"{weight.name}: {error}") from error
     ends = np.arange(groups + 1) * round((share or 0.0) * cells * groups) // groups
-    shares = [None if share is None else float(n / cells) for n in np.diff(ends)]
+    # A small group may lose all cells, but 1 is no sparsity: the next number rounds to as many.
+    below = np.nextafter(1.0, 0.0)
+    shares = [None if share is None else float(min(n / cells, below)) for n in np.diff(ends)]
     results = []
     for g, of_cells in enumerate(shares):
         of_group = statistics(jax.tree.map(operator.itemgetter(g), sums))

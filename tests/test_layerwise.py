@@ -236,6 +236,10 @@ def test_owl_follows_the_outliers_to_an_exact_total():
     np.testing.assert_allclose(pruned, 0.6 * (128 + 192 + 3 * 576))
     flat = [scope["a"], scope["b"], *scope["stack"]]
     assert scope["a"] == min(flat) and 0.15 < np.ptp(flat) < 0.17
+    sparse = jp.layerwise.owl(stats, params, 0.95)
+    pruned = sparse["a"] * 128 + sparse["b"] * 192 + np.sum(sparse["stack"]) * 576
+    np.testing.assert_allclose(pruned, 0.95 * (128 + 192 + 3 * 576))
+    assert max(sparse["b"], *sparse["stack"]) <= 0.995 + 1e-9
     blocks = jp.layerwise.owl(stats, params, 0.6, block=lambda path: path in "ab")
     assert blocks["a"] == blocks["b"]
     _, masks = jp.reconstruct(
@@ -283,7 +287,7 @@ def test_allocate_protects_the_layers_that_lose_most():
     np.testing.assert_allclose(np.mean(flat), 0.4)
     assert max(flat) == scope["easy"] > 0.6
     with pytest.raises(ValueError, match="sparsity must be at most that of the choices"):
-        jp.layerwise.allocate(stats, params, 0.95)
+        jp.layerwise.allocate(stats, params, 0.96)
     without = jp.calibrate(apply_fn, params, [normal((64, 16))])
     with pytest.raises(ValueError, match="needs the Gram"):
         jp.layerwise.allocate(without, params, 0.4)

@@ -239,6 +239,17 @@ def test_a_tied_param_is_pruned_where_it_is_reached_first():
     assert_close(new["w"], expected, 1e-6)
 
 
+def test_totals_are_exact_over_small_groups():
+    def apply_fn(w, x):
+        return jnp.einsum("gnd,gdm->gnm", x, w)
+
+    w, x = normal((5, 3, 1)), normal((5, 16, 3))
+    for sparsity, kept in ((0.5, 7), (0.9, 1)):  # of 15; some groups lose all of their weights
+        for method in (jp.layerwise.wanda, jp.layerwise.sparsegpt, jp.layerwise.alps):
+            _, mask = jp.reconstruct(apply_fn, w, [x], sparsity, method=method)
+            assert int(mask.sum()) == kept
+
+
 def test_experts_without_rows_are_pruned_by_magnitude():
     def apply_fn(w, x):
         return lax.ragged_dot(x, w, jnp.array([16, 0, 16], jnp.int32))

@@ -18,7 +18,7 @@ def allocate(
     sparsity: float,
     *,
     method: Callable[..., tuple[jax.Array, jax.Array]] = sparsegpt,
-    choices: Sequence[float] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    choices: Sequence[float] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
 ) -> dict[str, Any]:
     r"""Gives each layer the sparsity with which the errors of all layers sum to the least.
 

@@ -26,7 +26,8 @@ def owl(
 
     .. math:: s_l = s + \lambda - 2 \lambda \frac{D_l - \min D}{\max D - \min D} + c
 
-    where c makes the total of all weights exact.
+    where c makes the total of all weights exact, and no layer keeps less than a tenth of the mean
+    (in the paper a layer can lose all weights).
 
     Args:
       stats: from :func:`jaxprune.calibrate`.
@@ -76,12 +77,13 @@ def owl(
 
 
 def _within(keep: np.ndarray, sizes: np.ndarray, mean: float) -> np.ndarray:
-    """Clips to (0, 1], and moves what does not fit to the others."""
+    """Clips to [a tenth of the mean, 1], and moves what does not fit to the others."""
+    least = mean / 10
     for _ in range(len(keep)):
-        keep = np.clip(keep, 1e-6, 1)
+        keep = np.clip(keep, least, 1)
         missing = (mean - np.average(keep, weights=sizes)) * sizes.sum()
-        free = (keep < 1) if missing > 0 else (keep > 1e-6)
+        free = (keep < 1) if missing > 0 else (keep > least)
         if abs(missing) < 1e-9 or not free.any():
             break
         keep = keep + free * missing / sizes[free].sum()
-    return np.clip(keep, 1e-6, 1)
+    return np.clip(keep, least, 1)
