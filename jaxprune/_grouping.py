@@ -4,7 +4,9 @@ An atom is one index along one axis (see ``_program``). Atoms with one root are 
 the roots that axes of params have are the units: numbered from 1, and 0 for what is pinned.
 """
 
+import collections
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -63,6 +65,23 @@ def identical(unit: Units) -> tuple[Group, ...]:
     order = np.argsort(group, kind="stable")
     parts = np.split(order + 1, np.cumsum(np.bincount(group))[:-1]) if len(first) else []
     return tuple(Group(parts[i], tuple(members[i])) for i in np.argsort(first))
+
+
+def held(structure: _program.Structure, names: Sequence[str], unit: Units) -> dict[str, int]:
+    """Counts for each reason the params that no unit removes because of it, the most first.
+
+    An entry of a leaf is held by the reasons of its index along every axis, and counts for each.
+    Of a leaf with p pinned indices along an axis, c of them for a reason, the others have p - c.
+    """
+    atoms, counts = structure.walk.atoms, collections.Counter[str]()
+    for path, leaf in zip(names, structure.leaves, strict=True):
+        pinned = [int(np.count_nonzero(units == 0)) for units in unit[path]]
+        if leaf.axes and all(pinned):
+            reasons = [atoms.reason(axis) for axis in leaf.axes]
+            for why in dict.fromkeys(why for axis in reasons for why in axis):
+                others = [p - axis.get(why, 0) for p, axis in zip(pinned, reasons, strict=True)]
+                counts[why] += math.prod(pinned) - math.prod(others)
+    return dict(counts.most_common())
 
 
 def choices(

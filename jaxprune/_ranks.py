@@ -60,9 +60,14 @@ def order(
     indices = np.array([min(n for *_, n in members.members) for members in groups.groups])
     steps = round_to // np.gcd(round_to, indices)
     # In the order of their numbers, the first groups would lose all units of one score.
-    ties = np.random.default_rng(0).permutation(len(group))
-    ranks = _rank(scores, within, group, sizes, pools, ties, count=int(pools.max()) + 1)
+    ties = np.random.default_rng(0).permutation(len(group)).astype(np.int32)
+    fixed = [_beside(x, scores) for x in (group, sizes, pools, ties)]
+    ranks = _rank(scores, within, *fixed, count=int(pools.max()) + 1)
     return Order(group, sizes, steps, *ranks)
+
+
+def _beside(x: Any, like: jax.Array) -> Any:
+    return x if _tree.is_traced(x, like) else _mesh.beside(x, [like])
 
 
 @functools.partial(jax.jit, static_argnames="count")
@@ -99,31 +104,47 @@ def _places(*keys: jax.Array) -> jax.Array:
 
 def _removed(order: Order, fractions: Any) -> jax.Array:
     with jax.enable_x64(True):  # or 0.7 of 45 units, rounded to float32, would be 32
-        return _removed_in_x64(order, fractions)
+        fractions = _beside(fractions, order.pool)
+        return _lowest(order.pool, order.rank_in_pool, order.counts, order.limits, fractions)
 
 
 @jax.jit
-def _removed_in_x64(order: Order, fractions: Any) -> jax.Array:
-    count = jnp.round(jnp.asarray(fractions, jnp.float64) * order.counts.astype(jnp.float64))
-    limits = jnp.minimum(count.astype(jnp.int32), order.limits)
-    return (order.rank_in_pool < limits[jnp.maximum(order.pool, 0)]) & (order.pool >= 0)
+def _lowest(
+    pool: jax.Array, rank: jax.Array, counts: jax.Array, limits: jax.Array, fractions: Any
+) -> jax.Array:
+    count = jnp.round(jnp.asarray(fractions, jnp.float64) * counts.astype(jnp.float64))
+    bound = jnp.minimum(count.astype(jnp.int32), limits)
+    return (rank < bound[jnp.maximum(pool, 0)]) & (pool >= 0)
 
 
 def wanted(order: Order, fractions: Any) -> jax.Array:
     """Returns how many units of each group are kept, before rounding."""
-    stay = (~_removed(order, fractions)).astype(jnp.int32)
-    return jax.ops.segment_sum(stay, order.group, len(order.sizes))
+    group = _beside(order.group, order.pool)
+    return _count(_removed(order, fractions), group, count=len(order.sizes))
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _count(removed: jax.Array, group: jax.Array, count: int) -> jax.Array:
+    return jax.ops.segment_sum((~removed).astype(jnp.int32), group, count)
 
 
 def kept(order: Order, fractions: Any) -> jax.Array:
     """Returns which units are kept when a fraction of each pool is removed."""
     if (order.steps == 1).all():
         return ~_removed(order, fractions)
-    count, size, step = wanted(order, fractions), order.sizes, order.steps
-    nearest = jnp.clip(jnp.round(count / step), 1, np.maximum(size // step, 1)) * step
+    fixed = [_beside(x, order.pool) for x in (order.sizes, order.steps, order.group)]
+    return _rounded(wanted(order, fractions), order.rank_in_group, *fixed)
+
+
+@jax.jit
+def _rounded(
+    count: jax.Array, rank: jax.Array, size: jax.Array, step: jax.Array, group: jax.Array
+) -> jax.Array:
+    nearest = jnp.round(count / step).astype(jnp.int32)
+    nearest = jnp.clip(nearest, 1, jnp.maximum(size // step, 1)) * step
     # A group that keeps all, or is smaller than a step, keeps its size.
-    count = jnp.where((count == size) | (size < step), size, nearest.astype(jnp.int32))
-    return order.rank_in_group >= (size - count)[order.group]
+    count = jnp.where((count == size) | (size < step), size, nearest)
+    return rank >= (size - count)[group]
 
 
 def masks_like(groups: "Groups", kept: Any, tree: Any) -> Masks:

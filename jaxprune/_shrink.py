@@ -166,7 +166,9 @@ def _cut(
         for axis, numbers in enumerate(leaf.axes)
         if (free := atoms.free(numbers)).any()
     )
-    cut = _program.Cut(np.isin(atoms.all_roots(), np.unique(np.concatenate(roots))))
+    table = atoms.all_roots()
+    removed = np.isin(table, np.unique(np.concatenate(roots)))
+    cut = _program.Cut(removed, table, structure.program)
     return _Cutting(structure, cut, kept)
 
 

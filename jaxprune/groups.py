@@ -41,6 +41,7 @@ class Groups(Shown):
       unit: for each path and axis, the number of the unit of each index, from 1; 0 is pinned.
       groups: groups of identical units, in the order in which the program uses them.
       pinned: ``(path, axis, indices, reasons)`` for indices that cannot be removed.
+      held: for each reason, the number of params that no unit removes because of it.
       choices: the axes that could be cut along several factors, and how to choose another factor.
       terms: the matmuls and convolutions of the program, with the units of their axes.
       options: the keyword arguments of :func:`find_groups`.
@@ -50,6 +51,7 @@ class Groups(Shown):
     unit: dict[str, tuple[np.ndarray, ...]]
     groups: tuple[Group, ...]
     pinned: tuple[tuple[str, int, int, tuple[str, ...]], ...]
+    held: dict[str, int]
     choices: tuple[str, ...]
     terms: tuple[_program.Cost, ...] = dataclasses.field(repr=False)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
@@ -65,6 +67,10 @@ class Groups(Shown):
                 for path, axis, indices, reasons in self.pinned
             ]
             parts.append(Table(("pinned", "axis", "indices", "why"), pinned, left=(0, 3)))
+        if self.held:
+            size = sum(leaf.size for leaf in jax.tree.leaves(self.like))
+            held = [(f"{n:,}", f"{n / size:.1%}", why) for why, n in self.held.items()]
+            parts.append(Table(("held params", "share", "by"), held, left=(2,)))
         if self.choices:
             parts.append("\n".join(self.choices))
         rows = []
@@ -291,8 +297,9 @@ def find_groups(
     """Finds the units of a network from the program of ``apply_fn``.
 
     The function is traced, not run. Units whose removal would change the result beyond masking (a
-    softmax over channels, a two-pass variance) are pinned unless ``exact=False``. Inputs, outputs
-    and anything used by a primitive without a rule are pinned too; the printed table says why.
+    sum over channels, after the addition of a table of constants) are pinned unless
+    ``exact=False``. Inputs, outputs and anything used by a primitive without a rule are pinned too;
+    the printed tables say why, and how many params each reason holds.
 
     Args:
       apply_fn: maps ``(params, *inputs)`` to arrays, as in evaluation.
@@ -348,6 +355,7 @@ def find_groups(
         unit=unit,
         groups=groups,
         pinned=pinned,
+        held=_grouping.held(structure, names, unit),
         choices=_grouping.choices(structure, spread, groups),
         terms=tuple(_program.contractions_of_units(structure.program, spread)),
         options=options,

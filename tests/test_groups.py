@@ -248,13 +248,26 @@ def test_bad_split(split, message):
 
 def test_an_unknown_primitive_pins_and_is_reported():
     def fn(p, x):
-        return jnp.linalg.svd(x @ p["a"], compute_uv=False) @ p["b"]
+        return jax.lax.linalg.hessenberg(x @ p["a"])[0] @ p["b"]
 
-    params = {"a": jnp.ones((4, 6)), "b": jnp.ones((4, 3))}
-    groups = jp.find_groups(fn, params, jnp.ones((4, 4)))
-    assert len(groups) == 0 and "no rule for `svd`" in str(groups)
+    params = {"a": jnp.ones((4, 6)), "b": jnp.ones((6, 3))}
+    groups = jp.find_groups(fn, params, jnp.ones((6, 4)))
+    assert len(groups) == 0 and "no rule for `hessenberg`" in str(groups)
     with pytest.raises(ValueError, match="groups must have at least one unit"):
         groups.select(jp.scores.magnitude(params), 0.5)
+
+
+def test_each_reason_holds_the_params_that_only_it_and_others_pin():
+    fn, params, x = mlp()
+    assert jp.find_groups(fn, params, x).held == {"an output": 4}  # the last bias
+
+    def sorted_features(params, x):
+        return jnp.sort(x @ params["layer0"]["w"], -1) @ jnp.ones((8, 2))
+
+    groups = jp.find_groups(sorted_features, {"layer0": params["layer0"]}, x)
+    why = "ordered by `sort`"
+    assert groups.held == {why: 6 * 8, "an input": 6 * 8, "not used": 8}
+    assert "85.7%  ordered by `sort`" in str(groups)
 
 
 def test_unused_params_stay():

@@ -32,6 +32,21 @@ def sweep():
     return {name: table[name] for name in ("after", "compression", "flops")}
 
 
+def shrink():
+    apply_fn = functools.partial(test_closures.network, scale=1.0)
+    params = test_closures.PARAMS
+    groups = jp.find_groups(apply_fn, params, X)
+    masks = groups.select(params, 0.5, scope="layer")
+    small_fn, small, plan = jp.shrink(apply_fn, params, masks, X, groups=groups)
+    return small_fn(small, X), plan.put(plan.take(params))
+
+
+PATTERNS = {
+    "weights": jp.patterns.unstructured,
+    "blocks": jp.patterns.block((2, 2)),
+    "columns": jp.patterns.axis(-1),
+    "1:2": jp.patterns.n_of_m(1, 2, axis=-1),
+}
 CALLS = {  # everything of these families: () -> result
     **{
         f"scores.{name}": lambda name=name: getattr(jp.scores, name)(PARAMS)
@@ -43,6 +58,25 @@ CALLS = {  # everything of these families: () -> result
         name: functools.partial(call, test_closures.closing(name, test_closures.boxed(0.3)))
         for name, call in test_closures.SCORES.items()
     },
+    **{
+        f"select, {scope}, {name}": lambda scope=scope, pattern=pattern: jp.select(
+            PARAMS, 0.5, scope=scope, pattern=pattern
+        )
+        for scope in ("global", "layer", "erk")
+        for name, pattern in PATTERNS.items()
+    },
+    "select within": lambda: jp.select(PARAMS, 0.7, within=jp.select(PARAMS, 0.5)),
+    "masks": lambda: jp.masks.unpack(jp.masks.pack(jp.masks.combine(MASKS, MASKS)), PARAMS),
+    "apply_masks": lambda: jp.apply_masks(PARAMS, MASKS),
+    "straight_through": lambda: jp.masks.straight_through(PARAMS, MASKS),
+    **{
+        f"groups.select, {scope}, {cost}": lambda scope=scope, cost=cost: GROUPS.select(
+            test_closures.PARAMS, 0.3, scope=scope, cost=cost, round_to=2 if cost == "units" else 1
+        )
+        for scope in ("global", "layer", "isomorphic")
+        for cost in ("units", "params", "flops")
+    },
+    "shrink": shrink,
     "units.flops": lambda: jp.units.flops(GROUPS),
     "units.reduce": lambda: jp.units.reduce(
         GROUPS, jp.scores.magnitude(test_closures.PARAMS), normalize="l2"

@@ -139,7 +139,8 @@ def test_multiply_adds_are_those_of_the_closed_form(name):
 
 ZOO = (
     "jax_gqa_decoder linen_mobilenet_v2 nnx_deconv_generator linen_resnext linen_vit_fused_qkv "
-    "jax_cond jax_while_loop linen_scan_remat jax_custom_vjp jax_mixture_of_experts"
+    "jax_cond jax_while_loop linen_scan_remat jax_custom_vjp jax_mixture_of_experts "
+    "linen_mixer jax_layer_norm_lstm haiku_nf_net"
 ).split()
 
 
@@ -229,10 +230,10 @@ def test_ten_thousand_reasons_are_each_reported_as_themselves():
         atoms.pin(axis[i : i + 1], f"reason {i}")
     assert not atoms.free(axis).any() and atoms.free(atoms.fresh(2)).all()
     assert [atoms.reason(axis[i : i + 1]) for i in range(10_000)] == [
-        [f"reason {i}"] for i in range(10_000)
+        {f"reason {i}": 1} for i in range(10_000)
     ]
     atoms.pin(axis, "a later reason")
-    assert atoms.reason(axis[:2]) == ["reason 0", "reason 1"]
+    assert atoms.reason(axis[:2]) == {"reason 0": 1, "reason 1": 1}
     table = np.zeros(len(atoms.all_roots()))  # plain indexing finds atoms and reasons
     table[axis] = 1
     assert table.sum() == 10_000 and not table[atoms.pinned(3, "reason 9999")].any()
@@ -280,7 +281,7 @@ def test_units_along_the_factors_of_a_merge(united, units):
     cut = int(np.argmax(units))
     rows = np.moveaxis(atoms.find(merge.merged).reshape(3, 4), cut, 0)
     assert (rows == atoms.find(merge.factors[cut])[:, None]).all()
-    assert atoms.reason(merge.factors[1 - cut]) == ["the other factor of a reshape is cut"]
+    assert list(atoms.reason(merge.factors[1 - cut])) == ["the other factor of a reshape is cut"]
 
 
 # Values, and running without some.
@@ -294,19 +295,6 @@ def test_every_value_has_the_units_of_the_leaves():
     values = [v for step in structure.program.steps for v in step.outs]
     shapes = [[unit[axis].tolist() for axis in v.axes] for v in values if v.shape]
     assert shapes[0] == [[0] * 5, hidden.tolist()] and shapes[-1] == [[0] * 5, [0] * 6]
-
-
-def test_a_shard_map_knows_which_slices_are_zero():
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec("data")
-    total = jax.shard_map(lambda x: x.sum(1), mesh=mesh, in_specs=spec, out_specs=spec)
-
-    def fn(p, x):  # a masked entry of the bias adds exp(0) to the sum, one of the matmul nothing
-        return total(jnp.concatenate([x @ p["w"], jnp.exp(p["b"])[None].repeat(4, 0)], 1))
-
-    groups = jp.find_groups(fn, {"w": jnp.ones((2, 5)), "b": jnp.zeros(3)}, jnp.ones((4, 2)))
-    assert groups.unit["w"][1].all() and not groups.unit["b"][0].any()
-    assert ("b", 0, 3, ("summed, not zero, by `reduce_sum`",)) in groups.pinned
 
 
 def test_a_cut_program_is_that_of_smaller_params():

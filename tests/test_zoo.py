@@ -11,14 +11,18 @@ import jaxprune as jp
 
 # Together they use every primitive of the zoo, which a slow test asserts.
 FAST = """
-    equinox_feature_pyramid equinox_group_norm haiku_resnet_blocks jax_cond jax_custom_vjp
-    jax_gqa_decoder jax_mixture_of_experts jax_rope_interleaved jax_scan_decoder jax_sorted_channels
-    jax_state_space jax_swin_window jax_while_loop linen_bfloat16 linen_channel_shuffle
-    linen_densenet linen_group_norm linen_lenet linen_lstm linen_mixer linen_mobilenet_v2
-    linen_scan_remat linen_zero_pad_shortcut nnx_vit
+    equinox_feature_pyramid equinox_group_norm equinox_swin_v2 haiku_nf_net haiku_resnet_blocks
+    jax_cond jax_custom_vjp jax_gqa_decoder jax_layer_norm_lstm jax_mamba2
+    jax_mixture_of_experts jax_neural_ode jax_rope_interleaved jax_scan_decoder
+    jax_sorted_channels jax_state_space jax_swin_window jax_while_loop linen_bfloat16
+    linen_channel_shuffle linen_densenet linen_graph_network linen_group_norm linen_lenet
+    linen_lstm linen_mixer linen_mobilenet_v2 linen_scan_remat linen_zero_pad_shortcut nnx_vit
 """.split()
 # Derivatives here take rules of their own; for other networks they follow from the outputs.
-DERIVATIVES = "jax_cond jax_custom_vjp jax_scan_decoder linen_lstm linen_scan_remat".split()
+DERIVATIVES = (
+    "haiku_nf_net jax_cond jax_custom_vjp jax_layer_norm_lstm jax_scan_decoder linen_lstm "
+    "linen_scan_remat"
+).split()
 
 
 def outputs_and_grads(fn, params, inputs):
@@ -80,7 +84,7 @@ def test_masked_is_shrunk(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.NETWORKS)
 def test_masked_is_shrunk_with_its_derivatives(name):
-    no_reverse_mode = name == "jax_while_loop"
+    no_reverse_mode = name in ("jax_while_loop", "jax_neural_ode")
     check(name, by_magnitude if name in FAST else by_chance, not no_reverse_mode)
 
 
@@ -103,25 +107,5 @@ def test_the_fast_networks_use_every_primitive_of_the_zoo():
     for name, build in zoo.NETWORKS.items():
         net = build()
         used[name] = set(primitives(jax.make_jaxpr(net.fn)(net.params, *net.inputs).jaxpr))
-    assert len(used) == 96
+    assert len(used) == 108
     assert set.union(*used.values()) == set.union(*(used[name] for name in FAST))
-
-
-@pytest.mark.parametrize(
-    "name, why",
-    [
-        ("linen_mixer", "summed, not zero, by `reduce_sum` in"),
-        ("jax_two_pass_layer_norm", "summed, not zero, by `reduce_sum`"),
-        ("linen_softmax_over_channels", "taken part in `reduce_max`"),
-    ],
-)
-def test_what_changes_the_result_is_named(name, why):
-    net = zoo.NETWORKS[name]()
-    exact = jp.find_groups(net.fn, net.params, *net.inputs)
-    groups = jp.find_groups(net.fn, net.params, *net.inputs, exact=False)
-    assert len(groups) > len(exact) and why in str(exact)
-    masks = groups.select(by_chance(groups, net.params), 0.5, scope="layer")
-    small_fn, small, plan = jp.shrink(net.fn, net.params, masks, *net.inputs, groups=groups)
-    assert any(reason.startswith(why) for reason in plan.inexact)
-    shapes = jax.tree.map(jnp.shape, jax.eval_shape(net.fn, net.params, *net.inputs))
-    assert jax.tree.map(jnp.shape, small_fn(small, *net.inputs)) == shapes

@@ -8,7 +8,7 @@
          [Contraction] ◀──cost.contractions─────┴───────────────────────── Structure: all atoms
                                                                                 │
                           Flat: runs it, keeps every value ◀────────────────────┴──▶ Cut: runs it
-                                                                                     smaller
+                                                                            smaller, with ghosts
 
     jaxpr ──Line (roots, uses)──▶ Walk: runs it on all batches, and stops at each weight
 

@@ -89,12 +89,15 @@ class Atoms:
         """Returns which indices are not pinned."""
         return self.find(axis) >= 0
 
-    def reason(self, axis: Axis) -> list[str]:
-        """Lists why indices of an axis are pinned, the most frequent reason first."""
+    def reason(self, axis: Axis) -> dict[str, int]:
+        """Counts why indices of an axis are pinned, the most frequent reason first."""
         roots = self.find(axis)
         numbers, counts = np.unique(-1 - roots[roots < 0], return_counts=True)
         reasons = list(self._reasons)
-        return [reasons[n] for n in numbers[np.argsort(-counts, kind="stable")]]
+        order = np.argsort(-counts, kind="stable")
+        return {
+            reasons[n]: int(count) for n, count in zip(numbers[order], counts[order], strict=True)
+        }
 
     def unite(self, a: Axis, b: Axis) -> None:
         """Makes index i of one axis and index i of the other be removed together."""

@@ -121,19 +121,19 @@ class Walk:
                 roots = self.line.roots_of(node.ins[0])
                 if roots and node.ins[1] in self.line.data:
                     self._advance(at)
-                    self._check_tokens(node, self.names[roots[0]])
+                    self._check_tokens(node, self.names[roots[0]][0])
         self._advance(end)
 
-    def _check_tokens(self, node: Node, name: tuple[str, Any]) -> None:
+    def _check_tokens(self, node: Node, path: str) -> None:
         numbers, sizes = node.eqn.params["dimension_numbers"], node.eqn.params["slice_sizes"]
         shape = node.eqn.invars[0].aval.shape
         for b, indices in enumerate(self.env[node.ins[1]]):
             for i, axis in enumerate(numbers.start_index_map):
-                tokens, end = np.asarray(indices)[..., i], shape[axis] - sizes[axis] + 1
+                tokens, end = _mesh.read(indices)[..., i], shape[axis] - sizes[axis] + 1
                 wrong = tokens[(tokens < 0) | (tokens >= end)]
                 if wrong.size:
                     raise ValueError(
-                        f"{_tree.show(name[0])}: tokens must be in [0, {end}), got {wrong[0]} in "
+                        f"{_tree.show(path)}: tokens must be in [0, {end}), got {wrong[0]} in "
                         f"batch {b}. Check the tokenizer, and that it fits these params."
                     )
 
@@ -285,7 +285,7 @@ class Walk:
 
     def _first(self, bad: Any, env: dict[int, Any], end: int) -> str:
         def is_bad(x: Any) -> bool:
-            return _jaxpr.is_inexact(x) and bool(jnp.any(bad(x)))
+            return hasattr(x, "dtype") and _jaxpr.is_inexact(x) and bool(jnp.any(bad(x)))
 
         for v, x in env.items():
             if is_bad(x):

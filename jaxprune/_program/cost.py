@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ import numpy as np
 
 from jaxprune import _tree
 from jaxprune._program import jaxpr as _jaxpr
+from jaxprune._program.cut import Asked, Cut
 from jaxprune._program.values import Program, Step
 from jaxprune._tree import Masks, Params
 
@@ -45,10 +46,16 @@ class Contraction:
     kept: float  # the fraction of its multiply-adds that the masks keep
     outputs: int  # the entries of its results
     loop: str  # the `while` loop around it, whose trip count is unknown; empty if there is none
+    ghosts: tuple[tuple[int, ...], ...] = ()  # of each run for ghosts: how many along each axis
 
     def macs(self, size: Callable[[np.ndarray], Any] = len) -> Any:
         """Counts multiply-adds, where ``size`` returns how many indices of an axis are kept."""
-        return self.times * math.prod(map(size, self.axes))
+        kept = list(map(size, self.axes))
+        counts = [math.prod(kept)]
+        for ghosts in self.ghosts:  # a ghost stands for indices that are removed, if any are
+            sizes = zip(ghosts, kept, map(len, self.axes), strict=True)
+            counts.append(math.prod(np.minimum(g, n - k) if g else k for g, k, n in sizes))
+        return self.times * sum(counts)
 
     def kept_macs(self) -> float:
         """Counts the multiply-adds that the masks keep."""
@@ -56,6 +63,24 @@ class Contraction:
 
 
 Cost = Contraction | tuple[list["Cost"], ...]  # or the branches of a `cond`, of which one runs
+
+
+class _Walked(NamedTuple):
+    """A walked program, and how it runs without units."""
+
+    program: Program
+    unit: np.ndarray  # of every atom
+    cut: Cut  # without all units, so that it has every ghost
+    wanted: Asked  # the views of the results
+
+
+class _Sized(NamedTuple):
+    """An equation whose axes have units."""
+
+    step: Step
+    unit: np.ndarray
+    cut: Cut
+    views: Asked  # of the results
 
 
 class _Weight(NamedTuple):
@@ -84,7 +109,9 @@ def contractions(
 
 def contractions_of_units(program: Program, unit: np.ndarray) -> list[Cost]:
     """Counts a walked program, with the unit of every atom, 0 for none."""
-    return _visit(program.jaxpr, [None] * len(program.ins), program, unit)[0]
+    cut = Cut(unit > 0, unit, program)
+    wanted: Asked = [set() for _ in program.outs]
+    return _visit(program.jaxpr, [None] * len(program.ins), _Walked(program, unit, cut, wanted))[0]
 
 
 def total(costs: Sequence[Cost], macs: Callable[[Contraction], Any] = Contraction.kept_macs) -> Any:
@@ -124,14 +151,14 @@ def warn_of_loops(costs: Sequence[Cost], stacklevel: int) -> None:
 def _visit(
     jaxpr: Any,
     weights: Sequence[_Weight | None],  # what each input is made from, `None` for an activation
-    program: Program | None = None,  # the values of the jaxpr, if units are asked for
-    unit: Any = None,  # the unit of every atom
+    walked: _Walked | None = None,  # if units are asked for
     runs: int = 1,
     loop: str = "",  # the `while` loop around the jaxpr
 ) -> tuple[list[Cost], list[_Weight | None]]:
     """Returns the costs of all equations, also of inner ones, and what each output is made from."""
     known = dict(zip(jaxpr.invars, weights, strict=True))
     costs: list[Cost] = []
+    views = walked.cut.reads(walked.program, walked.wanted)[1] if walked else []
 
     def read(atom: Any) -> _Weight | None:
         return known.get(atom) if _jaxpr.is_var(atom) else _Weight()
@@ -140,8 +167,9 @@ def _visit(
         operands = [read(atom) for atom in eqn.invars]
         name = eqn.primitive.name
         # A full value is computed entirely, and sliced later: removing units saves nothing here.
-        step = program.steps[i] if program else None
+        step = walked.program.steps[i] if walked else None
         step = None if step and all(v.full for v in step.outs) else step
+        wanted = walked.cut.operands(step, views[i])[1] if walked and step else []
         inner = _jaxpr.inner(eqn)
         branches = []
         for n, body in enumerate(inner):
@@ -149,8 +177,8 @@ def _visit(
             first = len(fed) - body.stacked
             fed[first:] = [w and _unstacked(w) for w in fed[first:]]
             around = loop or (_jaxpr.where(eqn) if name == "while" else "")
-            walked = step.programs[n] if step else None
-            branch, outputs = _visit(body.jaxpr, fed, walked, unit, runs * body.times, around)
+            inside = step and walked and walked._replace(program=step.programs[n], wanted=wanted[n])
+            branch, outputs = _visit(body.jaxpr, fed, inside or None, runs * body.times, around)
             branches.append(branch)
             if body.call:
                 known.update(zip(eqn.outvars, outputs, strict=True))
@@ -159,22 +187,24 @@ def _visit(
         elif inner:
             costs.extend(cost for branch in branches for cost in branch)
         elif name in CONTRACTIONS:
-            costs.append(_contraction(eqn, operands[:2], step, unit, runs, loop))
+            sized = _Sized(step, walked.unit, walked.cut, views[i]) if step and walked else None
+            costs.append(_contraction(eqn, operands[:2], sized, runs, loop))
         elif operands and all(w is not None for w in operands):
             known.update(zip(eqn.outvars, _derive(eqn, operands), strict=True))
     return costs, [read(atom) for atom in jaxpr.outvars]
 
 
 def _contraction(
-    eqn: Any, operands: Sequence[_Weight | None], step: Step | None, unit: Any, runs: int, loop: str
+    eqn: Any, operands: Sequence[_Weight | None], sized: _Sized | None, runs: int, loop: str
 ) -> Contraction:
     factor, places = _places(eqn)
-    times, axes = runs * factor, []
-    values = [*step.ins, *step.outs] if step else []
+    times, axes, with_units = runs * factor, [], []
+    values = [*sized.step.ins, *sized.step.outs] if sized else []
     for n, axis in places:
-        units = unit[values[n].axes[axis]] if step else np.empty(0)
+        units = sized.unit[values[n].axes[axis]] if sized else np.empty(0)
         if units.any():
             axes.append(units)
+            with_units.append((n, axis))
         else:
             times *= [*eqn.invars, *eqn.outvars][n].aval.shape[axis]
     weights = [w for w in operands if w is not None and w.paths]
@@ -183,7 +213,23 @@ def _contraction(
     )
     paths = tuple(path for w in weights for path in w.paths)
     outputs = math.prod(eqn.outvars[0].aval.shape) * runs
-    return Contraction(times, tuple(axes), paths, share, outputs, loop)
+    ghosts = tuple(_ghosts(sized, with_units)) if sized else ()
+    return Contraction(times, tuple(axes), paths, share, outputs, loop, ghosts)
+
+
+def _ghosts(sized: _Sized, places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, ...]]:
+    """Lists how many ghosts each further run of an equation has along axes, 0 for what is kept."""
+    step, cut = sized.step, sized.cut
+    for view in [(), *set().union(*sized.views)]:
+        for chosen, _ in cut.terms(step):
+            views = [*(cut.view(step, n, view, chosen) for n in range(len(step.ins))), view]
+            counts = []
+            for n, axis in places:
+                count = cut.size([*step.ins, *step.outs][n].axes[axis], ghost=True)
+                picked = len(chosen.get((n, axis), range(count)))
+                counts.append(picked if axis in views[n] else 0)
+            if any(counts):
+                yield tuple(counts)
 
 
 def _places(eqn: Any) -> tuple[float, list[tuple[int, int]]]:

@@ -5,7 +5,8 @@ JAX releases differ in how an equation holds inner programs. :func:`inner` retur
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -113,6 +114,23 @@ def bind(eqn: Any, *args: Any, **changes: Any) -> list[Any]:
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
+def zeros(aval: Any, shape: Sequence[Any]) -> Any:
+    """Makes zeros of the type of a value but for the sizes of some axes, which are not sharded."""
+    spec = [
+        p if n == m else None for p, n, m in zip(aval.sharding.spec, shape, aval.shape, strict=True)
+    ]
+    sharding = jax.NamedSharding(aval.sharding.mesh, jax.P(*spec)) if any(spec) else None
+    x = jax.numpy.zeros(shape, aval.dtype, out_sharding=sharding)
+    varying = tuple(aval.mat.varying)
+    return jax.lax.pcast(x, varying, to="varying") if varying else x
+
+
+def constant(eqn: Any, operands: Iterable[Any], result: int) -> Any:
+    """Computes a result of an equation on constants, while a program is traced or walked."""
+    with jax.ensure_compile_time_eval():
+        return bind(eqn, *operands)[result]
+
+
 # Derivative rules. An equation holds those of a `custom_jvp` or `custom_vjp` as opaque functions,
 # which JAX calls when it differentiates. To cut them too, `rules` traces them to programs on the
 # dense shapes, and `rebuild` makes a new custom function of the cut programs. The many ways to say
@@ -120,8 +138,10 @@ def bind(eqn: Any, *args: Any, **changes: Any) -> list[Any]:
 # and only inexact values have derivatives, in the order of the operands.
 
 
-def rules(eqn: Any) -> list[Any]:
+def rules(eqn: Any, constants: Sequence[bool]) -> list[Any]:
     """Traces the derivative rules of an equation to programs, on the shapes that it has.
+
+    Of the operands that are constants, a rule may assume that no derivative is taken.
 
     For a `custom_jvp` one program, ``(*primals, *tangents) -> (*outputs, *tangents)``; for a
     `custom_vjp` two, ``primals -> (*outputs, *residuals)`` and ``(*residuals, *cotangents) ->
@@ -145,18 +165,26 @@ def rules(eqn: Any) -> list[Any]:
 
         return [trace(jvp, *primals, *filter(is_inexact, primals))]
     _, forward, backward = params["subfuns"]
+    static: list[Any] = []  # of every residual that depends on no argument, a list of its value
 
     def fwd(*args: Any) -> list[Any]:
         # JAX asks for each primal whether it is perturbed, and stores no residual that is a primal
         # itself: `forwarded` has its index there, and `None` for the residuals that it returns.
-        results = forward.call_wrapped(*[x for arg in args for x in (arg, True)])
+        pairs = zip(args, constants, strict=True)
+        given = [x for arg, const in pairs for x in (arg, is_inexact(arg) and not const)]
+        results = forward.call_wrapped(*given)
         forwarded = params["out_trees"]()[2]
         stored = iter(results[: len(results) - len(outputs)])
         residuals = [next(stored) if i is None else args[i] for i in forwarded]
-        return [*results[len(results) - len(outputs) :], *residuals]
+        # Some rules branch on the others, which are numbers of Python: those of Equinox do.
+        static[:] = [[] if isinstance(x, jax.core.Tracer) else [x] for x in residuals]
+        traced = [x for x, value in zip(residuals, static, strict=True) if not value]
+        return [*results[len(results) - len(outputs) :], *traced]
 
     def bwd(*args: Any) -> list[Any]:
-        results = backward.call_wrapped(*args)
+        given = iter(args)
+        residuals = [value[0] if value else next(given) for value in static]
+        results = backward.call_wrapped(*residuals, *given)
         results = results[0] if isinstance(results[0], list) else results  # with logs since 0.12
         return [_instantiate(x, a) for x, a in zip(results, primals, strict=True) if is_inexact(a)]
 
@@ -166,7 +194,10 @@ def rules(eqn: Any) -> list[Any]:
 
 
 def rebuild(eqn: Any, bodies: Sequence[Body], args: Sequence[Any]) -> list[Any]:
-    """Runs an equation with other programs in place of ``inner(eqn)``, then of ``rules(eqn)``."""
+    """Runs an equation with other programs in place of ``inner(eqn)``, then of ``rules(eqn)``.
+
+    Every operand and result is a tree of arrays, all of its dtype; those of a scan are stacked.
+    """
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
         carried = inner(eqn)[0].carried
@@ -183,10 +214,12 @@ def rebuild(eqn: Any, bodies: Sequence[Body], args: Sequence[Any]) -> list[Any]:
         test, body = params["cond_nconsts"], params["body_nconsts"]
         tested, fixed, carry = args[:test], args[test : test + body], list(args[test + body :])
         return jax.lax.while_loop(
-            lambda c: bodies[0](*tested, *c)[0], lambda c: bodies[1](*fixed, *c), carry
+            lambda c: jax.tree.leaves(bodies[0](*tested, *c))[0],
+            lambda c: bodies[1](*fixed, *c),
+            carry,
         )
     if name == "cond":
-        return jax.lax.switch(args[0], bodies, *args[1:])
+        return jax.lax.switch(jax.tree.leaves(args[0])[0], bodies, *args[1:])
     if name in ("remat2", "checkpoint", "remat"):
         keywords = {key: params[key] for key in ("prevent_cse", "policy")}
         return jax.checkpoint(bodies[0], **keywords)(*args)
@@ -237,11 +270,12 @@ def _custom_jvp(body: Body, rule: Body) -> Any:
     fn = jax.custom_jvp(lambda *args: body(*args))
 
     def jvp(primals: Any, tangents: Any) -> Any:
-        given = [t for x, t in zip(primals, tangents, strict=True) if is_inexact(x)]
+        given = [t for x, t in zip(primals, tangents, strict=True) if _has_derivative(x)]
         # The outputs are those of `fn` itself, so that a second derivative finds its rule again.
         outputs = fn(*primals)
-        derived = iter(rule(*primals, *given)[sum(map(is_inexact, outputs)) :])
-        return outputs, [next(derived) if is_inexact(x) else _float0(x) for x in outputs]
+        derived = iter(rule(*primals, *given)[sum(map(_has_derivative, outputs)) :])
+        zeros = functools.partial(jax.tree.map, _float0)
+        return outputs, [next(derived) if _has_derivative(x) else zeros(x) for x in outputs]
 
     fn.defjvp(jvp)
     return fn
@@ -252,7 +286,7 @@ def _custom_vjp(body: Body, forward: Body, backward: Body) -> Any:
     inexact: list[bool] = []  # of every primal; `bwd` sees only what the residuals hold
 
     def fwd(*args: Any) -> Any:
-        inexact[:] = map(is_inexact, args)
+        inexact[:] = map(_has_derivative, args)
         results = forward(*args)
         count = len(jax.eval_shape(body, *args))
         return results[:count], results[count:]
@@ -263,6 +297,10 @@ def _custom_vjp(body: Body, forward: Body, backward: Body) -> Any:
 
     fn.defvjp(fwd, bwd)
     return fn
+
+
+def _has_derivative(tree: Any) -> bool:
+    return is_inexact(jax.tree.leaves(tree)[0])
 
 
 def _shape(aval: Any) -> Any:

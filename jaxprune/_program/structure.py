@@ -12,7 +12,7 @@ from jaxprune import _tree
 from jaxprune._program import jaxpr as _jaxpr
 from jaxprune._program.atoms import Choice, Merge
 from jaxprune._program.rules import RULES
-from jaxprune._program.values import Program, Value
+from jaxprune._program.values import ZERO, Program, Value
 from jaxprune._program.walk import Walk
 from jaxprune._tree import Params
 
@@ -63,7 +63,7 @@ def analyse(
         elif i not in order:
             leaves[i] = walk.pinned(shape, "not used")
         else:
-            leaves[i] = walk.fresh(shape, zero=True)
+            leaves[i] = walk.fresh(shape, ZERO)
             for axis, atoms in enumerate(leaves[i].axes if removed is not None else ()):
                 indices: Any = (removed or {}).get((path, axis), [])
                 walk.atoms.pin(np.delete(atoms, indices), "kept by the masks")

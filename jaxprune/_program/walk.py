@@ -14,7 +14,19 @@ import numpy as np
 
 from jaxprune._program import jaxpr as _jaxpr
 from jaxprune._program.atoms import Atoms, Axis, Merge
-from jaxprune._program.values import Program, Rule, Step, Value, combine
+from jaxprune._program.values import (
+    DIFFERENT,
+    SAME,
+    ZERO,
+    Kinds,
+    Program,
+    Rule,
+    Ruling,
+    Step,
+    Value,
+    either,
+    joined,
+)
 
 
 class Walk:
@@ -29,27 +41,21 @@ class Walk:
         self._rules = rules
         self._exact = exact
         self._derivatives = derivatives
-        self._flags: dict[tuple[int, bool], np.ndarray] = {}
+        self._since: dict[str, int] = {}  # why slices differ, with the kind that stands for it
 
-    def flags(self, size: int, flag: bool) -> np.ndarray:
-        """Returns the one array of a size that is all true, or all false."""
-        if (size, flag) not in self._flags:
-            self._flags[size, flag] = np.full(size, flag)
-        return self._flags[size, flag]
+    def value(self, axes: Sequence[Axis], kind: int, **more: Any) -> Value:
+        """Makes a value whose slices are all of one kind once masked."""
+        return Value(tuple(axes), (kind,) * len(axes), **more)
 
-    def value(self, axes: Sequence[Axis], zero: bool = False, **more: Any) -> Value:
-        """Makes a value whose slices are all zero once masked, or may all be nonzero."""
-        return Value(tuple(axes), tuple(self.flags(len(a), zero) for a in axes), **more)
-
-    def fresh(self, shape: Sequence[int], zero: bool = False, **more: Any) -> Value:
+    def fresh(self, shape: Sequence[int], kind: int = DIFFERENT, **more: Any) -> Value:
         """Makes a value whose axes have new atoms; axes of size one cannot be cut."""
         atoms = self.atoms
         axes = [atoms.fresh(n) if n > 1 else atoms.pinned(n, "of size 1") for n in shape]
-        return self.value(axes, zero, **more)
+        return self.value(axes, kind, **more)
 
     def pinned(self, shape: Sequence[int], reason: str, **more: Any) -> Value:
-        """Makes a value that cannot be cut."""
-        return self.value([self.atoms.pinned(n, reason) for n in shape], **more)
+        """Makes a value that cannot be cut, so that whatever is said of masked slices is true."""
+        return self.value([self.atoms.pinned(n, reason) for n in shape], ZERO, **more)
 
     def pin(self, value: Value, reason: str, axes: Iterable[int] | None = None) -> None:
         """Keeps all axes of a value, or some, from being cut."""
@@ -66,27 +72,51 @@ class Walk:
         """Unites all axes of values but one, along which they follow each other."""
         pairs = []
         for i, axes in enumerate(zip(*(v.axes for v in parts), strict=True)):
-            zeros = [v.zeros[i] for v in parts]
+            kinds = [v.kinds[i] for v in parts]
             if i == along:
-                pairs.append((np.concatenate(axes), np.concatenate(zeros)))
+                pairs.append((np.concatenate(axes), joined(kinds, [len(axis) for axis in axes])))
                 continue
             for other in axes[1:]:
                 self.atoms.unite(axes[0], other)
-            pairs.append((axes[0], combine(np.logical_and, zeros)))
+            pairs.append((axes[0], either(*kinds)))
         return Value.of(pairs)
 
-    def change(self, axis: Axis, reason: str, zero: np.ndarray | None = None) -> None:
-        """Records that a result changes without those slices of an axis that are not zero."""
-        changed = axis if zero is None else axis[~zero]
-        if self._exact and len(changed):
-            self.atoms.pin(changed, reason)
-        elif self.atoms.free(changed).any():
-            self.inexact.append((changed, reason))
+    def change(self, axis: Axis, reason: str) -> None:
+        """Records that a result changes without slices of an axis."""
+        if self._exact and len(axis):
+            self.atoms.pin(axis, reason)
+        elif self.atoms.free(axis).any():
+            self.inexact.append((axis, reason))
+
+    def read(self, axis: Axis, kinds: Kinds) -> None:
+        """Reads across an axis: slices that are the same have a ghost, different ones have none."""
+        if isinstance(kinds, int) and kinds >= 0:
+            return
+        every = np.broadcast_to(np.asarray(kinds), len(axis))
+        since = {number: reason for reason, number in self._since.items()}
+        for number in np.unique(every[every < 0]).tolist():
+            reason = since.get(number, "different for every index")
+            self.change(axis[every == number], reason)
+
+    def _named(self, value: Value, eqn: Any) -> Value:
+        """Says of slices that begin to differ, by which equation."""
+        if all(isinstance(k, int) and k != DIFFERENT for k in value.kinds):
+            return value
+        reason = f"different for every index since {_jaxpr.where(eqn)}"
+        number = self._since.setdefault(reason, DIFFERENT - 1 - len(self._since))
+
+        def kinds(k: Kinds) -> Kinds:
+            named = np.where(k == DIFFERENT, number, k)
+            return int(named) if isinstance(k, int) else named
+
+        return dataclasses.replace(value, kinds=tuple(map(kinds, value.kinds)))
 
     def program(self, closed: Any, ins: Sequence[Value]) -> Program:
         """Walks a program whose inputs are these values."""
         jaxpr = closed.jaxpr
-        env = {v: self.fresh(v.aval.shape, full=True, const=True) for v in jaxpr.constvars}
+        pairs = zip(jaxpr.constvars, closed.consts, strict=True)
+        constant = {"full": True, "const": True}
+        env = {v: self.fresh(v.aval.shape, source=(None, x, 0), **constant) for v, x in pairs}
         env.update(zip(jaxpr.invars, ins, strict=True))
 
         def read(atom: Any) -> Value:
@@ -103,30 +133,41 @@ class Walk:
     def _literal(self, atom: Any) -> Value:
         is_number = not atom.aval.shape and not jnp.issubdtype(atom.aval.dtype, jax.dtypes.extended)
         known = float(np.asarray(atom.val).real) if is_number else None
-        return self.fresh(atom.aval.shape, known == 0, known=known, full=True, const=True)
+        shape, source = atom.aval.shape, (None, atom.val, 0)
+        return self.fresh(shape, known=known, full=True, const=True, source=source)
 
     def _step(self, eqn: Any, ins: list[Value]) -> Step:
         full = all(v.full for v in ins) and eqn.primitive.name != "random_bits"
         const = full and all(v.const for v in ins)
         programs: list[Program] = []
-        run = None
         rule = self._rules.get(eqn.primitive.name)
         if const and not (rule and any(v.known is not None for v in ins)):
-            outs = [self.fresh(v.aval.shape) for v in eqn.outvars]
+            ruling = Ruling([self.fresh(v.aval.shape) for v in eqn.outvars])
+            if eqn.primitive.name == "broadcast_in_dim":  # it is the same along new axes
+                before = set(eqn.params["broadcast_dimensions"])
+                (out,) = ruling.outs
+                kinds = [DIFFERENT if i in before else SAME for i in range(len(out.axes))]
+                ruling = Ruling([Value(out.axes, tuple(kinds))])
         elif _jaxpr.inner(eqn):
             outs, programs = self._inner(eqn, ins)
+            ruling = Ruling(outs)
         elif rule is not None:
-            result = rule(self, eqn, *ins)
-            outs, run = result if isinstance(result, tuple) else (result, None)
+            ruling = _ruled(rule(self, eqn, *ins))
         else:
             reason = f"no rule for {_jaxpr.where(eqn)}"
             if not full:
                 for v in ins:
                     self.pin(v, reason)
-            outs = [self.pinned(getattr(v.aval, "shape", ()), reason) for v in eqn.outvars]
+            shapes = [getattr(v.aval, "shape", ()) for v in eqn.outvars]
+            ruling = Ruling([self.pinned(shape, reason) for shape in shapes])
         if full:
-            outs = [dataclasses.replace(v, full=True, const=const) for v in outs]
-        return Step(eqn, ins, outs, programs, run)
+            outs = [
+                Value(v.axes, v.kinds, v.known, full, const, (eqn, ins, n) if const else None)
+                for n, v in enumerate(ruling.outs)
+            ]
+        else:
+            outs = [v if v.full else self._named(v, eqn) for v in ruling.outs]
+        return Step(eqn, ins, ruling._replace(outs=outs), programs)
 
     def _inner(self, eqn: Any, ins: list[Value]) -> tuple[list[Value], list[Program]]:
         """Walks the programs in an equation, each fed with its inputs as they are inside.
@@ -142,6 +183,7 @@ class Walk:
         if name in _jaxpr.TRANSPARENT:
             program = self.program(inner[0], ins)
             return program.outs, [program]
+        constants = [v.const for v in ins]
         # The cut program is called with cut operands, so that inside nothing is full any more.
         ins = [Value.of(v.pairs, v.known) for v in ins]
         fed = [[ins[i] for i in body.operands] for body in inner]
@@ -172,7 +214,7 @@ class Walk:
         outs = [Value.of(v.pairs) for v in outs]
         if self._derivatives and name in ("custom_jvp_call", "custom_vjp_call"):
             self._derivatives = False  # a rule may call its function again
-            programs += self._derive(eqn, ins, outs)
+            programs += self._derive(eqn, ins, outs, constants)
             self._derivatives = True
         return outs, programs
 
@@ -188,7 +230,7 @@ class Walk:
             stable = True
             for i, out in zip(inner.carried, program.outs, strict=False):
                 carried = self.join([ins[i], out])
-                stable &= all(map(np.array_equal, carried.zeros, ins[i].zeros))
+                stable &= all(map(np.array_equal, carried.kinds, ins[i].kinds))
                 stable &= ins[i].known is None or ins[i].known == out.known
                 ins[i] = carried
             if stable:
@@ -209,7 +251,9 @@ class Walk:
             shards.append(Value.of(pairs))
         return shards
 
-    def _derive(self, eqn: Any, ins: list[Value], outs: list[Value]) -> list[Program]:
+    def _derive(
+        self, eqn: Any, ins: list[Value], outs: list[Value], constants: list[bool]
+    ) -> list[Program]:
         """Walks the derivative rules of an equation: gradients are cut like their values.
 
         ::
@@ -218,11 +262,11 @@ class Walk:
             custom_vjp   ins                          -> (*outs, *residuals)
                          (*residuals, *cotangents)    -> cotangents of ins
 
-        A tangent or cotangent has the axes of its value, and where the value is removed it is
-        zero. So has what a rule returns, which unites the two.
+        A tangent or cotangent has the axes of its value, and its kinds: where a value is always
+        zero, so is its derivative. So has what a rule returns, which unites the two.
         """
         try:
-            traces = _jaxpr.rules(eqn)
+            traces = _jaxpr.rules(eqn, constants)
         except Exception as error:  # whatever the user's rule raises on its own shapes
             lost = f"the derivative rule of {_jaxpr.where(eqn)} is lost ({error!s:.80})"
             for v in [*ins, *outs]:
@@ -232,7 +276,7 @@ class Walk:
 
         def tangents(values: list[Value], atoms: Sequence[Any]) -> list[Value]:
             pairs = zip(values, atoms, strict=True)
-            return [self.value(v.axes, zero=True) for v, a in pairs if _jaxpr.is_inexact(a.aval)]
+            return [Value.of(v.pairs) for v, a in pairs if _jaxpr.is_inexact(a.aval)]
 
         floating = tangents(ins, eqn.invars)
         if len(traces) == 1:
@@ -243,9 +287,13 @@ class Walk:
             for out, v in zip(forward.outs, outs, strict=False):
                 self.unite(out, v)
             residuals = [Value.of(v.pairs, v.known) for v in forward.outs[len(outs) :]]
-            cotangents = [self.value(v.axes, zero=True) for v in outs]
+            cotangents = [Value.of(v.pairs) for v in outs]
             programs = [forward, self.program(traces[1], residuals + cotangents)]
             expected = floating
         for out, v in zip(programs[-1].outs, expected, strict=True):
             self.unite(out, v)
         return programs
+
+
+def _ruled(found: list[Value] | Ruling) -> Ruling:
+    return found if isinstance(found, Ruling) else Ruling(found)

@@ -5,5 +5,16 @@ knows `jaxprune`. Parameters are drawn from a fixed key, running statistics, sca
 so that a mistake in any of them shows in the output.
 """
 
-from . import attention, channels, conv, dense, language, rare, recurrent, transformed  # noqa: F401
+from . import (  # noqa: F401
+    attention,
+    channels,
+    conv,
+    dense,
+    ghosts,
+    language,
+    rare,
+    recurrent,
+    transformed,
+    vision,
+)
 from ._build import NETWORKS, Net  # noqa: F401

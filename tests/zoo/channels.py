@@ -228,6 +228,6 @@ def linen_softmax_over_channels():
     return from_linen(
         body,
         (normal(2, 8, 8, 3),),
-        (("params/Conv_0/kernel", 3), ("params/Dense_0/kernel", 1)),
-        (("params/Conv_1/kernel", 3), ("params/Conv_1/bias", 0), ("params/Dense_0/kernel", 0)),
+        (("params/Conv_0/kernel", 3), ("params/Conv_1/kernel", 3), ("params/Dense_0/kernel", 1)),
+        (("params/Conv_0/kernel", 2), ("params/Dense_1/kernel", 1)),
     )

@@ -146,8 +146,8 @@ def jax_mixture_of_experts():
             "head": layer(16, 4),
         },
         (normal(3, 8),),
-        (("up", 2), ("down", 1), ("embed/w", 1)),
-        (("embed/w", 0), ("router/w", 1), ("up", 0), ("head/w", 1)),
+        (("up", 2), ("down", 1), ("embed/w", 1), ("router/w", 1), ("up", 0)),  # and experts
+        (("embed/w", 0), ("head/w", 1)),
     )
 
 
@@ -192,15 +192,15 @@ def linen_mixer():
     return from_linen(
         body,
         (normal(2, 6, 8),),
-        # The bias of the tokens refills every channel, which the second norm would see.
-        (("params/Dense_1/kernel", 1), ("params/Dense_3/kernel", 1)),
-        (("params/Dense_1/kernel", 0), ("params/Dense_0/kernel", 1), ("params/Dense_5/kernel", 1)),
+        # The bias of the tokens refills every channel, which the second norm sees.
+        (("params/Dense_1/kernel", 1), ("params/Dense_3/kernel", 1), ("params/Dense_0/kernel", 1)),
+        (("params/Dense_1/kernel", 0), ("params/Dense_5/kernel", 1)),
     )
 
 
 @network
 def jax_two_pass_layer_norm():
-    """Its width is neither prunable nor pinned: removed features would still move the variance."""
+    """Removed features still move the variance: they differ from the mean."""
 
     def fn(p, x):
         x = linear(p["embed"], x)
@@ -219,6 +219,6 @@ def jax_two_pass_layer_norm():
             "head": layer(16, 4),
         },
         (normal(3, 8),),
-        (("up/w", 1), ("down/w", 0)),
+        (("up/w", 1), ("down/w", 0), ("embed/w", 1), ("norm/scale", 0)),
         (("embed/w", 0), ("head/w", 1)),
     )

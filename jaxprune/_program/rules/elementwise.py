@@ -1,6 +1,5 @@
 """Rules of primitives that work entry by entry, change nothing, or draw random numbers."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,19 @@ import numpy as np
 
 from jaxprune._program import jaxpr as _jaxpr
 from jaxprune._program.cut import Cut
-from jaxprune._program.values import Rule, Run, Value, combine
+from jaxprune._program.values import (
+    SAME,
+    ZERO,
+    Kinds,
+    Rule,
+    Ruling,
+    Value,
+    View,
+    product,
+    same,
+    where_zero,
+    zeros,
+)
 from jaxprune._program.walk import Walk
 
 # Operands have the shape of the result, or are scalars, or broadcast sizes of one.
@@ -19,13 +30,14 @@ ELEMENTWISE = (
     "div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag "
     "integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul mulhi ne "
     "neg nextafter not one_minus_square or polygamma population_count pow random_gamma_grad real "
-    "regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic "
-    "shift_right_logical sign sin sinh sqrt square sub tan tanh xor zeta zeros_like"
+    "regularized_incomplete_beta rem round rsqrt select_if_vmap select_n shift_left "
+    "shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh xor zeta "
+    "zeros_like"
 ).split()
 _UNCHANGED = (
-    "copy from_edtype layout_constraint name optimization_barrier pbroadcast pmax pmin ppermute "
-    "psum psum_invariant pvary reduce_precision reduced_vary_cast relayout reshard "
-    "sharding_constraint stop_gradient tie to_edtype"
+    "copy device_put from_edtype layout_constraint name nonbatchable nondifferentiable_backward "
+    "nontraceable optimization_barrier pbroadcast ppermute pvary reduce_precision "
+    "reduced_vary_cast relayout reshard sharding_constraint stop_gradient tie to_edtype"
 ).split()
 _UNCUT = (  # they have no result, or random keys
     "debug_callback debug_print dce_sink random_seed random_wrap random_unwrap random_fold_in "
@@ -42,32 +54,32 @@ def _elementwise(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
         axes = axes or list(walk.fresh((size,)).axes)
         for other in axes[1:]:
             walk.atoms.unite(axes[0], other)
-        pairs.append((axes[0], _zero(walk, eqn, ins, i, size)))
+        pairs.append((axes[0], _kinds(walk, eqn, ins, i, size)))
     return [Value.of(pairs, known)]
 
 
-def _zero(walk: Walk, eqn: Any, ins: Sequence[Value], i: int, size: int) -> np.ndarray:
-    """Returns which slices along an axis of an elementwise result are zero once masked."""
+def _kinds(walk: Walk, eqn: Any, ins: Sequence[Value], i: int, size: int) -> Kinds:
+    """Returns the kinds of the slices along an axis of an elementwise result."""
     name = eqn.primitive.name
-    flags = []
+    kinds = []
     for v in ins:
         carried = v.known is None and v.shape and len(v.axes[i]) == size
-        flags.append(v.zeros[i] if carried else walk.flags(size, v.known == 0))
+        kinds.append(v.kinds[i] if carried else ZERO if v.known == 0 else SAME)
     if name in ("mul", "and"):
-        return combine(np.logical_or, flags)
+        return product(*kinds)
     if name in ("div", "rem"):
-        return flags[0] if not flags[1].any() else flags[0] & ~flags[1]
+        zero = zeros([kinds[0]])
+        by_zero = zeros([kinds[1]])
+        return where_zero(zero if by_zero is False else zero & ~np.asarray(by_zero), same(*kinds))
     if name == "select_n":
-        return combine(np.logical_and, flags[1:])
-    unknown = [f for v, f in zip(ins, flags, strict=True) if v.known is None]
-    if not unknown:
-        return walk.flags(size, _evaluate(walk, eqn, ins) == 0)
+        return where_zero(zeros(kinds[1:]), same(*kinds))
     # Where all unknown operands are zero, the result is what the primitive makes of zeros: zero
     # for a ReLU, not for an exponential.
-    zero = combine(np.logical_and, unknown)
-    if not zero.any() or (len(unknown) == len(ins) and name in _LINEAR):
-        return zero
-    return zero if _evaluate(walk, eqn, ins) == 0 else walk.flags(size, False)
+    unknown = [k for v, k in zip(ins, kinds, strict=True) if v.known is None]
+    zero = zeros(unknown)
+    if zero is not False and not (name in _LINEAR and len(unknown) == len(ins)):
+        zero = zero if _evaluate(walk, eqn, ins) == 0 else False
+    return where_zero(zero, same(*kinds))
 
 
 def _evaluate(walk: Walk, eqn: Any, ins: Sequence[Value]) -> float | None:
@@ -84,7 +96,7 @@ def _evaluate(walk: Walk, eqn: Any, ins: Sequence[Value]) -> float | None:
             operands = [np.asarray(x).astype(atom.aval.dtype) for x, atom in pairs]
             (result,) = _jaxpr.bind(eqn, *operands)
             walk.at_zero[key] = float(np.asarray(result).real)
-    return None if math.isnan(walk.at_zero[key]) else walk.at_zero[key]
+    return walk.at_zero[key]
 
 
 def _unchanged(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
@@ -96,17 +108,17 @@ def _uncut(walk: Walk, eqn: Any, *ins: Value) -> list[Value]:
     return [walk.pinned(v.aval.shape, "a random key") for v in eqn.outvars]
 
 
-def _random_bits(walk: Walk, eqn: Any, key: Value) -> tuple[list[Value], Run]:
+def _random_bits(walk: Walk, eqn: Any, key: Value) -> Ruling:
     """Draws as many numbers as are kept: they are other numbers, which is recorded."""
     out = walk.fresh(eqn.outvars[0].aval.shape)
     for axis in out.axes:
         walk.redraws.append((axis, f"another random draw by {_jaxpr.where(eqn)}"))
     keys = len(key.axes)
 
-    def run(cut: Cut, eqn: Any, key: Any) -> list[Any]:
-        return _jaxpr.bind(eqn, key, shape=cut.shape(out, eqn.outvars[0])[keys:])
+    def run(cut: Cut, view: View, eqn: Any, key: Any) -> list[Any]:
+        return _jaxpr.bind(eqn, key, shape=cut.shape(out, eqn.outvars[0], view)[keys:])
 
-    return [out], run
+    return Ruling([out], run)
 
 
 RULES: dict[str, Rule] = {

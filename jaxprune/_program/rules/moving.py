@@ -1,6 +1,5 @@
 """Rules of primitives that move entries, and change none."""
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -13,12 +12,25 @@ from jaxprune import _tree
 from jaxprune._program import jaxpr as _jaxpr
 from jaxprune._program.atoms import Merge
 from jaxprune._program.cut import Cut, resizing, take
-from jaxprune._program.values import Rule, Run, Value
+from jaxprune._program.values import (
+    DIFFERENT,
+    SAME,
+    ZERO,
+    Kinds,
+    Rule,
+    Ruling,
+    Value,
+    View,
+    rows,
+    simple,
+)
 from jaxprune._program.walk import Walk
 
 
-def _transpose(walk: Walk, eqn: Any, x: Value) -> list[Value]:
-    return [Value.of((x.pairs[i] for i in eqn.params["permutation"]), x.known)]
+def _transpose(walk: Walk, eqn: Any, x: Value) -> Ruling:
+    order = eqn.params["permutation"]
+    out = Value.of((x.pairs[i] for i in order), x.known)
+    return Ruling([out], None, [[[order.index(i)] for i in range(len(order))]])
 
 
 def _rev(walk: Walk, eqn: Any, x: Value) -> list[Value]:
@@ -26,32 +38,36 @@ def _rev(walk: Walk, eqn: Any, x: Value) -> list[Value]:
     return [x.map(lambda i, entries: entries[::-1] if i in reversed_axes else entries)]
 
 
-def _squeeze(walk: Walk, eqn: Any, x: Value) -> list[Value]:
+def _squeeze(walk: Walk, eqn: Any, x: Value) -> Ruling:
     squeezed = eqn.params["dimensions"]
-    walk.pin(x, "of size 1", squeezed)
-    return [Value.of(x.without(squeezed).pairs, x.known)]
+    walk.pin(x, f"a position of {_jaxpr.where(eqn)}", squeezed)
+    return Ruling([Value.of(x.without(squeezed).pairs, x.known)], None, [x.places(squeezed)])
 
 
-def _broadcast(walk: Walk, eqn: Any, x: Value, *sizes: Value) -> tuple[list[Value], Run]:
+def _broadcast(walk: Walk, eqn: Any, x: Value, *sizes: Value) -> Ruling:
     shape = eqn.outvars[0].aval.shape
-    pairs = walk.fresh(shape, x.known == 0).pairs
+    pairs = walk.fresh(shape, ZERO if x.known == 0 else SAME).pairs
     for i, position in enumerate(eqn.params["broadcast_dimensions"]):
         if len(x.axes[i]) == shape[position]:
             pairs[position] = x.pairs[i]
     out = Value.of(pairs, x.known)
-    return [out], resizing("shape", out, sharding=None)
+    becomes = [
+        [[position] for position in eqn.params["broadcast_dimensions"]],
+        *([] for _ in sizes),
+    ]
+    return Ruling([out], resizing("shape", out, sharding=None), becomes)
 
 
-def _slice(walk: Walk, eqn: Any, x: Value) -> tuple[list[Value], Run]:
+def _slice(walk: Walk, eqn: Any, x: Value) -> Ruling:
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(starts)
     picks = [slice(*pick) for pick in zip(starts, limits, strides, strict=True)]
     out = x.map(lambda i, entries: entries[picks[i]])
 
-    def run(cut: Cut, eqn: Any, array: Any) -> list[Any]:
+    def run(cut: Cut, view: View, eqn: Any, array: Any) -> list[Any]:
         limits = eqn.params["limit_indices"]
         for i, axis in enumerate(x.axes):
-            kept = cut.kept(axis)
+            kept = cut.kept(axis, i in view)
             if kept is None:
                 array = jax.lax.slice_in_dim(array, starts[i], limits[i], strides[i], i)
             else:
@@ -59,34 +75,49 @@ def _slice(walk: Walk, eqn: Any, x: Value) -> tuple[list[Value], Run]:
                 array = array if wanted.all() else take(array, np.flatnonzero(wanted), i)
         return [array]
 
-    return [out], run
+    return Ruling([out], run)
 
 
-def _split(walk: Walk, eqn: Any, x: Value) -> tuple[list[Value], Run]:
+def _split(walk: Walk, eqn: Any, x: Value) -> Ruling:
     axis, ends = eqn.params["axis"], np.cumsum(eqn.params["sizes"])[:-1]
-    parts = zip(*(np.split(entries, ends) for entries in x.pairs[axis]), strict=True)
-    outs = [Value.of([*x.pairs[:axis], part, *x.pairs[axis + 1 :]], x.known) for part in parts]
+    limits = zip([0, *ends], [*ends, len(x.axes[axis])], strict=True)
+    parts = [slice(*limit) for limit in limits]
+    outs = [
+        x.map(lambda i, entries, part=part: entries[part] if i == axis else entries)  # type: ignore[misc]
+        for part in parts
+    ]
 
-    def run(cut: Cut, eqn: Any, x: Any) -> list[Any]:
-        return _jaxpr.bind(eqn, x, sizes=tuple(cut.size(out.axes[axis]) for out in outs))
+    def run(cut: Cut, view: View, eqn: Any, x: Any) -> list[Any]:
+        sizes = [cut.size(out.axes[axis], ghost=axis in view) for out in outs]
+        return _jaxpr.bind(eqn, x, sizes=tuple(sizes))
 
-    return outs, run
-
-
-def _concatenate(walk: Walk, eqn: Any, *parts: Value) -> list[Value]:
-    return [walk.join(parts, eqn.params["dimension"])]
+    return Ruling(outs, run)
 
 
-def _stack(walk: Walk, eqn: Any, *parts: Value) -> list[Value]:
-    pairs = walk.join(parts).pairs
+def _concatenate(walk: Walk, eqn: Any, *parts: Value) -> Ruling:
+    along = eqn.params["dimension"]
+
+    def run(cut: Cut, view: View, eqn: Any, *arrays: Any) -> list[Any]:
+        pairs = zip(arrays, parts, strict=True)  # a part that is not cut has no ghost
+        has = [x for x, v in pairs if along not in view or cut.kept(v.axes[along]) is not None]
+        return _jaxpr.bind(eqn, *has)
+
+    return Ruling([walk.join(parts, along)], run)
+
+
+def _stack(walk: Walk, eqn: Any, *parts: Value) -> Ruling:
+    axis, pairs = eqn.params["axis"], walk.join(parts).pairs
     position = walk.pinned([len(parts)], f"a position of {_jaxpr.where(eqn)}")
-    pairs.insert(eqn.params["axis"], position.pairs[0])
-    return [Value.of(pairs)]
+    pairs.insert(axis, position.pairs[0])
+    return Ruling(
+        [Value.of(pairs)], None, [[[i + (i >= axis)] for i in range(len(pairs) - 1)]] * len(parts)
+    )
 
 
-def _unstack(walk: Walk, eqn: Any, x: Value) -> list[Value]:
-    walk.pin(x, f"a position of {_jaxpr.where(eqn)}", [eqn.params["axis"]])
-    return [x.without([eqn.params["axis"]])] * len(eqn.outvars)
+def _unstack(walk: Walk, eqn: Any, x: Value) -> Ruling:
+    axis = [eqn.params["axis"]]
+    walk.pin(x, f"a position of {_jaxpr.where(eqn)}", axis)
+    return Ruling([x.without(axis)] * len(eqn.outvars), None, [x.places(axis)])
 
 
 def _tile(walk: Walk, eqn: Any, x: Value) -> list[Value]:
@@ -94,27 +125,29 @@ def _tile(walk: Walk, eqn: Any, x: Value) -> list[Value]:
     return [x.map(lambda i, entries: np.tile(entries, reps[i]) if reps[i] > 1 else entries)]
 
 
-def _pad(walk: Walk, eqn: Any, x: Value, filling: Value) -> tuple[list[Value], Run]:
+def _pad(walk: Walk, eqn: Any, x: Value, filling: Value) -> Ruling:
     config = eqn.params["padding_config"]
     pairs = x.pairs
     sources: dict[int, np.ndarray] = {}  # of every padded index, where it is from, or -1
     for i, (low, high, between) in enumerate(config):
         if low == high == between == 0:
             continue
-        axis, zero = pairs[i]
+        axis, kinds = pairs[i]
         inner = np.full(max(len(axis) + (len(axis) - 1) * between, 0), -1)
         inner[:: between + 1] = np.arange(len(axis))
         padded = np.concatenate([np.full(max(low, 0), -1), inner, np.full(max(high, 0), -1)])
         source = sources[i] = padded[max(-low, 0) : len(padded) - max(-high, 0)]
         new = np.where(source < 0, walk.atoms.fresh(len(source)), axis[source])
-        pairs[i] = new, np.where(source < 0, filling.known == 0, zero[source])
+        every = np.broadcast_to(np.asarray(kinds), len(axis))
+        filled = ZERO if filling.known == 0 else SAME + int(every.max(initial=0))
+        pairs[i] = new, simple(np.where(source < 0, filled, every[source] if len(axis) else ZERO))
         if between:
             walk.atoms.pin(new, f"padded between entries by {_jaxpr.where(eqn)}")
 
-    def run(cut: Cut, eqn: Any, array: Any, filling: Any) -> list[Any]:
+    def run(cut: Cut, view: View, eqn: Any, array: Any, filling: Any) -> list[Any]:
         changed = list(eqn.params["padding_config"])
         for i, source in sources.items():
-            before, after = cut.kept(x.axes[i]), cut.kept(pairs[i][0])
+            before, after = cut.kept(x.axes[i], i in view), cut.kept(pairs[i][0], i in view)
             if before is None and after is None:
                 continue
             before = np.arange(len(x.axes[i])) if before is None else before
@@ -127,10 +160,10 @@ def _pad(walk: Walk, eqn: Any, x: Value, filling: Value) -> tuple[list[Value], R
             changed[i] = (low, len(source) - low - len(inside), 0)
         return _jaxpr.bind(eqn, array, filling, padding_config=tuple(changed))
 
-    return [Value.of(pairs)], run
+    return Ruling([Value.of(pairs)], run)
 
 
-def _reshape(walk: Walk, eqn: Any, x: Value) -> tuple[list[Value], Run]:
+def _reshape(walk: Walk, eqn: Any, x: Value) -> Ruling:
     """Pairs up axes in blocks of one size; merges the old axes of a block, then splits the merge.
 
     ::
@@ -142,7 +175,10 @@ def _reshape(walk: Walk, eqn: Any, x: Value) -> tuple[list[Value], Run]:
     """
     shape = eqn.outvars[0].aval.shape
     pairs = walk.pinned(shape, "of size 1").pairs
+    becomes: list[list[int]] = [[] for _ in x.axes]
     for before, after in _blocks(x.shape, shape):
+        for i in before:
+            becomes[i] = after
         if len(before) == len(after) == 1:
             pairs[after[0]] = x.pairs[before[0]]
             continue
@@ -153,25 +189,46 @@ def _reshape(walk: Walk, eqn: Any, x: Value) -> tuple[list[Value], Run]:
             for i in after:
                 pairs[i] = walk.pinned([shape[i]], reason).pairs[0]
             continue
-        # A merged entry must be zero along whichever free factor is cut; pinned ones never are.
-        zeros = [x.zeros[i] if i in free else walk.flags(len(x.axes[i]), True) for i in before]
-        merged, zero = old[0], zeros[0]
+        merged, kinds = old[0], x.kinds[before[0]]
         where = f"{_jaxpr.where(eqn)} {_sizes(x.shape, before)} to {_sizes(shape, after)}"
         if len(old) > 1:
             merged = walk.atoms.fresh(math.prod(map(len, old)))
             walk.merges.append(Merge(merged, tuple(old), where))
-            zero = functools.reduce(np.logical_and.outer, zeros).reshape(-1)
+            kinds = _merged_kinds(x, before, free)
         if len(after) == 1:
-            pairs[after[0]] = merged, zero
+            pairs[after[0]] = merged, kinds
             continue
         new = [walk.atoms.fresh(shape[i]) for i in after]
         walk.merges.append(Merge(merged, tuple(new), where))
-        grid = zero.reshape([shape[i] for i in after])
         for n, i in enumerate(after):
-            pairs[i] = new[n], np.asarray(grid.all(_tree.other_axes(len(after), n)))
+            grid = kinds if isinstance(kinds, int) else kinds.reshape([shape[i] for i in after])
+            pairs[i] = new[n], grid if isinstance(grid, int) else rows(np.moveaxis(grid, n, 0))
     walk.pin(x, "of size 1", [i for i, size in enumerate(x.shape) if size == 1])
     out = Value.of(pairs, x.known)
-    return [out], resizing("new_sizes", out, sharding=None)
+    return Ruling([out], resizing("new_sizes", out, sharding=None), [becomes])
+
+
+def _merged_kinds(x: Value, factors: Sequence[int], free: Sequence[int]) -> Kinds:
+    """Returns the kinds along an axis that is merged from factors, of which some are free.
+
+    It will be cut along one of the free factors, so that an entry is zero if it is along all. If
+    there is one, entries are the same if they are along it, and at the same place along the others.
+    """
+    shape = [len(x.axes[i]) for i in factors]
+    grids = []
+    for i in free:
+        kinds = np.broadcast_to(x.kinds[i], len(x.axes[i]))
+        others = _tree.other_axes(len(shape), factors.index(i))
+        grids.append(np.broadcast_to(np.expand_dims(kinds, others), shape))
+    zero = np.all([grid == 0 for grid in grids], axis=0).reshape(-1)
+    if zero.all():
+        return ZERO
+    if len(free) > 1:
+        return simple(np.where(zero, ZERO, DIFFERENT))
+    place = np.arange(math.prod(shape)).reshape(shape).take([0], factors.index(free[0]))
+    kinds = np.where(grids[0] > 0, grids[0] * math.prod(shape) + place, grids[0]).reshape(-1)
+    number = np.unique(kinds, return_inverse=True)[1].reshape(-1) + 1  # else a product overflows
+    return simple(np.where(kinds > 0, number, kinds))
 
 
 def _sizes(shape: Sequence[int], axes: Sequence[int]) -> str:
