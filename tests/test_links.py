@@ -81,7 +81,7 @@ LOSSES = {"movement": by_movement, "gates": by_gates}  # of params and a second 
 
 
 def train(name, params, rate, strength):
-    """Returns a smooth function of what three steps have trained."""
+    """Returns a smooth function of what two steps have trained."""
     if name in LINKS:
         tx = LINKS[name](optax.sgd(rate, momentum=0.9), strength)
         gradient, trained = jax.grad(loss), params
@@ -90,7 +90,7 @@ def train(name, params, rate, strength):
         gradient = lambda trained: jax.grad(LOSSES[name])(trained, strength)
         trained = params, jax.tree.map(lambda w: w[..., ::-1] / 2, params)
     state = tx.init(trained)
-    for _ in range(3):
+    for _ in range(2):
         updates, state = tx.update(gradient(trained), state, trained)
         trained = optax.apply_updates(trained, updates)
     return sum(jnp.sum(w**2) for w in jax.tree.leaves(trained))
@@ -102,7 +102,7 @@ def perturbed(name, deltas, rate, strength):
     return train(name, params, rate, strength)
 
 
-@pytest.mark.parametrize("name", slow_unless({"enforce", "gradual by blocks"}, [*LINKS, *LOSSES]))
+@pytest.mark.parametrize("name", slow_unless({"enforce"}, [*LINKS, *LOSSES]))
 def test_derivatives_are_those_of_finite_differences(name):
     with jax.enable_x64(True):
         deltas = jax.tree.map(lambda w: jnp.zeros(w.shape, "float64"), problem()[0])

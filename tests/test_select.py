@@ -242,6 +242,14 @@ def test_wide_scores_keep_their_order(dtype):
         jp.select(np.ones((2, 2), np.int64), 0.5)
 
 
+@pytest.mark.parametrize("pattern", [jp.patterns.block((2, 2)), jp.patterns.n_of_m(2, 4, -1)])
+def test_masks_are_constants_of_a_derivative(pattern):
+    s = jnp.arange(16.0).reshape(4, 4)
+    masks = jp.select(s, 0.5, pattern=pattern)
+    derivative = jax.grad(lambda s: jnp.sum(s * jp.select(s, 0.5, pattern=pattern)))(s)
+    assert (derivative == masks).all()
+
+
 def test_a_traced_sparsity_is_clipped_and_checked():
     f = jax.jit(lambda s, x: jp.select(s, x))
     s = jnp.arange(16.0).reshape(4, 4)

@@ -40,6 +40,12 @@ def sent(row, name):
     return collections.Counter({(kind, arrays): n for kind, arrays, n in row[name]})
 
 
+def assert_few_sums(scalars):
+    """All are sums of scalars in one loop; XLA splits and mixes them as it likes."""
+    assert {kind for kind, _ in scalars} == {"all-reduce"}
+    assert scalars.total() <= 16
+
+
 @pytest.mark.parametrize("program", ["select", "SynFlow", "Adam", "gradual"])
 @pytest.mark.parametrize("model", MODELS)
 def test_fits_a_chip(model, program, found):
@@ -62,10 +68,7 @@ def test_gradual_takes_the_memory_of_one_select(model, found):
 def test_select_sends_scalars(model, found):
     row = found[model, "select"]
     assert not row["arrays"]
-    scalars = sent(row, "scalars")
-    assert {kind for kind, _ in scalars} == {"all-reduce"}
-    # Once for what competes, once in each of two loops; XLA splits and mixes them as it likes.
-    assert 3 <= scalars.total() <= 16
+    assert_few_sums(sent(row, "scalars"))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -73,6 +76,5 @@ def test_gradual_sends_what_adam_sends_and_scalars(model, found):
     adam, gradual = found[model, "Adam"], found[model, "gradual"]
     assert {"all-gather", "all-reduce"} <= {kind for kind, _ in sent(adam, "arrays")}
     assert sent(gradual, "arrays") == sent(adam, "arrays")
-    more = sent(gradual, "scalars") - sent(adam, "scalars")
     assert sent(adam, "scalars") <= sent(gradual, "scalars")
-    assert more == sent(found[model, "select"], "scalars")
+    assert_few_sums(sent(gradual, "scalars") - sent(adam, "scalars"))

@@ -127,7 +127,9 @@ def _reduce(groups: "Groups", scores: Scores, how: str, where: Where | None) -> 
         _sums.exact_sum(s, _tree.other_axes(jnp.ndim(s), axis))
         for s, axis in ((leaves[path], axis) for path, axis, _ in members)
     ]
-    sums = list(map(_mesh.replicated, sums if _tree.is_traced(sums) else jax.device_put(sums)))
+    if not _tree.is_traced(sums):
+        sums = [s if isinstance(s, jax.Array) else jax.device_put(s) for s in sums]
+    sums = list(map(_mesh.replicated, sums))
     result, finite = _reduced(sums, *jax.device_put((slices, owner)), how=how, count=len(groups))
     if not _tree.is_traced(finite) and not (finite := jax.device_get(finite)).all():
         member = np.repeat(np.arange(count), [len(unit) for *_, unit in members])

@@ -93,7 +93,7 @@ def _evaluate(walk: Walk, eqn: Any, ins: Sequence[Value]) -> float | None:
     if key not in walk.at_zero:
         with jax.ensure_compile_time_eval():
             pairs = zip(numbers, eqn.invars, strict=True)
-            operands = [np.asarray(x).astype(atom.aval.dtype) for x, atom in pairs]
+            operands = [jax.device_put(np.asarray(x).astype(a.aval.dtype)) for x, a in pairs]
             (result,) = _jaxpr.bind(eqn, *operands)
             walk.at_zero[key] = float(np.asarray(result).real)
     return walk.at_zero[key]
