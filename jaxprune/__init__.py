@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         curves,
         gates,
         groups,
+        layerwise,
         metrics,
         movement,
         nnx,
@@ -37,21 +38,25 @@ if TYPE_CHECKING:
         search,
         units,
     )
+    from jaxprune._calibrate import calibrate
     from jaxprune._plan import Plan
+    from jaxprune._reconstruct import reconstruct
     from jaxprune._report import report
     from jaxprune._shrink import CannotShrink, shrink
     from jaxprune.groups import find_groups
     from jaxprune.metrics import summary
 
 __version__ = "0.1.0"
-__all__ = ["CannotShrink", "Plan", "apply_masks", "enforce", "find_groups", "get_masks", "gradual"]
-__all__ += ["report", "select", "select_iteratively", "set_masks", "shrink", "summary"]
-__all__ += ["curves", "gates", "groups", "masks", "metrics", "movement", "nnx", "optimizer"]
-__all__ += ["patterns", "plot", "recipes", "regularizers", "schedules", "scores", "search", "units"]
+__all__ = ["CannotShrink", "Plan", "apply_masks", "calibrate", "enforce", "find_groups"]
+__all__ += ["get_masks", "gradual", "reconstruct", "report", "select", "select_iteratively"]
+__all__ += ["set_masks", "shrink", "summary", "curves", "gates", "groups", "layerwise", "masks"]
+__all__ += ["metrics", "movement", "nnx", "optimizer", "patterns", "plot", "recipes"]
+__all__ += ["regularizers", "schedules", "scores", "search", "units"]
 
 # Modules that read programs, draw or train are imported on first use: they take two thirds of the
 # time to import the package, and flax.nnx takes as long again.
 _HOMES = {"CannotShrink": "_shrink", "Plan": "_plan", "shrink": "_shrink"}
+_HOMES |= {"calibrate": "_calibrate", "reconstruct": "_reconstruct"}
 _HOMES |= {"find_groups": "groups", "report": "_report", "summary": "metrics"}
 
 

@@ -120,6 +120,15 @@ def automatic(f: Callable[..., jax.Array], leaf: Any, *args: Any) -> jax.Array:
         return auto_axes(f, out_sharding=out)(leaf, *args)
 
 
+def replicating(f: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function however its operands are sharded; on an explicit mesh results are not."""
+    meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args) if is_explicit(x)]
+    if not meshes:
+        return f(*args)
+    with use_abstract_mesh(meshes[0]):
+        return auto_axes(f, out_sharding=P())(*args)
+
+
 def resized(leaf: Any, shape: tuple[int, ...]) -> NamedSharding | None:
     """Returns the sharding for a slice of a leaf, along the axes that the mesh still divides."""
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)

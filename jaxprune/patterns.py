@@ -34,6 +34,8 @@ class Pattern:
         to keep. With `None`, all may.
       share: the fraction of cells that ``limit`` lets through, if it is constant; ``select`` then
         needs no sparsity.
+      chunk: how many consecutive inputs, along the second-last axis, must be seen to choose cells
+        among them; `None` for all of them. Layerwise methods choose chunk by chunk.
 
     Examples:
       >>> def spread(kept, shape):
@@ -47,10 +49,44 @@ class Pattern:
     spread: Callable[[jax.Array, tuple[int, ...]], jax.Array]
     limit: Callable[[jax.Array, jax.Array | None, jax.Array], jax.Array] | None = None
     share: float | None = None
+    chunk: int | None = None
 
 
 #: Every weight is a cell of its own.
-unstructured = Pattern(pool=lambda scores: scores, spread=lambda kept, shape: kept)
+unstructured = Pattern(pool=lambda scores: scores, spread=lambda kept, shape: kept, chunk=1)
+
+
+def _limit_of_output(scores: jax.Array, within: jax.Array | None, fraction: jax.Array) -> jax.Array:
+    shape, outputs = scores.shape, scores.shape[-1]
+    kept = jnp.round(fraction * scores.size).astype(jnp.int64)
+    ends = jnp.arange(outputs + 1) * kept // outputs
+    keep = ends[1:] - ends[:-1]  # to an exact total
+    index = jnp.uint32(0) if scores.size < _threshold.UINT32_END else jnp.uint64(0)
+    key = _threshold.ordered(scores, within).reshape(-1, outputs)
+    tie = _threshold.hashed(shape, index).reshape(-1, outputs)
+
+    def threshold(key: jax.Array, keep: jax.Array) -> jax.Array:
+        """Returns the largest number that ``keep`` keys of each output reach."""
+        bits = key.dtype.itemsize * 8
+
+        def settle(i: jax.Array, low: jax.Array) -> jax.Array:
+            middle = low | (jnp.ones((), key.dtype) << (bits - 1 - i).astype(key.dtype))
+            count = jnp.sum(key >= middle[None], 0, dtype=jnp.int64)
+            return jnp.where(count >= keep, middle, low)
+
+        return jax.lax.fori_loop(0, bits, settle, jnp.zeros(outputs, key.dtype))
+
+    least = threshold(key, keep)
+    above, equal = key > least[None], key == least[None]
+    missing = keep - jnp.sum(above, 0, dtype=jnp.int64)
+    tie = jnp.where(equal, tie, 0)
+    chosen = equal & (tie >= threshold(tie, missing)[None]) & (missing > 0)[None] & (key > 0)
+    return (above | chosen).reshape(shape)
+
+
+#: Every weight is a cell, and every output, an index on the last axis, keeps equally many; where
+#: these do not divide, one more or less.
+per_output = Pattern(unstructured.pool, unstructured.spread, _limit_of_output, chunk=1)
 
 
 def block(shape: Sequence[int]) -> Pattern:
@@ -99,7 +135,8 @@ def _block(lengths: tuple[int, ...]) -> Pattern:
         # divide: then the last bit would choose between blocks.
         return _sums.exact_block_sum(scores, lengths) / jax.lax.optimization_barrier(count)
 
-    return Pattern(pool, lambda kept, shape: _sums.spread_blocks(kept, lengths, shape))
+    chunk = lengths[-2] if len(lengths) > 1 else 1
+    return Pattern(pool, lambda kept, shape: _sums.spread_blocks(kept, lengths, shape), chunk=chunk)
 
 
 def axis(*axes: int) -> Pattern:
@@ -146,7 +183,7 @@ def _axis(axes: tuple[int, ...]) -> Pattern:
     def spread(kept: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return jnp.broadcast_to(jnp.expand_dims(kept, others(shape)), shape)
 
-    return Pattern(pool, spread)
+    return Pattern(pool, spread, chunk=1 if -2 in axes else None)
 
 
 def n_of_m(n: int | None, m: int, axis: int = -2, *, pad: bool = False) -> Pattern:
@@ -219,4 +256,5 @@ def _n_of_m(n: int | None, m: int, axis: int, pad: bool) -> Pattern:
         kept = kept.reshape(*shape[:at], chunks[at] * m, *shape[at + 1 :])
         return jax.lax.slice_in_dim(kept, 0, shape[at], axis=at)
 
-    return Pattern(check, unstructured.spread, limit, None if n is None else n / m)
+    share = None if n is None else n / m
+    return Pattern(check, unstructured.spread, limit, share, m if axis in (0, -2) else 1)

@@ -16,6 +16,7 @@ TINY = {  # settings that run in seconds; an example that is not named here runs
     "curves.py": ["--epochs", "1", "--compressions", "4", "--seeds", "1"],
     "filters.py": "--seeds 1 --ratios 0.5 --steps 1 --particles 2 --rounds 1".split(),
     "large_sparse.py": ["--steps", "11", "--seeds", "1", "--sparsities", "0.9"],
+    "layerwise.py": ["--steps", "20", "--seeds", "1", "--sparsities", "0.5"],
     "lottery.py": ["--steps", "20", "--rounds", "2", "--seeds", "1"],
     "obd.py": ["--width", "4", "--steps", "100", "--seeds", "1"],
     "ranking.py": ["--seeds", "1", "--steps", "5", "--examples", "10"],

@@ -29,6 +29,7 @@ PATTERNS = {  # a new pattern adds one row here
     "3:5, padded": jp.patterns.n_of_m(3, 5, pad=True),
     "block": jp.patterns.block((4, 3)),
     "axis": jp.patterns.axis(-1),
+    "per output": jp.patterns.per_output,
 }
 
 

@@ -10,12 +10,15 @@
                           Flat: runs it, keeps every value ◀────────────────────┴──▶ Cut: runs it
                                                                             smaller, with ghosts
 
+    jaxpr ──Line (roots, uses)──▶ Walk: runs it on all batches, and stops at each weight
+
 ``freeze`` compiles a function as it is now, ``uses`` says how the program uses its params.
 
 ``jaxpr.py`` alone touches JAX's internals. A new primitive needs a rule, in ``rules/``.
 """
 
 from jaxprune._program.atoms import Merge
+from jaxprune._program.calibrate import Walk, add
 from jaxprune._program.cost import (
     Contraction,
     Cost,
@@ -33,9 +36,11 @@ from jaxprune._program.jaxpr import bind, inner
 from jaxprune._program.structure import Structure, analyse, check_inputs, trace
 from jaxprune._program.uses import uses
 from jaxprune._program.values import ProgramMismatch
+from jaxprune._program.weights import Weight
 
 __all__ = (
-    ["Contraction", "Cost", "Cut", "Flat", "Merge", "ProgramMismatch", "Structure", "analyse"]
-    + ["bind", "check_inputs", "contractions", "contractions_of_units", "freeze", "inlined"]
-    + ["inner", "loops", "most_expensive", "take", "total", "trace", "uses", "warn_of_loops"]
+    ["Contraction", "Cost", "Cut", "Flat", "Merge", "ProgramMismatch", "Structure", "Walk"]
+    + ["Weight", "add", "analyse", "bind", "check_inputs", "contractions", "contractions_of_units"]
+    + ["freeze", "inlined", "inner", "loops", "most_expensive", "take", "total", "trace", "uses"]
+    + ["warn_of_loops"]
 )

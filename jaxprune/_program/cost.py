@@ -33,7 +33,7 @@ from jaxprune._tree import Masks, Params
 _MOVES = (
     "broadcast_in_dim concatenate copy expand_dims reshape rev slice split squeeze transpose"
 ).split()
-_CONTRACTIONS = "dot_general ragged_dot_general conv_general_dilated".split()
+CONTRACTIONS = "dot_general ragged_dot_general conv_general_dilated".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _visit(
             costs.append(tuple(branches))
         elif inner:
             costs.extend(cost for branch in branches for cost in branch)
-        elif name in _CONTRACTIONS:
+        elif name in CONTRACTIONS:
             sized = _Sized(step, walked.unit, walked.cut, views[i]) if step and walked else None
             costs.append(_contraction(eqn, operands[:2], sized, runs, loop))
         elif operands and all(w is not None for w in operands):

@@ -69,6 +69,13 @@ def where(eqn: Any) -> str:
     return f"`{eqn.primitive.name}`" + (f" in {stack}" if stack else "")
 
 
+def line(eqn: Any) -> str:
+    """Names the line of the user's code that an equation comes from; empty if it is unknown."""
+    from jax._src import source_info_util
+
+    return str(source_info_util.summarize(eqn.source_info))
+
+
 def inner(eqn: Any) -> list[Inner]:
     """Lists the programs inside an equation; none for an ordinary primitive."""
     name, params, count = eqn.primitive.name, eqn.params, len(eqn.invars)
@@ -225,6 +232,38 @@ def rebuild(eqn: Any, bodies: Sequence[Body], args: Sequence[Any]) -> list[Any]:
     if name == "custom_vjp_call" and len(bodies) == 3:
         return _custom_vjp(*bodies)(*args)
     return bodies[0](*args)
+
+
+def accumulate(eqn: Any, bodies: Sequence[Any], args: Sequence[Any], zero: Any) -> Any:
+    """Runs a loop or a branch with other programs, and sums a second result over all their runs.
+
+    The programs return ``(outputs, part)``, and this ``(outputs, zero + the sum of all parts)``.
+    The test of a `while` loop adds nothing.
+    """
+    name, params, add = eqn.primitive.name, eqn.params, jax.numpy.add
+    if name == "scan":
+        carried = inner(eqn)[0].carried
+        consts, carry = list(args[: carried.start]), list(args[carried.start : carried.stop])
+
+        def step(state: Any, x: Any) -> Any:
+            out, part = bodies[0](*consts, *state[0], *x)
+            return (out[: len(carry)], jax.tree.map(add, state[1], part)), out[len(carry) :]
+
+        (carry, total), stacks = jax.lax.scan(
+            step, (carry, zero), list(args[carried.stop :]), params["length"], params["reverse"]
+        )
+        return [*carry, *stacks], total
+    if name == "while":
+        test, body = params["cond_nconsts"], params["body_nconsts"]
+        tested, fixed, carry = args[:test], args[test : test + body], list(args[test + body :])
+
+        def turn(state: Any) -> Any:
+            out, part = bodies[1](*fixed, *state[0])
+            return out, jax.tree.map(add, state[1], part)
+
+        return jax.lax.while_loop(lambda s: bodies[0](*tested, *s[0])[0][0], turn, (carry, zero))
+    outputs, part = jax.lax.switch(args[0], bodies, *args[1:])
+    return outputs, jax.tree.map(add, zero, part)
 
 
 def _custom_jvp(body: Body, rule: Body) -> Any:
