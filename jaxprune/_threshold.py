@@ -28,7 +28,7 @@ from jax import lax
 
 _BITS = 2  # settled per round; more candidates a round cost more than the rounds they save
 _COPIED = 1 << 22  # scores of small leaves are copied at most, or if that is more, every 16th
-_FEW = 4  # leaves are not worth a copy
+_FEW = 32  # leaves, the largest ones, are never copied
 _INT32_END, UINT32_END = 2**31, 2**32  # from here on, counts and indices take 64 bits
 
 Marks = list[jax.Array]  # (c,) bool arrays of the shape of a leaf
@@ -131,13 +131,13 @@ def largest(
 
 
 def _small(sizes: Sequence[int]) -> list[int]:
-    """Lists the smallest of many leaves, as many as may be copied."""
+    """Lists the leaves to copy: the smallest beside a few large ones, as many as may be copied."""
     room, small = max(sum(sizes) // 16, _COPIED), []
-    for i in sorted(range(len(sizes)), key=sizes.__getitem__):
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__)[:-_FEW]:
         room -= sizes[i]
         if room >= 0 and sizes[i]:
             small.append(i)
-    return sorted(small) if len(small) > _FEW else []
+    return sorted(small)
 
 
 def _join_masks(masks: Sequence[jax.Array | None], sizes: Sequence[int]) -> jax.Array | None:

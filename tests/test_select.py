@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
-from jaxprune import _partition, _select
+from jaxprune import _partition, _select, _threshold
 
 SCOPES = ["global", "layer", "erk", {"a/w": 0.25}]  # a new scope adds one entry here
 
@@ -221,6 +221,7 @@ def test_direct_and_traced_selections_are_equal(monkeypatch, dtype, scope):
             monkeypatch.setattr(_partition, "_CHUNK", 64)
             monkeypatch.setattr(_partition, "_SAMPLE", 64)
             monkeypatch.setattr(_partition, "_MANY", 100)
+            monkeypatch.setattr(_threshold, "_FEW", 2)
             monkeypatch.setattr(jax, "device_count", lambda: 1)
         jax.clear_caches()
         traced = jax.jit(lambda scores, sparsity, m: select(scores, sparsity, within=m))
