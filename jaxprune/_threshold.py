@@ -116,8 +116,12 @@ def largest(
         shift, *_, count = state
         return (shift >= 0) & jnp.any(count > keep)
 
-    competing = [v.size if w is None else jnp.sum(w) for v, w in zip(values, valid, strict=True)]
-    count = total([jnp.asarray(n, jnp.int64)[None] for n in competing])[:, 0]
+    # A second count, because XLA on CPU would keep the integers that it sums for a single one.
+    competing = [
+        jnp.array([v.size], jnp.int64) if w is None else _count([w, ~w])[:1]
+        for v, w in zip(values, valid, strict=True)
+    ]
+    count = total(competing)[:, 0]
     keep = jnp.minimum(keep, count)
     start = jnp.int32(jnp.iinfo(key).bits + bits - _BITS)
     zeros = jnp.zeros(keep.shape, key), jnp.zeros(keep.shape, index)

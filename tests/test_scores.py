@@ -541,3 +541,12 @@ def test_woodfisher_update_is_where_the_quadratic_is_least():
     for bad in ({"block": 0}, {"damping": 0.0}):
         with pytest.raises(ValueError, match="^woodfisher: " + next(iter(bad))):
             jp.scores.woodfisher(smooth, **bad)
+
+
+def test_synflow_of_primitives_that_take_one_dtype():
+    def apply_fn(kernel, x):
+        return jax.lax.conv(x, kernel, (1, 1), "SAME")
+
+    kernel = normal((2, 3, 3, 3))
+    scores = jp.scores.synflow(apply_fn)(kernel, jnp.ones((1, 3, 5, 5)))
+    assert scores.shape == kernel.shape and float(scores.max()) == 1

@@ -89,7 +89,9 @@ def _scores(
         w = jnp.abs(jnp.asarray(w, jnp.float64))
         return jnp.zeros_like(w) if is_mean else w
 
-    means = _running_means(wide, params, inputs)
+    to_float64 = functools.partial(jnp.asarray, dtype=jnp.float64)
+    like = _tree.merge(_tree.map_floating(to_float64, params), params)
+    means = _running_means(wide, like, inputs)
     pairs = zip(jax.tree.leaves(params), means, strict=True)
     floats = _tree.rebuild(params, [positive(w, is_mean) for w, is_mean in pairs])
 
