@@ -34,12 +34,13 @@ def check_together(leaves: Iterable[tuple[str, Any]]) -> None:
 
 
 def on_host(*trees: Any) -> bool:
-    """Returns whether NumPy can read all arrays where they are: each on one CPU device."""
-    return all(
-        not isinstance(x, jax.Array)
-        or (_is_on_one(x) and next(iter(x.devices())).platform == "cpu")
-        for x in jax.tree.leaves(trees)
-    )
+    """Returns whether NumPy can read all arrays where they are: on one CPU device, no PRNG key."""
+
+    def readable(x: jax.Array) -> bool:
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.extended)
+        return _is_on_one(x) and not is_key and next(iter(x.devices())).platform == "cpu"
+
+    return all(not isinstance(x, jax.Array) or readable(x) for x in jax.tree.leaves(trees))
 
 
 def on_one_device(arrays: Sequence[Any]) -> bool:
@@ -146,10 +147,13 @@ def follow(mask: jax.Array, leaf: Any) -> jax.Array:
 def beside(x: Any, arrays: Sequence[Any]) -> Any:
     """Puts a small NumPy array where other arrays lie, by a transfer that no guard forbids.
 
-    On a mesh with explicit axes its type would change, so `jit` has to move it there.
+    On a mesh with explicit axes its type would change, so `jit` has to move it there. Under a
+    transformation it stays a constant, or what was traced.
     """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in (x, *arrays)):
+        return x
     for leaf in arrays:
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, jax.Array):
             sharding = leaf.sharding
             if is_explicit(leaf):
                 break

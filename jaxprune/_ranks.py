@@ -61,13 +61,9 @@ def order(
     steps = round_to // np.gcd(round_to, indices)
     # In the order of their numbers, the first groups would lose all units of one score.
     ties = np.random.default_rng(0).permutation(len(group)).astype(np.int32)
-    fixed = [_beside(x, scores) for x in (group, sizes, pools, ties)]
+    fixed = [_mesh.beside(x, [scores]) for x in (group, sizes, pools, ties)]
     ranks = _rank(scores, within, *fixed, count=int(pools.max()) + 1)
     return Order(group, sizes, steps, *ranks)
-
-
-def _beside(x: Any, like: jax.Array) -> Any:
-    return x if _tree.is_traced(x, like) else _mesh.beside(x, [like])
 
 
 @functools.partial(jax.jit, static_argnames="count")
@@ -104,7 +100,7 @@ def _places(*keys: jax.Array) -> jax.Array:
 
 def _removed(order: Order, fractions: Any) -> jax.Array:
     with jax.enable_x64(True):  # or 0.7 of 45 units, rounded to float32, would be 32
-        fractions = _beside(fractions, order.pool)
+        fractions = _mesh.beside(fractions, [order.pool])
         return _lowest(order.pool, order.rank_in_pool, order.counts, order.limits, fractions)
 
 
@@ -119,7 +115,7 @@ def _lowest(
 
 def wanted(order: Order, fractions: Any) -> jax.Array:
     """Returns how many units of each group are kept, before rounding."""
-    group = _beside(order.group, order.pool)
+    group = _mesh.beside(order.group, [order.pool])
     return _count(_removed(order, fractions), group, count=len(order.sizes))
 
 
@@ -132,7 +128,7 @@ def kept(order: Order, fractions: Any) -> jax.Array:
     """Returns which units are kept when a fraction of each pool is removed."""
     if (order.steps == 1).all():
         return ~_removed(order, fractions)
-    fixed = [_beside(x, order.pool) for x in (order.sizes, order.steps, order.group)]
+    fixed = [_mesh.beside(x, [order.pool]) for x in (order.sizes, order.steps, order.group)]
     return _rounded(wanted(order, fractions), order.rank_in_group, *fixed)
 
 

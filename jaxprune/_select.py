@@ -117,7 +117,7 @@ def select(
             kept = _mesh.place_all(kept, arrays)
         else:
             together = _mesh.on_one_device(arrays)
-            keep = keep if _tree.is_traced(keep) else _mesh.beside(keep, arrays)
+            keep = _mesh.beside(keep, arrays)
             kept, finite = _largest(arrays, before, keep, pattern, pools, together)
     if not _tree.is_traced(finite) and not jax.device_get(finite):
         _raise_not_finite(paths, arrays, before)

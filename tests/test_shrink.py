@@ -421,6 +421,14 @@ def test_a_function_that_branches_on_shapes():
         small_fn(small, x[:2])
 
 
+def test_random_keys_beside_the_params_stay_as_they_are():
+    fn, params, x = mlp()
+    params = params | {"key": jax.random.key(0), "keys": jax.random.split(jax.random.key(1), 3)}
+    _, small, plan, _ = halve(fn, params, x)
+    for tree in (small, plan.take(params), plan.put(small)):
+        assert (tree["keys"] == params["keys"]).all() and tree["key"] == params["key"]
+
+
 def test_verified_quietly():
     fn, params, x = mlp()
     with warnings.catch_warnings():
