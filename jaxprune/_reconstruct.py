@@ -103,8 +103,11 @@ def reconstruct(
     shares = _shares(walk, sparsity, scope or {})
     folder = None
     if checkpoint is not None:
-        name = getattr(getattr(method, "func", method), "__qualname__", "")
-        folder = _resume.begin(checkpoint, params, given, list(shares.values()), name)
+        # Not the closure of the method, in which a list of a user may grow.
+        partial = [getattr(method, name, None) for name in ("args", "keywords")]
+        by_name = [getattr(getattr(method, "func", method), "__qualname__", ""), *partial, pattern]
+        leaves = _tree.named_leaves((params, given))
+        folder = _resume.begin(checkpoint, leaves, list(shares.values()), by_name)
     walk.start(params, given, host)
     kept, skipped = _prune(walk, shares, method, pattern, folder)
     new, masks = [], []

@@ -1,6 +1,5 @@
 """Stores the layers that a walk has finished, so that an interrupted one goes on from there."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,29 +7,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune import _atomic, _mesh, _tree
+from jaxprune import _atomic, _mesh
+from jaxprune._fingerprint import fingerprint
 
 Pairs = list[tuple[jax.Array, jax.Array]]  # a root, and its mask
 
 
 def begin(folder: Any, *run: Any) -> Path:
-    """Returns the folder, which must be new or that of the same run: arrays, numbers, names."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, leaf in _tree.named_leaves(run):
-        is_array = isinstance(leaf, (jax.Array, np.ndarray))
-        array = is_array and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
-        digest.update(f"{name} {getattr(leaf, 'dtype', '')} {np.shape(leaf)}".encode())
-        digest.update(_bytes(leaf).data if array else str(leaf).encode())
+    """Returns the folder, which must be new or that of the same run, by its fingerprint."""
+    mine = fingerprint(*run)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     mark = path / "run"
     if not mark.exists():
         with _atomic.replacing(mark) as new:
-            new.write_text(digest.hexdigest())
-    elif mark.read_text() != digest.hexdigest():
+            new.write_text(mine)
+    elif mark.read_text() != mine:
         raise ValueError(
             f"{path}: must be an empty folder or that of the same run, got one of other params, "
-            "batches, sparsities or another method. Use another folder, or delete this one."
+            "batches, sparsities, another method or pattern. Use another folder, or delete it."
         )
     return path
 

@@ -11,7 +11,7 @@ import jaxprune
 
 ROOT = pathlib.Path(jaxprune.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-GROUND = set("_tree _mesh _sums _table _progress _atomic".split())
+GROUND = set("_tree _mesh _sums _table _progress _atomic _fingerprint".split())
 # File or room, and what it may import besides the ground floor and itself. An import inside a
 # function counts: it only hides a cycle. One under TYPE_CHECKING does not: it never runs.
 RULES = {

@@ -203,6 +203,11 @@ def test_an_interrupted_walk_goes_on_to_the_same_bits(tmp_path, dtype):
     assert len(calls) == 6 + 3 and bits(result) == bits(expected)
     with pytest.raises(ValueError, match="must be an empty folder or that of the same run"):
         jp.reconstruct(scanned, stack, batches, 0.6, method=sparsegpt, checkpoint=folder)
+    for other in ({"pattern": jp.patterns.block((2, 2))}, {"pattern": jp.patterns.block((4, 2))}):
+        with pytest.raises(ValueError, match="another method or pattern"):
+            jp.reconstruct(
+                scanned, stack, batches, 0.5, method=sparsegpt, checkpoint=folder, **other
+            )
 
 
 def test_a_scope_alone_leaves_other_params():
