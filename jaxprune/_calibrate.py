@@ -111,8 +111,7 @@ def calibrate(
     totals: list[Any] = []
     for n, given in enumerate(_progress.bar(batches, desc="calibrate", unit="batch")):
         batch = as_batch(given, n)
-        shapes = jax.tree.map(lambda x: (jnp.shape(x), _tree.dtype(x)), batch)
-        key = jax.tree.structure(batch), tuple(jax.tree.leaves(shapes, is_leaf=_is_pair))
+        key = signature(batch)
         if key not in walks:
             walks[key] = _program.Walk(apply_fn, params, batch)
         walk = walks[key]
@@ -159,6 +158,12 @@ def as_batch(given: Any, number: int) -> tuple[Any, ...]:
     return batch
 
 
+def signature(batch: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """Returns the structure of a batch, and the shape and dtype of every input."""
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, tuple((jnp.shape(x), _tree.dtype(x)) for x in leaves)
+
+
 def raise_empty(seen: Any) -> None:
     """Raises a `ValueError` for no batches, or for a function without a weight."""
     if not seen:
@@ -181,10 +186,6 @@ def check_finite(walk: _program.Walk, weight: _program.Weight, sums: Any) -> Non
             f"{weight.name}: the activations that flow in must be finite, got NaN or infinity, "
             f"first from {walk.first_not_finite(weight)}. Check the batches and the params."
         )
-
-
-def _is_pair(x: Any) -> bool:
-    return isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], tuple)
 
 
 def _sums(walk: _program.Walk, params: Params, batch: tuple[Any, ...], gram: bool) -> list[Any]:

@@ -19,6 +19,7 @@ from jaxprune._calibrate import (
     check_finite,
     check_params,
     raise_empty,
+    signature,
     statistics,
 )
 from jaxprune._tree import Masks, Params
@@ -123,15 +124,12 @@ def reconstruct(
 
 
 def _check_shapes(batches: list[Any]) -> None:
-    def shapes(batch: Any) -> Any:
-        leaves, structure = jax.tree.flatten(batch)
-        return structure, [(jnp.shape(x), _tree.dtype(x)) for x in leaves]
-
+    first = signature(batches[0])
     for n, batch in enumerate(batches):
-        if shapes(batch) != shapes(batches[0]):
+        if signature(batch) != first:
             raise ValueError(
-                f"batches[{n}]: must have the shapes of batch 0, {shapes(batches[0])[1]}, got "
-                f"{shapes(batch)[1]}. Leave it out, or pad it."
+                f"batches[{n}]: must have the shapes of batch 0, {first[1]}, got "
+                f"{signature(batch)[1]}. Leave it out, or pad it."
             )
 
 
