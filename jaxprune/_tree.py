@@ -97,6 +97,11 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {brief(value)}.")
 
 
+def is_number(value: Any) -> bool:
+    """Returns whether a value is one number: of Python, of NumPy, or an array without axes."""
+    return hasattr(value, "__float__") and not np.ndim(value)
+
+
 def check_function(name: str, value: Any, fix: str) -> None:
     """Raises a `TypeError` for a value that cannot be called."""
     if not callable(value):

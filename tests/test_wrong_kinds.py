@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import bits
 from test_closures import GROUPS, LOSSES, PARAMS, X, Y
 
 import jaxprune as jp
@@ -100,3 +101,16 @@ def test_plots_leave_out_masks_without_weights():
     scores = {"w": np.eye(2) + 1, "empty": np.zeros((0, 2)), "none": None}
     assert jp.plot.scores(scores, masks).get_ylabel() == "weights per bin"
     jp.plot._matplotlib().pyplot.close("all")
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, jnp.float32], ids=str)
+def test_numbers_need_not_be_of_python(number):
+    loss = lambda p, x, y: LOSS(p, x, y)
+    woodfisher = lambda damping: jp.scores.woodfisher(loss, 4, damping)(PARAMS, X, Y)
+    oracle = lambda memory: jp.search.oracle(GROUPS, loss, memory=memory)(PARAMS, X, Y)
+    filtered = lambda *numbers: jp.search.particle_filter(
+        GROUPS, loss, PARAMS, 0.5, jax.random.key(0), X, Y,
+        particles=4, rounds=1, temperature=numbers[0], mutation=numbers[1],
+    ).masks  # fmt: skip
+    for call, numbers in ((woodfisher, [0.125]), (oracle, [1024.0]), (filtered, [0.5, 0.25])):
+        assert bits(call(*map(number, numbers))) == bits(call(*numbers))

@@ -90,7 +90,7 @@ def woodfisher_update(
 
 def _check(block: int, damping: float) -> None:
     _tree.check_count("woodfisher: block", block)
-    if not isinstance(damping, int | float) or not damping > 0:
+    if not _tree.is_number(damping) or not damping > 0:
         got = _tree.brief(damping)
         raise ValueError(f"woodfisher: damping must be a number above 0, got {got}.")
 

@@ -62,7 +62,7 @@ def oracle(
     """
     _loss.check_groups("search.oracle", groups)
     _tree.check_function("search.oracle: loss", loss, _loss.CURRIED)
-    if not isinstance(memory, int | float) or not memory >= 0:
+    if not _tree.is_number(memory) or not memory >= 0:
         got = _tree.brief(memory)
         raise ValueError(f"memory must be a number of bytes, 0 or more, got {got}.")
     compute = functools.partial(_scores, loss, groups, absolute, float(memory))

@@ -86,9 +86,9 @@ def particle_filter(
     _tree.check_function("particle_filter: loss", loss, "Pass it before the params.")
     for name, value in (("particles", particles), ("rounds", rounds), ("batch_size", batch_size)):
         _tree.check_count(name, value)
-    if not isinstance(temperature, int | float) or not temperature > 0:
+    if not _tree.is_number(temperature) or not temperature > 0:
         raise ValueError(f"temperature must be positive, got {_tree.brief(temperature)}.")
-    if not isinstance(mutation, int | float) or not 0 <= mutation <= 1:
+    if not _tree.is_number(mutation) or not 0 <= mutation <= 1:
         raise ValueError(f"mutation must be in [0, 1], got {_tree.brief(mutation)}.")
     if not len(groups):
         raise ValueError(
